@@ -1,0 +1,286 @@
+"""Three decoders with one law: the oracle, the fastest plain path, and exact self-speculation.
+
+    generate              no cache, no speculation; obviously right. Everything else is tested against it.
+    generate_cached       the same with a KV cache: one token per forward pass.
+    generate_speculative  drafts n - 1 tokens from the CP head and verifies them with one forward pass of n
+                          tokens (arXiv 2410.17765 for the head, 2211.17192 and 2302.01318 for the accept rule).
+
+All three yield token ids one by one, at batch size 1, and draw from the same distribution; at temperature 0
+they yield the same tokens. All randomness passes through `draw` and `coin` and one torch.Generator.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from model import KVCache, fp32
+
+# -----------------------------------------------------------------------------
+# from logits to probabilities to a token
+
+
+def warp(logits, temperature=1.0, top_k=None, top_p=None, n_token=None):
+    """Logits (..., V) -> the probabilities (..., n_token) that are drawn from, in float32 or wider.
+
+    The only such function: targets p, drafts q and plain decoding all use it, or they would not be comparable.
+    temperature 0 gives one-hot rows, so greedy decoding runs through the same accept rule. top_k keeps the k
+    largest (all that tie with the k-th), top_p the smallest set of probability >= top_p among those.
+    Columns from n_token on are padding, not tokens, and are cut off.
+    """
+    logits = fp32(logits)[..., :n_token]
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    if temperature != 1:
+        logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        kth = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    p = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        sorted_p, order = p.sort(dim=-1, descending=True)
+        before = sorted_p.cumsum(-1) - sorted_p  # probability of all that is more likely
+        p = p.masked_fill(torch.zeros_like(p, dtype=torch.bool).scatter_(-1, order, before >= top_p), 0.0)
+        p = p / p.sum(-1, keepdim=True)
+    return p
+
+
+def draw(p, generator):
+    """One token from each row of probabilities: (..., V) -> (...). Rows need not be normalised.
+
+    Inverse transform sampling, without a sync. Never a token of probability 0, however the sums are rounded.
+    """
+    cdf = p.cumsum(-1)
+    u = torch.rand(p.shape[:-1] + (1,), generator=generator, dtype=p.dtype, device=p.device) * cdf[..., -1:]
+    return torch.where((cdf > u) & (p > 0), 2.0, p).argmax(-1)  # argmax: the first of the largest
+
+
+def coin(p, generator):
+    """True with probability p, elementwise."""
+    return torch.rand(p.shape, generator=generator, dtype=p.dtype, device=p.device) < p
+
+
+# -----------------------------------------------------------------------------
+# verification: exact for any q, as long as q is what the drafts were drawn from
+
+
+def accept_probability(p, q, drafted):
+    """min(1, p(x) / q(x)) of each draft x: p, q (..., K, V), drafted (..., K) -> (..., K). 0 where q is 0."""
+    p_x, q_x = (rows.gather(-1, drafted.unsqueeze(-1)).squeeze(-1) for rows in (p, q))
+    return torch.where(q_x > 0, p_x / q_x, 0.0).clamp(max=1.0)
+
+
+def residual(p, q):
+    """max(p - q, 0) (..., V), unnormalised: what p still owes where q fell short of it.
+
+    It is empty only where p = q, when nothing gets rejected; if rounding leaves it so, it falls back to p.
+    """
+    rest = (p - q).clamp(min=0)
+    return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+
+
+def verify(p, q, drafted, generator):
+    """Accept a prefix of the drafts and draw the token behind it, so that every token follows p.
+
+    p (..., K + 1, V): target rows; row k is the law of the token in draft k's place, the last one is the bonus.
+    q (..., K, V): the rows that drafted (..., K) was drawn from; an all-zero row says "nothing was drafted
+    here": it is never accepted, and the token in its place is drawn from p.
+    Returns how many drafts are accepted (...) and the token behind them (...).
+
+    Left to right, draft x is kept with probability min(1, p(x) / q(x)). So x comes out of a draft with
+    probability min(p(x), q(x)), and out of the residual draw with what is missing, max(p(x) - q(x), 0).
+    """
+    kept = coin(accept_probability(p[..., :-1, :], q, drafted), generator)  # (..., K)
+    n_accepted = kept.long().cumprod(-1).sum(-1)  # a rejection ends the prefix
+    q = torch.cat((q, torch.zeros_like(p[..., :1, :])), dim=-2)  # nothing was drafted in the bonus place
+    row = n_accepted[..., None, None].expand(*n_accepted.shape, 1, p.size(-1))
+    p_k, q_k = (rows.gather(-2, row).squeeze(-2) for rows in (p, q))
+    return n_accepted, draw(residual(p_k, q_k), generator)
+
+
+# -----------------------------------------------------------------------------
+# the speculative step
+
+
+def draft(model, e, token, to_probs, generator):
+    """Draw x_2, ..., x_n from the CP joint at e given x_1 = token: -> drafted (n - 1,), q (n - 1, V).
+
+    The drafted prefix says which component it came from: with b_a ~ w_a prod_{j<s} P_a^(j)(x_j), the row
+    q_s = sum_a b_a P_a^(s) is the exact conditional of equation (1), and x_s is drawn from just that row.
+    e (C,) is the hidden state of the token before x_1.
+    """
+    log_w, log_p = model.cp_log_probs(e)  # (r,), (n, r, V)
+    p = log_p.exp()
+    log_b, x, drafted, q = log_w, token, [], []
+    for s in range(1, len(log_p)):
+        log_b = log_b + log_p[s - 1].index_select(-1, x).squeeze(-1)
+        q.append(to_probs((log_b.softmax(0) @ p[s]).log()))
+        x = draw(q[-1].unsqueeze(0), generator)  # (1,)
+        drafted.append(x)
+    return torch.cat(drafted), torch.stack(q)
+
+
+def speculative_step(model, cache, e, token, max_drafts, to_probs, generator):
+    """One forward pass of the trunk, 1..n new tokens: a function of tensors of fixed shapes, without a sync.
+
+    token (1,): the last token that was emitted; the trunk has not seen it yet. e (C,): the hidden state of the
+    token before it. cache: everything before it. max_drafts: how many drafts may be accepted at most.
+    Returns e and token for the next step, and block (n + 1,): how many tokens are new, then those, then filler.
+    The caller sets cache.length to what it was plus the number of new tokens: that rolls back the rejected ones.
+    """
+    drafted, q = draft(model, e, token, to_probs, generator)
+    q = q * (torch.arange(len(q), device=q.device) < max_drafts).unsqueeze(-1)
+    hidden = model.hidden(torch.cat((token, drafted)).unsqueeze(0), cache)[0]  # (n, C)
+    n_accepted, token = verify(to_probs(model.target_logits(hidden)), q, drafted, generator)
+    n_accepted, token = n_accepted.unsqueeze(0), token.unsqueeze(0)  # (1,), (1,)
+    e = hidden.index_select(0, n_accepted).squeeze(0)  # row 0 is x_1, so this is the last accepted token's
+    new = torch.cat((drafted, token)).scatter(0, n_accepted, token)
+    return e, token, torch.cat((n_accepted + 1, new))
+
+
+# -----------------------------------------------------------------------------
+# the decoders
+
+
+def window_start(t, block_size):
+    """The first token that the prediction of token t may see: it sees tokens window_start(t) .. t - 1.
+
+    0 as long as t tokens fit the block. Past that, sliding by one would renumber every position and void the
+    cache at every token, so the window moves by half a block at a time. A function of t alone, so that all
+    decoders agree.
+    """
+    stride = block_size // 2
+    return max(0, -(-(t - block_size) // stride)) * stride
+
+
+@dataclass
+class Stats:
+    """What a decoder did, after its prefill (the first forward pass and the token that it yields)."""
+
+    steps: int = 0  # forward passes
+    tokens: int = 0  # tokens that they yielded
+    offered: list = field(default_factory=list)  # [k]: steps that tested draft k (all drafts before it were accepted)
+    accepted: list = field(default_factory=list)  # [k]: steps that accepted draft k
+    histogram: list = field(default_factory=list)  # [k]: steps that yielded k tokens
+
+    def count(self, n_new, n_yielded, n_drafts):
+        """A step that found n_new tokens with n_drafts drafts at hand; the end of the text may have cut some off."""
+        self.steps += 1
+        self.tokens += n_yielded
+        for per_position, size in ((self.offered, n_drafts), (self.accepted, n_drafts), (self.histogram, n_drafts + 2)):
+            per_position.extend([0] * (size - len(per_position)))
+        self.histogram[n_yielded] += 1
+        for k in range(min(n_new, n_drafts)):
+            self.offered[k] += 1
+            self.accepted[k] += k < n_new - 1  # the last new token is no draft
+
+    @property
+    def tokens_per_step(self):
+        return self.tokens / self.steps if self.steps else float("nan")
+
+    @property
+    def acceptance(self):
+        """Share of the drafts at each position that were accepted, given that all before them were."""
+        return [a / o if o else float("nan") for a, o in zip(self.accepted, self.offered)]
+
+
+@torch.inference_mode()
+def run(blocks, model, prompt, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, stop_token=None,
+        generator=None, stats=None):
+    """What all decoders share; yields up to max_new_tokens token ids that continue prompt, a non-empty list of ids.
+
+    temperature >= 0 (0 is greedy), top_k >= 1, top_p in (0, 1]: see `warp`. stop_token: the id that ends the text;
+    it is yielded. generator: a torch.Generator on the model's device. stats: a Stats to count in.
+
+    blocks(model, tokens, to_probs, generator) yields (new tokens, number of drafts or None for the prefill) for
+    ever. This is the one place where text ends, so no decoder can overshoot or miss a stop token inside a block.
+    """
+    if model.training:
+        raise ValueError("call model.eval() first: dropout would change the distribution")
+    if not prompt or not all(isinstance(token, int) for token in prompt):
+        raise ValueError("the prompt must be a non-empty list of token ids (batch size is 1)")
+    to_probs = partial(warp, temperature=temperature, top_k=top_k, top_p=top_p, n_token=model.config.n_token)
+    stream = blocks(model, list(prompt), to_probs, generator)
+    left = max_new_tokens
+    while left > 0:
+        new, n_drafts = next(stream)
+        block = new[:left]
+        if stop_token in block:
+            block = block[: block.index(stop_token) + 1]
+            left = 0
+        left -= len(block)
+        if stats is not None and n_drafts is not None:
+            stats.count(len(new), len(block), n_drafts)
+        yield from block
+
+
+def generate(model, prompt, max_new_tokens, **options):
+    """The oracle: no cache, no speculation, one forward pass over the whole window per token. Options: see `run`."""
+    return run(oracle_blocks, model, prompt, max_new_tokens, **options)
+
+
+def generate_cached(model, prompt, max_new_tokens, **options):
+    """Plain decoding with a KV cache, one token per forward pass. Same law as generate. Options: see `run`."""
+    return run(cached_blocks, model, prompt, max_new_tokens, **options)
+
+
+def generate_speculative(model, prompt, max_new_tokens, **options):
+    """Self-speculative decoding, 1..n tokens per forward pass. Same law as generate. Options: see `run`."""
+    if model.cp_head is None:
+        raise ValueError("n_future = 1: there is no head to draft from; use generate_cached")
+    return run(speculative_blocks, model, prompt, max_new_tokens, **options)
+
+
+def oracle_blocks(model, tokens, to_probs, generator):
+    while True:
+        hidden = model.hidden(as_ids(window(tokens, model), model))
+        tokens.append(draw(to_probs(model.target_logits(hidden[0, -1:])), generator).item())
+        yield tokens[-1:], 0
+
+
+def cached_blocks(model, tokens, to_probs, generator):
+    cache, n_drafts = new_cache(model), None
+    new = as_ids(window(tokens, model), model)
+    while True:
+        hidden = model.hidden(new, cache)
+        token = draw(to_probs(model.target_logits(hidden[0, -1:])), generator)  # (1,)
+        tokens.append(token.item())
+        yield tokens[-1:], n_drafts
+        n_drafts, new = 0, token.unsqueeze(0)
+        if cache.length == model.config.block_size:  # the block is full: start over with the next window
+            cache.length, new = 0, as_ids(window(tokens, model), model)
+
+
+def speculative_blocks(model, tokens, to_probs, generator):
+    cache, block_size = new_cache(model), model.config.block_size
+    e = model.hidden(as_ids(window(tokens, model), model), cache)[0, -1]  # (C,)
+    token = draw(to_probs(model.target_logits(e.unsqueeze(0))), generator)  # (1,)
+    tokens.append(token.item())
+    yield tokens[-1:], None
+    while True:
+        if cache.length == block_size:  # start over with the next window, all of it but the pending token
+            cache.length = 0
+            e = model.hidden(as_ids(window(tokens, model)[:-1], model), cache)[0, -1]
+        length = cache.length
+        # a draft needs its predecessor inside the block, so that its window is the one of its own index
+        n_drafts = min(model.config.n_future - 1, block_size - length - 1)
+        e, token, block = speculative_step(model, cache, e, token, n_drafts, to_probs, generator)
+        n_new, *new = block.tolist()  # the step's only sync
+        cache.length = length + n_new
+        tokens += new[:n_new]
+        yield new[:n_new], n_drafts
+
+
+def window(tokens, model):
+    """The tokens that the prediction of the next one sees."""
+    return tokens[window_start(len(tokens), model.config.block_size) :]
+
+
+def as_ids(tokens, model):
+    """A list of T token ids as a batch of one, (1, T), on the model's device."""
+    return torch.tensor([tokens], device=model.lm_head.weight.device)
+
+
+def new_cache(model):
+    weight = model.lm_head.weight
+    return KVCache(model.config, 1, weight.dtype, weight.device)

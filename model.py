@@ -1,0 +1,331 @@
+"""A GPT that predicts its next n tokens at once, as a rank-r CP decomposition of their joint distribution.
+
+The trunk is GPT-2 with nanoGPT's parameter names and shapes: a checkpoint of nanoGPT's train.py loads
+strictly and gives the same logits. On top sits the CP head (arXiv 2410.17765), a mixture of r experts,
+each of which is a product of n softmax heads on the same hidden state e of position t:
+
+    P(x_{t+1}, ..., x_{t+n} | x_{<=t}) = sum_a w_a(e) * prod_s P_a^(s)(x_{t+s} | e)                    (1)
+
+Shapes use the field's names: B batch, T time, C = n_embd, V = vocab_size, n = n_future, r = rank.
+Probabilities are computed in float32 or wider, whatever the dtype of the model.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class GPTConfig:
+    # the trunk, as in nanoGPT
+    block_size: int = 1024
+    vocab_size: int = 50304  # rows of the embedding: the tokenizer's size, padded to a multiple of 64 for speed
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+    # the head
+    n_future: int = 1  # n, tokens predicted at once; 1 is plain nanoGPT without a head
+    rank: int = 1  # r, components of the mixture; 1 is independent heads
+    factors: str = "reduced"  # P_a^(s): "reduced" softmax(W M_a^(s) e), W the LM head; "full" softmax(W_a^(s) e)
+    target: str = "marginal"  # next-token law: "marginal" sum_a w_a P_a^(1) (the paper); "lm_head" the trunk's own
+    n_token: int = 0  # ids below this are real tokens, the rest is padding; 0 means all of them
+
+    def __post_init__(self):
+        self.n_token = self.n_token or self.vocab_size
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_future", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.block_size < 2:
+            raise ValueError("block_size must be at least 2")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if not 0 < self.n_token <= self.vocab_size:
+            raise ValueError(f"n_token {self.n_token} is not in 1..vocab_size {self.vocab_size}")
+        if self.factors not in ("full", "reduced"):
+            raise ValueError(f"factors must be full or reduced, not {self.factors!r}")
+        if self.target not in ("marginal", "lm_head"):
+            raise ValueError(f"target must be marginal or lm_head, not {self.target!r}")
+
+
+def fp32(x):
+    """x in float32 at least: half precision is widened, float64 stays float64."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+# -----------------------------------------------------------------------------
+# the trunk
+
+
+class KVCache:
+    """Keys and values of every layer, preallocated, and how many positions of them are valid.
+
+    Rolling back to m positions is `cache.length = m`: the rows behind are stale, are never read and get
+    overwritten. A speculative step writes n rows wherever it starts, so the buffer is n - 1 rows longer
+    than the block.
+    """
+
+    def __init__(self, config, B, dtype, device):
+        rows = config.block_size + config.n_future - 1
+        shape = (config.n_layer, 2, B, config.n_head, rows, config.n_embd // config.n_head)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, layer, kv):
+        """Write kv (2, B, nh, T, hs) behind the valid rows of a layer; returns all of them (2, B, nh, length + T, hs)."""
+        end = self.length + kv.size(3)
+        self.kv[layer, :, :, :, self.length : end] = kv
+        return self.kv[layer, :, :, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v of all heads
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, x, layer, cache, mask):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, kv = qkv[0], qkv[1:]  # (B, nh, T, hs), (2, B, nh, T, hs)
+        k, v = kv if cache is None else cache.append(layer, kv)
+        # `is_causal` lines q up with the FIRST keys, so it is right only without a past; the mask covers the rest
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=T > 1 and mask is None, dropout_p=self.dropout if self.training else 0.0
+        )
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout) if self.training else y
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        x = self.c_proj(F.gelu(self.c_fc(x)))
+        return F.dropout(x, self.dropout) if self.training else x
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, layer=0, cache=None, mask=None):
+        x = x + self.attn(self.ln_1(x), layer, cache, mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+# -----------------------------------------------------------------------------
+# the CP head
+
+
+class CPHead(nn.Module):
+    """The weights w_a and the factors P_a^(s) of equation (1).
+
+    The components start as near copies of one another, but not as copies: at equal factors the gradient of w
+    vanishes and the factors' gradients agree, so noise on w alone would never break the symmetry.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        n, r, C = config.n_future, config.rank, config.n_embd
+        self.reduced = config.factors == "reduced"
+        self.mix = nn.Linear(C, r)
+        if self.reduced:  # M_a^(s), a C x C map in front of the shared unembedding: the identity and noise
+            self.factors = nn.Parameter(torch.eye(C) + 0.02 * torch.randn(n, r, C, C))
+        else:  # W_a^(s), an unembedding of its own
+            self.factors = nn.Parameter(0.02 * torch.randn(n, r, config.vocab_size, C))
+
+    def log_weights(self, e):
+        """log w: e (..., C) -> (..., r)."""
+        return F.log_softmax(fp32(self.mix(e)), dim=-1)
+
+    def log_probs(self, e, unembed, positions):
+        """log P_a^(s) of a slice of positions, every component and token: e (..., C) -> (..., n', r, V)."""
+        A = self.factors[positions]  # (n', r, C or V, C)
+        h = F.linear(e, A.flatten(0, 2)).unflatten(-1, A.shape[:3])  # (..., n', r, C or V)
+        return F.log_softmax(fp32(F.linear(h, unembed) if self.reduced else h), dim=-1)
+
+    def gold_log_probs(self, e, targets, unembed):
+        """log P_a^(s) of the gold tokens alone: e (N, C), targets (N, n) -> (N, n, r).
+
+        One factor's logits exist at a time and are computed again in the backward pass, so memory holds one
+        (N, V) tensor, like plain next-token prediction, and never an (N, n, r, V) one.
+        """
+        def one(A, y):
+            return gold_log_prob(F.linear(e, A), unembed, y) if self.reduced else gold_log_prob(e, A, y)
+
+        n, r = self.factors.shape[:2]
+        factors = self.factors.flatten(0, 1).unbind()  # unbind, not indexing: its backward fills one gradient
+        gold = [recompute(one, factors[s * r + a], targets[:, s]) for s in range(n) for a in range(r)]
+        return torch.stack(gold, dim=-1).unflatten(-1, (n, r))
+
+
+def gold_log_prob(x, weight, y):
+    """log softmax(weight x)[y]: x (N, C), weight (V, C), y (N,) -> (N,)."""
+    return -F.cross_entropy(fp32(F.linear(x, weight)), y, reduction="none")
+
+
+def recompute(function, *args):
+    """function(*args), keeping its inputs for the backward pass instead of what it computes on the way."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def joint_log_probs(log_w, gold):
+    """log P of the first 1, 2, ..., n tokens of a window, equation (1): log_w (N, r), gold (N, n, r) -> (N, n)."""
+    return torch.logsumexp(log_w.unsqueeze(1) + gold.cumsum(1), dim=-1)
+
+
+def balance_loss(log_w):
+    """Load balancing as in Switch Transformers (arXiv 2101.03961): r * sum_a f_a m_a, log_w (N, r) -> scalar.
+
+    f_a is the share of positions whose largest weight is a (no gradient), m_a the mean weight over the batch.
+    1 when the components share the work, r when one does it all. It looks at the batch mean: every single
+    position stays free to choose one component.
+    """
+    w, r = log_w.exp(), log_w.size(-1)
+    f = F.one_hot(w.argmax(-1), r).to(w.dtype).mean(0)
+    return r * (f * w.mean(0)).sum()
+
+
+# -----------------------------------------------------------------------------
+# the model
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():  # GPT-2: residual projections are scaled by the depth
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.cp_head = CPHead(config) if config.n_future > 1 else None
+
+    @staticmethod
+    def _init_weights(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def hidden(self, idx, cache=None):
+        """The hidden states after the final norm: idx (B, T) -> (B, T, C).
+
+        With a KVCache, idx continues the cache.length tokens that are in it, and cache.length grows by T. Rows
+        past block_size - 1 have no position embedding; a fixed-size step may compute them and must not use them.
+        """
+        T, past = idx.size(1), cache.length if cache is not None else 0
+        if cache is None and T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit block_size {self.config.block_size}")
+        pos = torch.arange(past, past + T, device=idx.device).clamp_(max=self.config.block_size - 1)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
+        mask = None
+        if past and T > 1:  # token i of the new ones sees the past and the new ones up to itself
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril_(past)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, layer, cache, mask)
+        if cache is not None:
+            cache.length += T
+        return self.transformer.ln_f(x)
+
+    def target_logits(self, e):
+        """The model's own next-token law, which decoding must reproduce, up to a constant: e (..., C) -> (..., V)."""
+        if self.cp_head is None or self.config.target == "lm_head":
+            return fp32(self.lm_head(e))
+        log_w = self.cp_head.log_weights(e).unsqueeze(-1)  # (..., r, 1)
+        log_p = self.cp_head.log_probs(e, self.lm_head.weight, slice(0, 1)).squeeze(-3)  # (..., r, V)
+        return torch.logsumexp(log_w + log_p, dim=-2)  # log sum_a w_a P_a^(1)
+
+    def cp_log_probs(self, e):
+        """All of equation (1) at one hidden state: e (C,) -> log w (r,), log P_a^(s) (n, r, V)."""
+        return self.cp_head.log_weights(e), self.cp_head.log_probs(e, self.lm_head.weight, slice(None))
+
+    def forward(self, idx):
+        """Next-token logits at every position: idx (B, T) -> (B, T, V)."""
+        return self.target_logits(self.hidden(idx))
+
+    def loss(self, idx, targets, joint_weight=1.0, balance_weight=0.0, joint_share=1.0):
+        """The training loss and its parts, in nats.
+
+        idx (B, T); targets (B, T, n): targets[b, t, s - 1] is the token s places after idx[b, t].
+        target "marginal": joint + balance_weight * balance
+        target "lm_head":  next + joint_weight * joint + balance_weight * balance
+        joint_share < 1: the head sees that share of the positions, drawn anew every time. The mean stays the same,
+        and neighbouring windows share n - 1 tokens, so a part of them teaches nearly as much at a part of the cost.
+        Returns the loss and a dict of detached parts: next (next-token loss of the target law), joint (-log P of
+        the window, per token), offset (n,) (-log P(x_{t+s} | x_{t+1..t+s-1}); its mean is joint), balance (see
+        balance_loss), usage (r,) (mean weight of each component).
+        """
+        e = self.hidden(idx).flatten(0, 1)  # (N, C), N = B * T
+        targets, unembed = targets.flatten(0, 1), self.lm_head.weight
+        if self.cp_head is None:
+            loss = -gold_log_prob(e, unembed, targets[:, 0]).mean()
+            return loss, dict(next=loss.detach(), joint=loss.detach(), offset=loss.detach()[None])
+        if self.config.target == "lm_head":
+            next_loss = -recompute(gold_log_prob, e, unembed, targets[:, 0]).mean()
+        if joint_share < 1:
+            some = torch.randperm(len(e), device=e.device)[: math.ceil(joint_share * len(e))]
+            e, targets = e[some], targets[some]
+        log_w = self.cp_head.log_weights(e)  # (N, r)
+        joint = joint_log_probs(log_w, self.cp_head.gold_log_probs(e, targets, unembed))  # (N, n)
+        joint_loss, balance = -joint[:, -1].mean() / self.config.n_future, balance_loss(log_w)
+        offset = -joint.detach().mean(0).diff(prepend=joint.new_zeros(1))  # chain rule: log P(x_s | x_<s)
+        if self.config.target == "lm_head":
+            loss = next_loss + joint_weight * joint_loss + balance_weight * balance
+        else:
+            loss, next_loss = joint_loss + balance_weight * balance, offset[0]
+        parts = dict(next=next_loss, joint=joint_loss, offset=offset, balance=balance, usage=log_w.exp().mean(0))
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+    def n_params(self):
+        """Parameters of the trunk (embeddings included, the tied unembedding counted once) and of the head."""
+        head = sum(p.numel() for p in self.cp_head.parameters()) if self.cp_head else 0
+        return sum(p.numel() for p in self.parameters()) - head, head
+
+    def checkpoint(self):
+        """Plain tensors and plain Python, in nanoGPT's layout: what from_checkpoint needs."""
+        return {"model": self.state_dict(), "model_args": asdict(self.config)}
+
+    @classmethod
+    def from_checkpoint(cls, ckpt, **head):
+        """The model of a checkpoint dict, ours or one of nanoGPT's train.py, loaded strictly.
+
+        `head` overrides fields of GPTConfig (n_future, rank, factors, target). Where they ask for a head of
+        other shapes than the checkpoint's, it is left out and a fresh one is put on the trunk.
+        """
+        known = {f.name for f in fields(GPTConfig)}
+        config = GPTConfig(**{k: v for k, v in {**ckpt["model_args"], **head}.items() if k in known})
+        # nanoGPT saves a compiled model's names with a prefix, and old versions saved the causal mask
+        state = {k.removeprefix("_orig_mod."): v for k, v in ckpt["model"].items() if not k.endswith(".attn.bias")}
+        model = cls(config)
+        own = model.state_dict()
+        old_head = {k for k in state if k.startswith("cp_head.")}
+        new_head = {k for k in own if k.startswith("cp_head.")}
+        if old_head != new_head or any(state[k].shape != own[k].shape for k in new_head):
+            state = {k: v for k, v in state.items() if k not in old_head} | {k: own[k] for k in new_head}
+        model.load_state_dict(state)
+        return model
