@@ -48,11 +48,13 @@ def warp(logits, temperature=1.0, top_k=None, top_p=None, n_token=None):
 def draw(p, generator):
     """One token from each row of probabilities: (..., V) -> (...). Rows need not be normalised.
 
-    Inverse transform sampling, without a sync. Never a token of probability 0, however the sums are rounded.
+    Inverse transform sampling, without a sync. The sums are in float64 (except on mps, which has none), so that
+    rounding neither quantises the tail nor lets a token of probability 0 through.
     """
-    cdf = p.cumsum(-1)
-    u = torch.rand(p.shape[:-1] + (1,), generator=generator, dtype=p.dtype, device=p.device) * cdf[..., -1:]
-    return torch.where((cdf > u) & (p > 0), 2.0, p).argmax(-1)  # argmax: the first of the largest
+    wide = torch.float32 if p.device.type == "mps" else torch.float64
+    cdf = p.cumsum(-1, dtype=wide)
+    u = torch.rand(*p.shape[:-1], 1, generator=generator, dtype=wide, device=p.device) * cdf[..., -1:]
+    return torch.searchsorted(cdf, u, right=True).squeeze(-1)  # the first token whose cdf is above u
 
 
 def coin(p, generator):
@@ -110,14 +112,14 @@ def draft(model, e, token, to_probs, generator):
     e (C,) is the hidden state of the token before x_1.
     """
     log_w, log_p = model.cp_log_probs(e)  # (r,), (n, r, V)
-    p = log_p.exp()
-    log_b, x, drafted, q = log_w, token, [], []
-    for s in range(1, len(log_p)):
-        log_b = log_b + log_p[s - 1].index_select(-1, x).squeeze(-1)
-        q.append(to_probs((log_b.softmax(0) @ p[s]).log()))
-        x = draw(q[-1].unsqueeze(0), generator)  # (1,)
+    p = log_p.exp().unbind()
+    log_b, x, drafted, q = log_w.unsqueeze(-1), token, [], []
+    for s, log_p_s in enumerate(log_p[:-1].unbind(), 1):
+        log_b = log_b + log_p_s.index_select(-1, x)  # (r, 1)
+        q.append(to_probs((log_b.softmax(0).T @ p[s]).log()))  # (1, n_token)
+        x = draw(q[-1], generator)  # (1,)
         drafted.append(x)
-    return torch.cat(drafted), torch.stack(q)
+    return torch.cat(drafted), torch.cat(q)
 
 
 def speculative_step(model, cache, e, token, max_drafts, to_probs, generator):

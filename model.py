@@ -72,15 +72,15 @@ class KVCache:
 
     def __init__(self, config, B, dtype, device):
         rows = config.block_size + config.n_future - 1
-        shape = (config.n_layer, 2, B, config.n_head, rows, config.n_embd // config.n_head)
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (2, B, config.n_head, rows, config.n_embd // config.n_head)
+        self.kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.length = 0
 
     def append(self, layer, kv):
         """Write kv (2, B, nh, T, hs) behind the valid rows of a layer; returns all of them (2, B, nh, length + T, hs)."""
-        end = self.length + kv.size(3)
-        self.kv[layer, :, :, :, self.length : end] = kv
-        return self.kv[layer, :, :, :, :end]
+        T = kv.size(3)
+        self.kv[layer].narrow(3, self.length, T).copy_(kv)
+        return self.kv[layer].narrow(3, 0, self.length + T)
 
 
 class CausalSelfAttention(nn.Module):
@@ -245,7 +245,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
         mask = None
         if past and T > 1:  # token i of the new ones sees the past and the new ones up to itself
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril_(past)
+            mask = torch.full((T, past + T), float("-inf"), dtype=x.dtype, device=idx.device).triu_(past + 1)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, layer, cache, mask)
         if cache is not None:

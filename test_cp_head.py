@@ -325,7 +325,8 @@ def test_stale_cache_rows_are_never_read():
         cache = KVCache(model.config, 1, torch.float64, "cpu")
         model.hidden(idx, cache)
         cache.length = length
-        cache.kv[:, :, :, :, length:] = float("nan")
+        for kv in cache.kv:
+            kv[:, :, :, length:] = float("nan")
         torch.testing.assert_close(model.hidden(idx[:, length:], cache), model.hidden(idx)[:, length:], rtol=0, atol=1e-12)
 
 
