@@ -161,23 +161,28 @@ class CPHead(nn.Module):
         return F.log_softmax(fp32(F.linear(h, unembed) if self.reduced else h), dim=-1)
 
     def gold_log_probs(self, e, targets, unembed):
-        """log P_a^(s) of the gold tokens alone: e (N, C), targets (N, n) -> (N, n, r).
-
-        One factor's logits exist at a time and are computed again in the backward pass, so memory holds one
-        (N, V) tensor, like plain next-token prediction, and never an (N, n, r, V) one.
-        """
-        def one(A, y):
-            return gold_log_prob(F.linear(e, A), unembed, y) if self.reduced else gold_log_prob(e, A, y)
-
-        n, r = self.factors.shape[:2]
+        """log P_a^(s) of the gold tokens alone: e (N, C), targets (N, n) -> (N, n, r)."""
+        n, r, C = *self.factors.shape[:2], e.size(-1)
+        if self.reduced:  # all maps first, then N n r rows of one product with W
+            h = F.linear(e, self.factors.flatten(0, 2)).view(-1, C)
+            return gold_log_prob(h, unembed, targets.repeat_interleave(r, dim=1).flatten()).view(-1, n, r)
         factors = self.factors.flatten(0, 1).unbind()  # unbind, not indexing: its backward fills one gradient
-        gold = [recompute(one, factors[s * r + a], targets[:, s]) for s in range(n) for a in range(r)]
+        gold = [gold_log_prob(e, factors[s * r + a], targets[:, s]) for s in range(n) for a in range(r)]
         return torch.stack(gold, dim=-1).unflatten(-1, (n, r))
 
 
 def gold_log_prob(x, weight, y):
-    """log softmax(weight x)[y]: x (N, C), weight (V, C), y (N,) -> (N,)."""
-    return -F.cross_entropy(fp32(F.linear(x, weight)), y, reduction="none")
+    """log softmax(weight x)[y] of many rows: x (N, C), weight (V, C), y (N,) -> (N,).
+
+    Goes through the rows in chunks of some logits, which the backward pass computes again instead of keeping them: at
+    V = 50,257 memory holds a part of the (N, V) logits of plain training, and never the (B, T, n, r, V) of all factors.
+    """
+    def chunk(x, weight, y):
+        return -F.cross_entropy(fp32(F.linear(x, weight)), y, reduction="none")
+
+    n_logits = 2**20 if x.device.type == "cpu" else 2**27  # what fits a CPU's cache; what fills a GPU
+    rows = max(256, n_logits // len(weight))
+    return torch.cat([recompute(chunk, x_i, weight, y_i) for x_i, y_i in zip(x.split(rows), y.split(rows))])
 
 
 def recompute(function, *args):
@@ -283,10 +288,10 @@ class GPT(nn.Module):
         e = self.hidden(idx).flatten(0, 1)  # (N, C), N = B * T
         targets, unembed = targets.flatten(0, 1), self.lm_head.weight
         if self.cp_head is None:
-            loss = -gold_log_prob(e, unembed, targets[:, 0]).mean()
+            loss = F.cross_entropy(fp32(self.lm_head(e)), targets[:, 0])
             return loss, dict(next=loss.detach(), joint=loss.detach(), offset=loss.detach()[None])
         if self.config.target == "lm_head":
-            next_loss = -recompute(gold_log_prob, e, unembed, targets[:, 0]).mean()
+            next_loss = -gold_log_prob(e, unembed, targets[:, 0]).mean()
         if joint_share < 1:
             some = torch.randperm(len(e), device=e.device)[: math.ceil(joint_share * len(e))]
             e, targets = e[some], targets[some]

@@ -53,7 +53,7 @@ class TrainConfig:
     target: str = flag("marginal", "next-token law: marginal of the CP head (the paper) or the trunk's lm_head")
     # loss and optimizer
     joint_weight: float = flag(1.0, "weight of the joint loss beside the next-token loss when target is lm_head")
-    balance_weight: float = flag(0.01, "weight of the load-balancing loss")
+    balance_weight: float = flag(0.05, "weight of the load-balancing loss")
     joint_share: float = flag(1.0, "share of the positions, drawn anew every step, on which the head is trained")
     batch_size: int = flag(16, "windows per forward pass")
     grad_accum: int = flag(1, "forward passes per step")
@@ -64,7 +64,7 @@ class TrainConfig:
     beta2: float = flag(0.99, "AdamW's")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is off")
     max_iters: int = flag(1000, "steps")
-    max_seconds: float = flag(0.0, "time limit; 0 is none. The learning rate decays by whichever limit is nearer")
+    max_seconds: float = flag(0.0, "time limit; 0 is none. The learning rate decays by the limit that is nearer")
     # reports
     eval_interval: int = flag(250, "steps between evaluations, each of which writes the checkpoint")
     eval_windows: int = flag(64, "validation windows, always the same ones")
@@ -73,12 +73,13 @@ class TrainConfig:
 
 PRESETS = {
     "toy": TrainConfig(
-        data_dir="data/toy", out_dir="out/toy", block_size=128, n_layer=6, n_head=4, n_embd=64, n_future=8, rank=8,
-        batch_size=16, lr=4e-3, min_lr=2e-4, max_iters=1000, max_seconds=240,
+        data_dir="data/toy", out_dir="out/toy", block_size=128, n_layer=10, n_head=4, n_embd=64, n_future=8, rank=8,
+        target="lm_head", joint_share=0.25, batch_size=8, lr=3e-3, min_lr=1e-4, max_iters=2000, max_seconds=270,
+        eval_interval=400,
     ),
     "laptop": TrainConfig(
-        data_dir="data/text", out_dir="out/laptop", block_size=256, n_layer=6, n_head=6, n_embd=192, n_future=4,
-        rank=4, batch_size=8, lr=2e-3, min_lr=1e-4, max_iters=2000,
+        data_dir="data/text", out_dir="out/laptop", block_size=256, n_layer=10, n_head=4, n_embd=128, n_future=4, rank=4,
+        target="lm_head", joint_weight=0.5, joint_share=0.5, batch_size=8, lr=3e-3, min_lr=1e-4, max_iters=3500,
     ),
     "tinystories": TrainConfig(
         data_dir="data/tinystories", out_dir="out/tinystories", block_size=256, n_layer=8, n_head=8, n_embd=512,
@@ -253,10 +254,10 @@ def train(cfg):
     out_dir.mkdir(parents=True, exist_ok=True)
     log = open(out_dir / "log.jsonl", "w", encoding="utf-8")
     bar = tqdm(total=cfg.max_iters, unit="it", mininterval=1.0)
-    start = time.monotonic()
-    iter_num, progress = 0, 0.0
+    iter_num = 0
     while True:
-        seconds = time.monotonic() - start
+        # the clock starts after the first step, which may compile: a run well within max_seconds does not depend on it
+        seconds = time.monotonic() - start if iter_num else 0.0
         progress = max(iter_num / cfg.max_iters, seconds / cfg.max_seconds if cfg.max_seconds else 0.0)
         done = progress >= 1
         if done or (iter_num and iter_num % cfg.eval_interval == 0):
@@ -281,12 +282,14 @@ def train(cfg):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        if iter_num == 0:
+            start = time.monotonic()
         iter_num += 1
         bar.update()
         if iter_num % cfg.log_interval == 0:
-            line = {"iter": iter_num, "seconds": time.monotonic() - start, "lr": lr, "loss": loss.item()}
+            line = {"iter": iter_num, "seconds": seconds, "lr": lr, "loss": loss.item()}
             line.update({name: part.tolist() for name, part in parts.items()})
-            line["tokens_per_second"] = iter_num * tokens_per_iter / line["seconds"]
+            line["tokens_per_second"] = (iter_num - 1) * tokens_per_iter / (time.monotonic() - start)
             log.write(json.dumps(line) + "\n")
             bar.set_postfix(loss=f"{line['loss']:.3f}", tok_s=f"{line['tokens_per_second']:,.0f}")
     bar.close()

@@ -1,0 +1,271 @@
+"""The tokenizer, the toy's grammar, and the scripts from text to bench, run as a user runs them."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prepare_tinystories as prep
+import train as trainer
+
+HERE = Path(__file__).parent
+TEXT = 'Once upon a time, Lily saw 12 red balls.\n"Look!" she said. They didn\'t stop.\n\n  The end_of it all.\n'
+
+
+def random_text(rng, length):
+    """Any Unicode but surrogates, with plenty of spaces, newlines and letters."""
+    planes = [range(32, 127), range(0x20, 0x2FF), range(0x300, 0xD800), range(0xE000, 0x10000), range(0x10000, 0x110000)]
+    return "".join(rng.choice(" \n\t\r") if rng.random() < 0.2 else chr(rng.choice(rng.choice(planes))) for _ in range(length))
+
+
+# -----------------------------------------------------------------------------
+# tokenizer
+
+
+@pytest.mark.parametrize("vocab_size", [257, 300, 2048])
+def test_any_text_round_trips(vocab_size):
+    """encode -> decode is the identity on any Unicode text, the words <|endoftext|> included, and never emits the
+    <|endoftext|> token; the pattern that cuts the pieces loses no character."""
+    enc = prep.load_tokenizer(prep.build_tokenizer([TEXT], vocab_size))
+    rng = random.Random(0)
+    for text in ["", TEXT, "<|endoftext|>", f"a{prep.EOT}b", "\u0301x\u200d\u3000\u2028_", *(random_text(rng, 60) for _ in range(300))]:
+        ids = enc.encode_ordinary(text)
+        assert enc.decode(ids) == text and enc.eot_token not in ids
+        assert "".join(re.findall(prep.PATTERN, text)) == text
+
+
+def test_any_ids_decode():
+    """A model may emit any ids: they decode to text, streamed or at once, and a split character is held back."""
+    enc = prep.load_tokenizer(prep.build_tokenizer([TEXT], 300))
+    rng = random.Random(0)
+    for _ in range(200):
+        ids = [rng.randrange(enc.n_vocab) for _ in range(20)]
+        stream = prep.TextStream(enc)
+        assert "".join(map(stream.push, ids)) + stream.end() == enc.decode(ids)
+    stream = prep.TextStream(enc)
+    assert [stream.push(b) for b in "é€".encode()] == ["", "é", "", "", "€"] and stream.end() == ""
+
+
+def test_tokenizer_survives_json_and_is_at_most_as_large_as_asked():
+    """The description is plain JSON; ids are the 256 bytes, whole pieces by frequency, then <|endoftext|>."""
+    text = TEXT * 3 + " the" * 10
+    description = prep.build_tokenizer([text], 270)
+    enc = prep.load_tokenizer(json.loads(json.dumps(description)))
+    assert enc.n_vocab == 270 and enc.eot_token == 269 and enc.decode_single_token_bytes(65) == b"A"
+    assert enc.encode_ordinary(" the the") == [256, 256]
+    small = prep.load_tokenizer(prep.build_tokenizer(["ab ab"], 2048))
+    assert small.n_vocab == 256 + 2 + 1  # a corpus of two pieces has no more
+
+
+def test_one_character_per_byte_is_257():
+    enc = prep.load_tokenizer(prep.build_tokenizer([TEXT], 257))
+    assert enc.encode_ordinary("né") == list("né".encode())
+
+
+# -----------------------------------------------------------------------------
+# the toy's grammar
+
+
+def test_toy_entropy_is_the_mean_surprisal():
+    """The entropy by the chain rule equals the mean of -log2 P(story) over 20,000 stories (false alarm: the tolerance
+    is 6 standard errors), and it is at least 0.8 bits per token."""
+    rng = random.Random(0)
+    stories, bits = zip(*(prep.toy_story(rng) for _ in range(20_000)))
+    assert abs(np.mean(bits) - prep.toy_entropy()) < 6 * np.std(bits) / len(bits) ** 0.5
+    enc = prep.load_tokenizer(prep.build_tokenizer(stories, 2048))
+    tokens = sum(len(ids) + 1 for ids in enc.encode_ordinary_batch(list(stories)))
+    assert prep.toy_entropy() * len(stories) / tokens > 0.8
+
+
+def test_toy_stories_spell_out_their_choices():
+    """The same text always comes from the same choices; else the text's entropy would be below the choices'."""
+    rng, seen = random.Random(1), defaultdict(set)
+    for template in prep.EVENTS:  # single sentences repeat often enough to show a collision
+        slots = re.findall(r"{([A-Z]+)}", template)
+        for _ in range(3000):
+            choice = tuple(rng.choice(prep.SLOTS[slot]) for slot in slots)
+            text = template.format(name="Lily", he="she", his="her", thing="ball", look="red", spot="under the old tree",
+                                   **dict(zip(slots, choice)))
+            seen[text].add((template, choice))
+    assert all(len(choices) == 1 for choices in seen.values())
+
+
+def test_toy_stories_agree_over_distance():
+    """The name's pronoun, the place's spot and the object come back in every story."""
+    rng = random.Random(2)
+    for _ in range(200):
+        story, _ = prep.toy_story(rng)
+        name, place = re.match(r"(\w+) went to the (\w+)", story).groups()
+        he, his = dict((n, (h, s)) for n, h, s in prep.PEOPLE)[name]
+        wrong = {"she", "her"} if he == "he" else {"he", "his"}
+        assert not wrong & set(re.sub(r"her mother's", "", story).lower().replace(".", "").split())
+        assert dict(prep.PLACES)[place] in story
+
+
+# -----------------------------------------------------------------------------
+# splitting, training
+
+
+def test_split_is_by_document_and_by_seed():
+    documents = [f"story {i}" for i in range(100)]
+    train, val = prep.split_documents(documents, 0)
+    assert sorted(train + val) == sorted(documents) and len(val) == 5
+    assert prep.split_documents(documents, 0) == (train, val) != prep.split_documents(documents, 1)
+    train, val = prep.split_documents(["line\n" * 100], 0)
+    assert train[0] + val[0] == "line\n" * 100 and len(val[0]) == 20  # 5 %, from a line's end on
+
+
+def windows(tmp_path, n_tokens, **config):
+    np.arange(n_tokens, dtype=np.uint16).tofile(tmp_path / "x.bin")
+    cfg = trainer.TrainConfig(block_size=6, n_future=3, **config)
+    return trainer.Windows(tmp_path / "x.bin", cfg, torch.device("cpu"))
+
+
+def test_every_position_has_its_full_window(tmp_path):
+    """targets[b, t, s - 1] is the token s places after idx[b, t], for every t, the last ones included."""
+    data = windows(tmp_path, 50)
+    idx, targets = data.random(32, torch.Generator().manual_seed(0))
+    assert torch.equal(targets, idx.unsqueeze(-1) + torch.arange(1, 4)) and idx.shape == (32, 6)
+    assert data.n_starts == 42 and windows(tmp_path, 9).at([0])[1][0, -1].tolist() == [6, 7, 8]
+    with pytest.raises(SystemExit, match="holds 8 tokens"):
+        windows(tmp_path, 8)
+
+
+def test_validation_windows_do_not_depend_on_the_batch_size(tmp_path):
+    data = windows(tmp_path, 500)
+    once, twice = (torch.cat([idx for idx, _ in data.fixed(10, size)]) for size in (10, 3))
+    assert torch.equal(once, twice) and once[0, 0] == 0 and once[-1, -1] == 496
+
+
+def test_learning_rate_rises_then_falls_to_its_minimum():
+    cfg = trainer.TrainConfig(lr=1.0, min_lr=0.1, warmup=0.1)
+    rates = [trainer.learning_rate(i / 100, cfg) for i in range(101)]
+    assert rates[10] == max(rates) == pytest.approx(1.0) and rates[100] == pytest.approx(0.1) and 0 < rates[0] < 0.05
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_tinystories_preset_has_the_papers_size():
+    """About 56M parameters, head included."""
+    with torch.device("meta"):
+        cfg = trainer.PRESETS["tinystories"]
+        assert 53e6 < sum(trainer.build_model(cfg, {"vocab_size": 50257}).n_params()) < 59e6
+
+
+# -----------------------------------------------------------------------------
+# the scripts, end to end
+
+
+def run(cwd, script, *args):
+    """Run a script of this repository in cwd; returns its stdout."""
+    result = subprocess.run([sys.executable, HERE / script, *map(str, args)], cwd=cwd, capture_output=True, text=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+SMALL = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--block_size", 32, "--batch_size", 4, "--max_iters", 8,
+         "--eval_interval", 4, "--eval_windows", 4, "--log_interval", 2, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with toy data and a model that train.py trained on it for a few steps."""
+    cwd = tmp_path_factory.mktemp("run")
+    assert "entropy of the grammar" in run(cwd, "prepare_tinystories.py", "--toy", "--stories", 300)
+    out = run(cwd, "train.py", "--preset", "toy", "--rank", 2, *SMALL)
+    assert "bits per byte" in out and "component usage" in out and "wrote out" in out
+    return cwd
+
+
+def test_train_logs_and_checkpoints(trained):
+    """The log is JSON lines with every loss apart; the checkpoint is plain tensors and plain Python; no temporary file stays."""
+    log = [json.loads(line) for line in (trained / "out/toy/log.jsonl").read_text().splitlines()]
+    assert [line["iter"] for line in log if "val" in line] == [4, 8]
+    steps = [line for line in log if "val" not in line]
+    assert [line["iter"] for line in steps] == [2, 4, 6, 8]
+    assert {"loss", "next", "joint", "balance", "offset", "usage", "lr", "tokens_per_second"} <= set(steps[0])
+    ckpt = torch.load(trained / "out/toy/ckpt.pt", weights_only=True)
+    assert ckpt["iter_num"] == 8 and ckpt["meta"]["tokenizer"]["tokens"] and ckpt["train_config"]["rank"] == 2
+    assert sorted(p.name for p in (trained / "out/toy").iterdir()) == ["ckpt.pt", "log.jsonl"]
+
+
+def test_same_seed_trains_the_same_model(trained):
+    run(trained, "train.py", "--preset", "toy", "--rank", 2, *SMALL, "--out_dir", "again")
+    a, b = (torch.load(trained / path / "ckpt.pt", weights_only=True)["model"] for path in ("out/toy", "again"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_samples_in_three_modes(trained):
+    """The three decoders write the same greedy text; a seed repeats a sample."""
+    texts = {}
+    for mode in ("speculative", "plain", "oracle"):
+        out = run(trained, "sample.py", "--mode", mode, "--temperature", 0, "--prompt", "Lily went", "--max_new_tokens", 40,
+                  "--dtype", "float64")
+        texts[mode], summary = out.rsplit("\n\n", 1)
+        assert re.match(rf"{mode}: \d+ tokens, \d\.\d\d per step", summary)
+    assert texts["speculative"] == texts["plain"] == texts["oracle"] and texts["plain"].startswith("Lily went")
+    warped = ["--num_samples", 2, "--top_k", 20, "--top_p", 0.9, "--temperature", 0.8, "--seed", 0, "--max_new_tokens", 30]
+    first, second = (run(trained, "sample.py", *warped).rsplit("\n\n", 1)[0] for _ in range(2))
+    assert first == second
+
+
+def test_bench_ends_with_one_json_object(trained):
+    out = run(trained, "bench_speculative.py", "--rounds", 5, "--max_new_tokens", 10)
+    result = json.loads(out.splitlines()[-1])
+    assert {"device", "dtype", "threads", "n_future", "rank", "target"} <= set(result["card"])
+    assert [(row["mode"], row["temperature"]) for row in result["rows"]] == [
+        ("plain", 0.0), ("speculative", 0.0), ("plain", 1.0), ("speculative", 1.0)]
+    for row in result["rows"]:
+        assert row["tokens_per_second"] > 0 and row["speedup"] > 0 and 1 <= row["tokens_per_step"] <= 8
+    fast = result["rows"][1]
+    assert len(fast["acceptance"]) == 7 and len(fast["histogram"]) == 9 and fast["bound"] > 0
+    # 8 prompts, 5 rounds, 10 tokens each, the first of which the prefill yields
+    assert sum(k * h for k, h in enumerate(fast["histogram"])) == 8 * 5 * 9
+
+
+def test_marginal_target_and_text_files_end_to_end(trained):
+    """The paper's own setting on a user's text: files, a folder, a foreign file in it; the bench times the LM head apart."""
+    folder = trained / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text(prep.EOT.join([TEXT] * 30), encoding="utf-8")
+    (folder / "b.bin").write_bytes(b"\xff\xfe\x00")
+    out = run(trained, "prepare_tinystories.py", "--input", folder, "--vocab_size", 280)
+    assert "skipped 1 files" in out and "30 documents" not in out and "280 ids" in out
+    run(trained, "train.py", *SMALL, "--target", "marginal", "--factors", "full", "--out_dir", "out/text")
+    out = run(trained, "bench_speculative.py", "--rounds", 5, "--max_new_tokens", 8, "--out_dir", "out/text")
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["mode"] for row in rows] == ["plain", "speculative", "lm_head_only"] * 2
+
+
+def test_heads_on_a_frozen_trunk_leave_it_as_it_was(trained):
+    """--init_from a plain model with --freeze_trunk: the trunk's tensors stay bit for bit, the head's change."""
+    run(trained, "train.py", "--preset", "toy", "--n_future", 1, *SMALL, "--out_dir", "plain")
+    run(trained, "train.py", "--preset", "toy", *SMALL, "--init_from", "plain/ckpt.pt", "--freeze_trunk", "--out_dir", "tuned")
+    plain, tuned = (torch.load(trained / path / "ckpt.pt", weights_only=True)["model"] for path in ("plain", "tuned"))
+    assert all(torch.equal(tensor, tuned[name]) for name, tensor in plain.items())
+    eye = torch.eye(16)
+    assert (tuned["cp_head.factors"] - eye).abs().mean() > 1e-3
+
+
+def test_plain_model_samples_and_has_nothing_to_bench(trained):
+    run(trained, "train.py", "--preset", "toy", "--n_future", 1, *SMALL, "--out_dir", "plain1", "--grad_accum", 2, "--max_seconds", 60)
+    assert "plain: " in run(trained, "sample.py", "--out_dir", "plain1", "--max_new_tokens", 5)
+    bench = subprocess.run([sys.executable, HERE / "bench_speculative.py", "--out_dir", "plain1"], cwd=trained, capture_output=True, text=True)
+    assert bench.returncode != 0 and "n_future = 1" in bench.stderr and "Traceback" not in bench.stderr
+
+
+def test_bfloat16_autocast_trains(trained):
+    run(trained, "train.py", "--preset", "toy", *SMALL, "--dtype", "bfloat16", "--out_dir", "bf16")
+    log = [json.loads(line) for line in (trained / "bf16/log.jsonl").read_text().splitlines()]
+    assert 0 < log[-1]["val"]["joint"] < 10
+
+
+@pytest.mark.parametrize("script", ["prepare_tinystories.py", "train.py", "sample.py", "bench_speculative.py"])
+def test_scripts_explain_themselves(script, tmp_path):
+    assert "--seed" in run(tmp_path, script, "--help")
