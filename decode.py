@@ -67,9 +67,10 @@ def coin(p, generator):
 
 
 def accept_probability(p, q, drafted):
-    """min(1, p(x) / q(x)) of each draft x: p, q (..., K, V), drafted (..., K) -> (..., K). 0 where q is 0."""
-    p_x, q_x = (rows.gather(-1, drafted.unsqueeze(-1)).squeeze(-1) for rows in (p, q))
-    return torch.where(q_x > 0, p_x / q_x, 0.0).clamp(max=1.0)
+    """min(1, p(x) / q(x)) of each draft x: p, q (n, V), drafted (n - 1,) -> (n - 1, 1). 0 where q is 0."""
+    x = drafted.unsqueeze(-1)
+    p_x, q_x = p.gather(-1, x), q.gather(-1, x)
+    return torch.where(q_x > 0, p_x / q_x, 0.0)  # above 1 is certain, too
 
 
 def residual(p, q):
@@ -77,26 +78,24 @@ def residual(p, q):
 
     It is empty only where p = q, when nothing gets rejected; if rounding leaves it so, it falls back to p.
     """
-    rest = (p - q).clamp(min=0)
+    rest = (p - q).relu()
     return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
 
 
 def verify(p, q, drafted, generator):
     """Accept a prefix of the drafts and draw the token behind it, so that every token follows p.
 
-    p (..., K + 1, V): target rows; row k is the law of the token in draft k's place, the last one is the bonus.
-    q (..., K, V): the rows that drafted (..., K) was drawn from; an all-zero row says "nothing was drafted
-    here": it is never accepted, and the token in its place is drawn from p.
-    Returns how many drafts are accepted (...) and the token behind them (...).
+    drafted (n - 1,) were drawn from the rows of q (n, V); p (n, V) are the target's rows for the same places. An all-zero
+    row of q says "nothing was drafted here": it is never accepted, and the token in its place is drawn from p. The
+    last row is always such a one: it is the place behind the drafts, where the bonus token goes.
+    Returns how many drafts are accepted (1,) and the token behind them (1,).
 
     Left to right, draft x is kept with probability min(1, p(x) / q(x)). So x comes out of a draft with
     probability min(p(x), q(x)), and out of the residual draw with what is missing, max(p(x) - q(x), 0).
     """
-    kept = coin(accept_probability(p[..., :-1, :], q, drafted), generator)  # (..., K)
-    n_accepted = kept.long().cumprod(-1).sum(-1)  # a rejection ends the prefix
-    q = torch.cat((q, torch.zeros_like(p[..., :1, :])), dim=-2)  # nothing was drafted in the bonus place
-    row = n_accepted[..., None, None].expand(*n_accepted.shape, 1, p.size(-1))
-    p_k, q_k = (rows.gather(-2, row).squeeze(-2) for rows in (p, q))
+    kept = coin(accept_probability(p, q, drafted), generator)  # (n - 1, 1)
+    n_accepted = kept.long().cumprod(0).sum(0)  # (1,); a rejection ends the prefix
+    p_k, q_k = p.index_select(0, n_accepted), q.index_select(0, n_accepted)  # (1, V)
     return n_accepted, draw(residual(p_k, q_k), generator)
 
 
@@ -105,21 +104,20 @@ def verify(p, q, drafted, generator):
 
 
 def draft(model, e, token, to_probs, generator):
-    """Draw x_2, ..., x_n from the CP joint at e given x_1 = token: -> drafted (n - 1,), q (n - 1, V).
+    """Draw x_2, ..., x_n from the CP joint at e given x_1 = token: -> drafted (n - 1,), q (n, V) as `verify` takes them.
 
     The drafted prefix says which component it came from: with b_a ~ w_a prod_{j<s} P_a^(j)(x_j), the row
     q_s = sum_a b_a P_a^(s) is the exact conditional of equation (1), and x_s is drawn from just that row.
     e (C,) is the hidden state of the token before x_1.
     """
     log_w, log_p = model.cp_log_probs(e)  # (r,), (n, r, V)
-    p = log_p.exp().unbind()
     log_b, x, drafted, q = log_w.unsqueeze(-1), token, [], []
-    for s, log_p_s in enumerate(log_p[:-1].unbind(), 1):
-        log_b = log_b + log_p_s.index_select(-1, x)  # (r, 1)
-        q.append(to_probs((log_b.softmax(0).T @ p[s]).log()))  # (1, n_token)
+    for log_p_before, p_s in zip(log_p.unbind(), log_p.exp().unbind()[1:]):
+        log_b = log_b + log_p_before.index_select(-1, x)  # (r, 1)
+        q.append(to_probs((log_b.softmax(0).T @ p_s).log()))  # (1, n_token)
         x = draw(q[-1], generator)  # (1,)
         drafted.append(x)
-    return torch.cat(drafted), torch.cat(q)
+    return torch.cat(drafted), torch.cat((*q, torch.zeros_like(q[0])))
 
 
 def speculative_step(model, cache, e, token, max_drafts, to_probs, generator):
@@ -127,17 +125,17 @@ def speculative_step(model, cache, e, token, max_drafts, to_probs, generator):
 
     token (1,): the last token that was emitted; the trunk has not seen it yet. e (C,): the hidden state of the
     token before it. cache: everything before it. max_drafts: how many drafts may be accepted at most.
-    Returns e and token for the next step, and block (n + 1,): how many tokens are new, then those, then filler.
-    The caller sets cache.length to what it was plus the number of new tokens: that rolls back the rejected ones.
+    Returns e and token for the next step, and block (n + 1,): the number k of accepted drafts, the n - 1 drafts, and
+    the token behind the accepted ones. New are the first k drafts and that token; the caller sets cache.length to
+    what it was plus k + 1, which rolls back the rejected ones.
     """
     drafted, q = draft(model, e, token, to_probs, generator)
-    q = q * (torch.arange(len(q), device=q.device) < max_drafts).unsqueeze(-1)
+    if max_drafts < len(drafted):
+        q[max_drafts:] = 0
     hidden = model.hidden(torch.cat((token, drafted)).unsqueeze(0), cache)[0]  # (n, C)
     n_accepted, token = verify(to_probs(model.target_logits(hidden)), q, drafted, generator)
-    n_accepted, token = n_accepted.unsqueeze(0), token.unsqueeze(0)  # (1,), (1,)
-    e = hidden.index_select(0, n_accepted).squeeze(0)  # row 0 is x_1, so this is the last accepted token's
-    new = torch.cat((drafted, token)).scatter(0, n_accepted, token)
-    return e, token, torch.cat((n_accepted + 1, new))
+    e = hidden.index_select(0, n_accepted)[0]  # row 0 is x_1, so this is the last accepted token's
+    return e, token, torch.cat((n_accepted, drafted, token))
 
 
 # -----------------------------------------------------------------------------
@@ -267,10 +265,11 @@ def speculative_blocks(model, tokens, to_probs, generator):
         # a draft needs its predecessor inside the block, so that its window is the one of its own index
         n_drafts = min(model.config.n_future - 1, block_size - length - 1)
         e, token, block = speculative_step(model, cache, e, token, n_drafts, to_probs, generator)
-        n_new, *new = block.tolist()  # the step's only sync
-        cache.length = length + n_new
-        tokens += new[:n_new]
-        yield new[:n_new], n_drafts
+        n_accepted, *drafted, last = block.tolist()  # the step's only sync
+        new = drafted[:n_accepted] + [last]
+        cache.length = length + len(new)
+        tokens += new
+        yield new, n_drafts
 
 
 def window(tokens, model):
