@@ -79,7 +79,7 @@ PRESETS = {
     ),
     "laptop": TrainConfig(
         data_dir="data/text", out_dir="out/laptop", block_size=256, n_layer=10, n_head=4, n_embd=128, n_future=4, rank=4,
-        target="lm_head", joint_weight=0.5, joint_share=0.5, batch_size=8, lr=3e-3, min_lr=1e-4, max_iters=3500,
+        target="lm_head", joint_weight=0.5, joint_share=0.5, batch_size=8, lr=3e-3, min_lr=1e-4, max_iters=2000,
     ),
     "tinystories": TrainConfig(
         data_dir="data/tinystories", out_dir="out/tinystories", block_size=256, n_layer=8, n_head=8, n_embd=512,
