@@ -13,12 +13,13 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from dataclasses import replace
 
 import torch
 
-from decode import Stats, generate_cached, generate_speculative, new_cache
+from decode import Stats, as_ids, generate_cached, generate_speculative, new_cache, window
 from sample import add_model_flags, load, prompt_ids
 
 
@@ -66,8 +67,11 @@ class Bench:
         return min(seconds, key=lambda n: statistics.median(seconds[n]))
 
     def rounds(self, temperature, n_rounds):
-        """Seconds per token of every round, the Stats of all rounds together, and the first round's texts, by mode."""
-        seconds, stats, texts = {m: [] for m in self.modes}, {m: Stats() for m in self.modes}, {}
+        """Seconds per token of every round, the Stats of all rounds together, and the first round's texts, by mode.
+
+        Under "forward" the seconds stand that a forward pass of n tokens and their target rows took in that round.
+        """
+        seconds, stats, texts = {m: [] for m in (*self.modes, "forward")}, {m: Stats() for m in self.modes}, {}
         for mode in self.modes:  # warm up
             self.decode(mode, temperature, self.seed, prompts=self.prompts[:1])
         for i in range(n_rounds):
@@ -75,17 +79,20 @@ class Bench:
                 spent, text = timed(lambda: self.decode(mode, temperature, self.seed + i, stats[mode]), self.device)
                 seconds[mode].append(spent / sum(map(len, text)))
                 texts.setdefault(mode, text)
+            seconds["forward"].append(self.forward_seconds(self.model.config.n_future))
         return seconds, stats, texts
 
     @torch.inference_mode()
-    def forward_seconds(self, n_tokens, n_rounds=100):
-        """Median seconds of a cached forward pass of n tokens with their target rows, in the middle of the block."""
+    def forward_seconds(self, n_tokens, repeats=100):
+        """Mean seconds of a cached forward pass of n tokens with their target rows, in the middle of the block."""
         cache, tokens = new_cache(self.model), torch.zeros(1, n_tokens, dtype=torch.long, device=self.device)
-        seconds = []
-        for _ in range(n_rounds):
-            cache.length = self.model.config.block_size // 2
-            seconds.append(timed(lambda: self.model.target_logits(self.model.hidden(tokens, cache)[0]), self.device)[0])
-        return statistics.median(seconds)
+
+        def forwards():
+            for _ in range(repeats):
+                cache.length = self.model.config.block_size // 2
+                self.model.target_logits(self.model.hidden(tokens, cache)[0])
+
+        return timed(forwards, self.device)[0] / repeats
 
     @torch.inference_mode()
     def first_difference(self, texts):
@@ -93,25 +100,70 @@ class Bench:
         for i, (prompt, plain, fast) in enumerate(zip(self.prompts, texts["plain"], texts["speculative"])):
             for k, (a, b) in enumerate(zip(plain, fast)):
                 if a != b:
-                    ids = torch.tensor([(prompt + plain)[: len(prompt) + k][-self.model.config.block_size :]], device=self.device)
-                    top = self.model(ids)[0, -1].topk(2).values
+                    before = window(prompt + plain[:k], self.model)
+                    top = self.model(as_ids(before, self.model))[0, -1].topk(2).values
                     return {"prompt": i, "token": k, "logit_gap": (top[0] - top[1]).item()}
         return None
 
 
-def table(rows):
-    print(f"{'mode':14} {'temp':>4} {'tokens/s':>9} {'speed-up':>8} {'bound':>6} {'tok/step':>8}  acceptance by position")
+    def rows(self, temperature, n_rounds):
+        """One row of the table per mode, and the first round's texts."""
+        seconds, stats, texts = self.rounds(temperature, n_rounds)
+
+        def times_faster_than_plain(mode):
+            return statistics.median(plain / own for plain, own in zip(seconds["plain"], seconds[mode]))
+
+        rows = []
+        for mode in self.modes:
+            per_token, s = statistics.median(seconds[mode]), stats[mode]
+            rows.append({
+                "mode": mode, "temperature": temperature, "tokens_per_second": 1 / per_token,
+                "tokens_per_step": s.tokens_per_step, "step_ms": 1e3 * per_token * s.tokens_per_step,
+                "speedup": times_faster_than_plain(mode), "bound": None,
+                "acceptance": [a if a == a else None for a in s.acceptance], "histogram": s.histogram,
+            })
+            if mode == "speculative":  # as if drafting, verifying and the host were free
+                rows[-1]["forward_ms"] = 1e3 * statistics.median(seconds["forward"])
+                rows[-1]["bound"] = s.tokens_per_step * times_faster_than_plain("forward")
+        return rows, texts
+
+
+def describe(bench, args):
+    """What was measured, on what."""
+    config, device = bench.model.config, bench.device
+    trunk, head = bench.model.n_params()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "out_dir": args.out_dir, "device": str(device), "hardware": name, "torch": torch.__version__,
+        "dtype": args.dtype, "threads": torch.get_num_threads(), "trunk_parameters": trunk, "head_parameters": head,
+        "n_future": config.n_future, "rank": config.rank, "factors": config.factors, "target": config.target,
+        "vocab_size": config.n_token, "prompts": len(bench.prompts), "tokens_per_prompt": bench.n_tokens,
+        "rounds": args.rounds, "seed": args.seed,
+    }
+
+
+def print_card(card):
+    for key, value in card.items():
+        print(f"{key:18} {value}")
+    if card["target"] == "marginal":
+        print("target = marginal: plain decoding computes r heads for its one token, too. lm_head_only is the same\n"
+              "trunk with its plain LM head, for its speed alone: that head was not trained to predict on its own.")
+
+
+def print_table(rows):
+    print(f"\n{'mode':12} temp  tokens/s speed-up  bound tok/step  acceptance by position")
     for row in rows:
-        acceptance = " ".join(f"{a:.2f}" if a is not None else "-" for a in row["acceptance"])
-        bound = f"{row['bound']:.2f}" if row["bound"] else ""
-        print(f"{row['mode']:14} {row['temperature']:4.1f} {row['tokens_per_second']:9.0f} {row['speedup']:7.2f}x {bound:>6} "
-              f"{row['tokens_per_step']:8.2f}  {acceptance}")
+        acceptance = " ".join("-" if a is None else f"{a:.2f}" for a in row["acceptance"])
+        bound = f"{row['bound']:.2f}x" if row["bound"] else ""
+        print(f"{row['mode']:12} {row['temperature']:4.1f} {row['tokens_per_second']:9.0f} {row['speedup']:7.2f}x "
+              f"{bound:>6} {row['tokens_per_step']:8.2f}  {acceptance}")
         if row["mode"] == "speculative":
-            steps = sum(row["histogram"])
-            print(" " * 20 + "steps by tokens: " + " ".join(f"{k}:{h / steps:.0%}" for k, h in enumerate(row["histogram"]) if k))
+            shares = (f"{k}:{h / sum(row['histogram']):.0%}" for k, h in enumerate(row["histogram"]) if k)
+            print(f"{'':18}steps by tokens: {' '.join(shares)}")
+            print(f"{'':18}a step {row['step_ms']:.2f} ms, of which the forward pass and its targets {row['forward_ms']:.2f} ms")
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, at least 5 (7)")
@@ -120,53 +172,29 @@ def main():
     args = parser.parse_args()
     if args.rounds < 5:
         parser.error("--rounds must be at least 5: the median of fewer is noise")
+    return args
 
+
+def main():
+    args = parse_args()
     model, enc, ckpt = load(args.out_dir, args.device, args.dtype)
-    config = model.config
     if model.cp_head is None:
-        parser.error(f"{args.out_dir} has n_future = 1: there is no head to draft from, so nothing to compare")
+        sys.exit(f"{args.out_dir} has n_future = 1: there is no head to draft from, so nothing to compare.")
     prompts = [prompt_ids(enc, text) for text in ckpt["meta"]["prompts"]]
-    n_tokens = args.max_new_tokens or min(256, config.block_size - max(map(len, prompts)))
+    n_tokens = args.max_new_tokens or min(256, model.config.block_size - max(map(len, prompts)))
     bench = Bench(model, prompts, n_tokens, args.seed)
     torch.set_num_threads(args.threads or bench.best_threads())
-    trunk, head = model.n_params()
-    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else platform.processor() or platform.machine()
-    card = {
-        "out_dir": args.out_dir, "device": str(bench.device), "hardware": name, "torch": torch.__version__, "dtype": args.dtype,
-        "threads": torch.get_num_threads(), "trunk_parameters": trunk, "head_parameters": head, "n_future": config.n_future,
-        "rank": config.rank, "factors": config.factors, "target": config.target, "vocab_size": config.n_token,
-        "prompts": len(prompts), "tokens_per_prompt": n_tokens, "rounds": args.rounds, "seed": args.seed,
-    }
-    for key, value in card.items():
-        print(f"{key:18} {value}")
-    if config.target == "marginal":
-        print("target = marginal: plain decoding computes r heads for its one token too; lm_head_only is the same trunk\n"
-              "with its plain LM head, timed for its speed alone (the head is not trained to predict on its own)")
-    one, n = bench.forward_seconds(1), bench.forward_seconds(config.n_future)
-    card["forward_ms_1"], card["forward_ms_n"] = one * 1e3, n * 1e3
-    print(f"forward + target rows: 1 token {one * 1e3:.3f} ms, {config.n_future} tokens {n * 1e3:.3f} ms\n")
-    rows = []
-    for temperature in (0.0, 1.0):
-        seconds, stats, texts = bench.rounds(temperature, args.rounds)
-        plain_step = statistics.median(seconds["plain"])
-        for mode in bench.modes:
-            s = stats[mode]
-            rows.append({
-                "mode": mode, "temperature": temperature, "tokens_per_second": 1 / statistics.median(seconds[mode]),
-                "tokens_per_step": s.tokens_per_step,
-                "speedup": statistics.median(p / t for p, t in zip(seconds["plain"], seconds[mode])),
-                # drafting, verifying and the host for free: only the forward pass of n tokens and its targets are paid
-                "bound": s.tokens_per_step * plain_step / n if mode == "speculative" else None,
-                "step_ms": statistics.median(seconds[mode]) * s.tokens_per_step * 1e3,
-                "acceptance": [a if a == a else None for a in s.acceptance], "histogram": s.histogram,
-            })
-        if temperature == 0:
-            card["first_difference"] = bench.first_difference(texts)
-    table(rows)
-    part = card["first_difference"]
+    card = describe(bench, args)
+    print_card(card)
+
+    greedy, texts = bench.rows(0.0, args.rounds)
+    sampled, _ = bench.rows(1.0, args.rounds)
+    print_table(greedy + sampled)
+    part = card["first_difference"] = bench.first_difference(texts)
     print("\ntemperature 0: " + ("both texts are the same, token for token" if part is None else
-          f"texts part at token {part['token']} of prompt {part['prompt']}, where the two top logits differ by {part['logit_gap']:.2e}"))
-    print(json.dumps({"card": card, "rows": rows}))
+          f"texts part at token {part['token']} of prompt {part['prompt']}; the two top logits differ by "
+          f"{part['logit_gap']:.1e} there"))
+    print(json.dumps({"card": card, "rows": greedy + sampled}))
 
 
 if __name__ == "__main__":

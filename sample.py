@@ -61,11 +61,12 @@ def main():
     mode = args.mode or ("speculative" if model.cp_head else "plain")
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(args.seed)
     stats, n_tokens, start = Stats(), 0, time.perf_counter()
+    options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop_token=enc.eot_token,
+                   generator=generator, stats=stats)
     for _ in range(args.num_samples):
         print(args.prompt, end="", flush=True)
         stream = TextStream(enc)
-        for token in MODES[mode](model, prompt_ids(enc, args.prompt), args.max_new_tokens, temperature=args.temperature,
-                                 top_k=args.top_k, top_p=args.top_p, stop_token=enc.eot_token, generator=generator, stats=stats):
+        for token in MODES[mode](model, prompt_ids(enc, args.prompt), args.max_new_tokens, **options):
             n_tokens += 1
             if token != enc.eot_token:
                 print(stream.push(token), end="", flush=True)

@@ -130,8 +130,8 @@ def windows(tmp_path, n_tokens, **config):
 
 def test_every_position_has_its_full_window(tmp_path):
     """targets[b, t, s - 1] is the token s places after idx[b, t], for every t, the last ones included."""
-    data = windows(tmp_path, 50)
-    idx, targets = data.random(32, torch.Generator().manual_seed(0))
+    data = windows(tmp_path, 50, batch_size=32)
+    idx, targets = next(data.random(torch.Generator().manual_seed(0)))
     assert torch.equal(targets, idx.unsqueeze(-1) + torch.arange(1, 4)) and idx.shape == (32, 6)
     assert data.n_starts == 42 and windows(tmp_path, 9).at([0])[1][0, -1].tolist() == [6, 7, 8]
     with pytest.raises(SystemExit, match="holds 8 tokens"):
@@ -139,8 +139,7 @@ def test_every_position_has_its_full_window(tmp_path):
 
 
 def test_validation_windows_do_not_depend_on_the_batch_size(tmp_path):
-    data = windows(tmp_path, 500)
-    once, twice = (torch.cat([idx for idx, _ in data.fixed(10, size)]) for size in (10, 3))
+    once, twice = (torch.cat([idx for idx, _ in windows(tmp_path, 500, batch_size=size).fixed(10)]) for size in (10, 3))
     assert torch.equal(once, twice) and once[0, 0] == 0 and once[-1, -1] == 496
 
 

@@ -35,7 +35,7 @@ class TrainConfig:
     data_dir: str = flag("data/text", "folder that prepare_tinystories.py wrote")
     out_dir: str = flag("out/text", "folder for the checkpoint and the log")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes cuda, then mps, then cpu")
-    dtype: str = flag("auto", "float32, bfloat16 or float16; auto is bfloat16 (else float16) on a GPU, float32 elsewhere")
+    dtype: str = flag("auto", "float32, bfloat16 or float16; auto is bfloat16 (else float16) on cuda, else float32")
     compile: bool = flag(False, "torch.compile the loss (needs a C++ compiler)")
     seed: int = flag(1337, "seed of the initial weights, the batches and dropout")
     init_from: str = flag("", "checkpoint to start from, ours or nanoGPT's; its trunk keeps its shape")
@@ -79,7 +79,7 @@ PRESETS = {
     ),
     "laptop": TrainConfig(
         data_dir="data/text", out_dir="out/laptop", block_size=256, n_layer=10, n_head=4, n_embd=128, n_future=4, rank=4,
-        target="lm_head", joint_weight=0.5, joint_share=0.5, batch_size=8, lr=3e-3, min_lr=1e-4, max_iters=2000,
+        target="lm_head", joint_weight=0.5, joint_share=0.5, batch_size=8, lr=3e-3, min_lr=1e-4, max_iters=3000,
     ),
     "tinystories": TrainConfig(
         data_dir="data/tinystories", out_dir="out/tinystories", block_size=256, n_layer=8, n_head=8, n_embd=512,
@@ -92,7 +92,9 @@ def parse_args():
     """--preset, then every field of TrainConfig as a flag that overrides it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="where the defaults come from (laptop)")
-    preset = PRESETS[parser.parse_known_args(["--preset", "laptop"] if {"-h", "--help"} & set(sys.argv) else None)[0].preset]
+    known = argparse.ArgumentParser(add_help=False)  # --help has to wait until all flags are there
+    known.add_argument("--preset", default="laptop")
+    preset = PRESETS.get(known.parse_known_args()[0].preset, PRESETS["laptop"])
     for f in fields(TrainConfig):
         text = f"{f.metadata['help']} ({getattr(preset, f.name)})"
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
@@ -125,7 +127,7 @@ class Windows:
 
     def __init__(self, path, cfg, device):
         self.data = np.memmap(path, dtype=np.uint16, mode="r")
-        self.T, self.n, self.device = cfg.block_size, cfg.n_future, device
+        self.T, self.n, self.batch_size, self.device = cfg.block_size, cfg.n_future, cfg.batch_size, device
         self.n_starts = len(self.data) - self.T - self.n + 1
         if self.n_starts < 1:
             sys.exit(f"{path} holds {len(self.data)} tokens, fewer than block_size + n_future = {self.T + self.n}.")
@@ -140,14 +142,16 @@ class Windows:
             tokens = tokens.to(self.device)
         return tokens[:, : self.T], tokens[:, 1:].unfold(1, self.n, 1)
 
-    def random(self, batch_size, generator):
-        return self.at(torch.randint(self.n_starts, (batch_size,), generator=generator).tolist())
+    def random(self, generator):
+        """Batches of random windows, for ever."""
+        while True:
+            yield self.at(torch.randint(self.n_starts, (self.batch_size,), generator=generator).tolist())
 
-    def fixed(self, n_windows, batch_size):
+    def fixed(self, n_windows):
         """Batches of n_windows evenly spaced windows: the same ones at any batch size."""
         starts = np.linspace(0, self.n_starts - 1, n_windows).astype(int)
-        for i in range(0, n_windows, batch_size):
-            yield self.at(starts[i : i + batch_size])
+        for i in range(0, n_windows, self.batch_size):
+            yield self.at(starts[i : i + self.batch_size])
 
 
 # -----------------------------------------------------------------------------
@@ -193,7 +197,7 @@ def evaluate(model, val, cfg, context):
     """The parts of the loss (see GPT.loss), averaged over the fixed validation windows."""
     model.eval()
     totals, n_windows = {}, 0
-    for idx, targets in val.fixed(cfg.eval_windows, cfg.batch_size):
+    for idx, targets in val.fixed(cfg.eval_windows):
         with context:
             parts = model.loss(idx, targets)[1]
         for name, part in parts.items():
@@ -214,16 +218,18 @@ def save(model, cfg, meta, iter_num, val, path):
 def report(val, meta):
     """The table at the end of a run."""
     bits = 1 / math.log(2)
-    print(f"\nvalidation            nats/token  bits/token\nnext-token loss       {val['next']:10.4f}  {val['next'] * bits:10.4f}"
-          f"   = {val['next'] * bits / meta['bytes_per_token']:.4f} bits per byte")
+    per_byte = val["next"] * bits / meta["bytes_per_token"]
+    print("\nvalidation            nats/token  bits/token")
+    print(f"next-token loss       {val['next']:10.4f}  {val['next'] * bits:10.4f}   = {per_byte:.4f} bits per byte")
     if "entropy_bits_per_token" in meta:
         entropy = meta["entropy_bits_per_token"]
-        print(f"entropy of the text   {entropy / bits:10.4f}  {entropy:10.4f}   (of the toy's grammar; no model can be below)")
+        print(f"entropy of the text   {entropy / bits:10.4f}  {entropy:10.4f}   (the toy's grammar: no model can be below)")
     if "usage" not in val:
         return
     print(f"joint loss per token  {val['joint']:10.4f}  {val['joint'] * bits:10.4f}")
     for s, loss in enumerate(val["offset"], 1):
-        print(f"  offset {s:<2}           {loss:10.4f}  {loss * bits:10.4f}   {'given the gold tokens before it' if s == 2 else ''}")
+        note = "   given the true tokens before it in the window" if s == 2 else ""
+        print(f"  offset {s:<2}           {loss:10.4f}  {loss * bits:10.4f}{note}")
     print("component usage       " + " ".join(f"{w:.3f}" for w in val["usage"]) + f"   balance {val['balance']:.3f}")
 
 
@@ -231,71 +237,72 @@ def report(val, meta):
 # the loop
 
 
+def optimizer_step(model, loss_function, batches, optimizer, scaler, context, cfg):
+    """One step on cfg.grad_accum batches; returns the last one's loss and its parts."""
+    for _ in range(cfg.grad_accum):
+        idx, targets = next(batches)
+        with context:
+            loss, parts = loss_function(idx, targets, cfg.joint_weight, cfg.balance_weight, cfg.joint_share)
+        scaler.scale(loss / cfg.grad_accum).backward()
+    if cfg.grad_clip:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, parts
+
+
 def train(cfg):
     torch.manual_seed(cfg.seed)
-    torch.set_flush_denormal(True)  # the posterior of a lost component times a small probability: x86 is slow at these
-    device, out_dir = pick_device(cfg.device), Path(cfg.out_dir)
+    torch.set_flush_denormal(True)  # a lost component's posterior times a small probability: x86 is slow at these
+    device, data_dir, out_dir = pick_device(cfg.device), Path(cfg.data_dir), Path(cfg.out_dir)
     dtype = pick_dtype(cfg.dtype, device)
-    meta = json.loads((Path(cfg.data_dir) / "meta.json").read_text(encoding="utf-8"))
+    if not (data_dir / "meta.json").exists():
+        sys.exit(f"There is no data in {data_dir}; write some first: python prepare_tinystories.py --data_dir {data_dir}")
+    meta = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))
     model = build_model(cfg, meta).to(device)
     cfg = replace(cfg, **{f.name: getattr(model.config, f.name) for f in fields(cfg) if hasattr(model.config, f.name)})
-    data = Windows(Path(cfg.data_dir) / "train.bin", cfg, device)
-    val_data = Windows(Path(cfg.data_dir) / "val.bin", cfg, device)
+    batches = Windows(data_dir / "train.bin", cfg, device).random(torch.Generator().manual_seed(cfg.seed))
+    val_data = Windows(data_dir / "val.bin", cfg, device)
     optimizer = build_optimizer(model, cfg, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     context = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     loss_function = torch.compile(model.loss) if cfg.compile else model.loss
-    batches = torch.Generator().manual_seed(cfg.seed)
     trunk, head = model.n_params()
     tokens_per_iter = cfg.batch_size * cfg.grad_accum * cfg.block_size
     print(f"device {device}, {str(dtype).removeprefix('torch.')}; trunk {trunk / 1e6:.2f}M and head {head / 1e6:.2f}M "
           f"parameters; {tokens_per_iter:,} tokens per step; n = {cfg.n_future}, r = {cfg.rank}")
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    log = open(out_dir / "log.jsonl", "w", encoding="utf-8")
-    bar = tqdm(total=cfg.max_iters, unit="it", mininterval=1.0)
-    iter_num = 0
-    while True:
-        # the clock starts after the first step, which may compile: a run well within max_seconds does not depend on it
-        seconds = time.monotonic() - start if iter_num else 0.0
-        progress = max(iter_num / cfg.max_iters, seconds / cfg.max_seconds if cfg.max_seconds else 0.0)
-        done = progress >= 1
-        if done or (iter_num and iter_num % cfg.eval_interval == 0):
-            val = evaluate(model, val_data, cfg, context)
-            save(model, cfg, meta, iter_num, val, out_dir / "ckpt.pt")
-            log.write(json.dumps({"iter": iter_num, "seconds": seconds, "val": val}) + "\n")
-            log.flush()
-            bar.write(f"step {iter_num}: validation next {val['next']:.4f}, joint {val['joint']:.4f} nats per token")
-        if done:
-            break
-        lr = learning_rate(progress, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for _ in range(cfg.grad_accum):
-            idx, targets = data.random(cfg.batch_size, batches)
-            with context:
-                loss, parts = loss_function(idx, targets, cfg.joint_weight, cfg.balance_weight, cfg.joint_share)
-            scaler.scale(loss / cfg.grad_accum).backward()
-        if cfg.grad_clip:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if iter_num == 0:
-            start = time.monotonic()
-        iter_num += 1
-        bar.update()
-        if iter_num % cfg.log_interval == 0:
-            line = {"iter": iter_num, "seconds": seconds, "lr": lr, "loss": loss.item()}
-            line.update({name: part.tolist() for name, part in parts.items()})
-            line["tokens_per_second"] = (iter_num - 1) * tokens_per_iter / (time.monotonic() - start)
-            log.write(json.dumps(line) + "\n")
-            bar.set_postfix(loss=f"{line['loss']:.3f}", tok_s=f"{line['tokens_per_second']:,.0f}")
-    bar.close()
-    log.close()
+    iter_num, seconds, start = 0, 0.0, None
+    with open(out_dir / "log.jsonl", "w", encoding="utf-8") as log, tqdm(total=cfg.max_iters, mininterval=1.0) as bar:
+        while True:
+            progress = max(iter_num / cfg.max_iters, seconds / cfg.max_seconds if cfg.max_seconds else 0.0)
+            if progress >= 1 or (iter_num and iter_num % cfg.eval_interval == 0):
+                val = evaluate(model, val_data, cfg, context)
+                save(model, cfg, meta, iter_num, val, out_dir / "ckpt.pt")
+                print(json.dumps({"iter": iter_num, "seconds": seconds, "val": val}), file=log, flush=True)
+                bar.write(f"step {iter_num}: validation next {val['next']:.4f}, joint {val['joint']:.4f} nats per token")
+            if progress >= 1:
+                break
+            lr = learning_rate(progress, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, parts = optimizer_step(model, loss_function, batches, optimizer, scaler, context, cfg)
+            # The clock starts after the first step, which may compile; a run that stays well within max_seconds does
+            # not depend on the machine's speed.
+            start = start or time.monotonic()
+            seconds = time.monotonic() - start
+            iter_num += 1
+            bar.update()
+            if iter_num % cfg.log_interval == 0:
+                speed = (iter_num - 1) * tokens_per_iter / max(seconds, 1e-9)
+                line = {"iter": iter_num, "seconds": seconds, "lr": lr, "loss": loss.item(), "tokens_per_second": speed}
+                print(json.dumps(line | {name: part.tolist() for name, part in parts.items()}), file=log)
+                bar.set_postfix(loss=f"{line['loss']:.3f}", tok_s=f"{speed:,.0f}")
     report(val, meta)
-    print(f"\nwrote {out_dir}/ckpt.pt after {iter_num} steps, {seconds:.0f} s")
+    print(f"\nwrote {out_dir / 'ckpt.pt'} after {iter_num} steps, {seconds:.0f} s")
 
 
 if __name__ == "__main__":
