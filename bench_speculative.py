@@ -160,7 +160,7 @@ def print_table(rows):
         if row["mode"] == "speculative":
             shares = (f"{k}:{h / sum(row['histogram']):.0%}" for k, h in enumerate(row["histogram"]) if k)
             print(f"{'':18}steps by tokens: {' '.join(shares)}")
-            print(f"{'':18}a step {row['step_ms']:.2f} ms, of which the forward pass and its targets {row['forward_ms']:.2f} ms")
+            print(f"{'':18}a step {row['step_ms']:.2f} ms; the forward pass and its targets {row['forward_ms']:.2f} ms")
 
 
 def parse_args():

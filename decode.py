@@ -85,9 +85,9 @@ def residual(p, q):
 def verify(p, q, drafted, generator):
     """Accept a prefix of the drafts and draw the token behind it, so that every token follows p.
 
-    drafted (n - 1,) were drawn from the rows of q (n, V); p (n, V) are the target's rows for the same places. An all-zero
-    row of q says "nothing was drafted here": it is never accepted, and the token in its place is drawn from p. The
-    last row is always such a one: it is the place behind the drafts, where the bonus token goes.
+    drafted (n - 1,) were drawn from the rows of q (n, V); p (n, V) are the target's rows for the same places. An
+    all-zero row of q says "nothing was drafted here": it is never accepted, and the token in its place is drawn from
+    p. The last row is always such a one: it is the place behind the drafts, where the bonus token goes.
     Returns how many drafts are accepted (1,) and the token behind them (1,).
 
     Left to right, draft x is kept with probability min(1, p(x) / q(x)). So x comes out of a draft with
@@ -104,7 +104,7 @@ def verify(p, q, drafted, generator):
 
 
 def draft(model, e, token, to_probs, generator):
-    """Draw x_2, ..., x_n from the CP joint at e given x_1 = token: -> drafted (n - 1,), q (n, V) as `verify` takes them.
+    """Draw x_2, ..., x_n from the CP joint at e given x_1 = token: -> drafted (n - 1,), q (n, V), see `verify`.
 
     The drafted prefix says which component it came from: with b_a ~ w_a prod_{j<s} P_a^(j)(x_j), the row
     q_s = sum_a b_a P_a^(s) is the exact conditional of equation (1), and x_s is drawn from just that row.

@@ -77,7 +77,7 @@ class KVCache:
         self.length = 0
 
     def append(self, layer, kv):
-        """Write kv (2, B, nh, T, hs) behind the valid rows of a layer; returns all of them (2, B, nh, length + T, hs)."""
+        """Write kv (2, B, nh, T, hs) behind a layer's valid rows; returns all of them (2, B, nh, length + T, hs)."""
         T = kv.size(3)
         self.kv[layer].narrow(3, self.length, T).copy_(kv)
         return self.kv[layer].narrow(3, 0, self.length + T)

@@ -272,9 +272,9 @@ def main():
     print(f"tokenizer: {meta['vocab_size']:,} ids, {meta['bytes_per_token']:.2f} bytes per token")
     if bits:
         tokens_per_story = sum(c["tokens"] for c in meta["splits"].values()) / len(documents)
-        meta["entropy_bits_per_token"] = toy_entropy() / tokens_per_story
+        per_token = meta["entropy_bits_per_token"] = toy_entropy() / tokens_per_story
         print(f"entropy of the grammar: {toy_entropy():.2f} bits per story (surprisal of these: {np.mean(bits):.2f}), "
-              f"{meta['entropy_bits_per_token']:.3f} bits = {meta['entropy_bits_per_token'] * math.log(2):.3f} nats per token")
+              f"{per_token:.3f} bits = {per_token * math.log(2):.3f} nats per token")
     write(data_dir / "meta.json", json.dumps(meta, ensure_ascii=True).encode())
     print(f"wrote {data_dir}/train.bin, val.bin, meta.json")
 

@@ -92,7 +92,8 @@ def test_loss_and_its_gradient_equal_brute_force(factors, target):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     torch.testing.assert_close(parts["joint"], joint.detach())
     torch.testing.assert_close(parts["next"], (-first.log().mean() if target == "marginal" else cross_entropy).detach())
-    torch.testing.assert_close(parts["offset"][:2], torch.stack((-first.log().mean(), (first / second).log().mean())).detach())
+    offsets = torch.stack((-first.log().mean(), (first / second).log().mean())).detach()
+    torch.testing.assert_close(parts["offset"][:2], offsets)
     assert parts["offset"].mean().item() == pytest.approx(joint.item(), abs=1e-12)
     torch.testing.assert_close(parts["balance"], balance.detach())
 
@@ -110,7 +111,8 @@ def test_gradcheck_of_the_joint_loss(factors):
     def loss(e, unembed, *params):
         return torch.func.functional_call(head, dict(zip(names, params)), (e, unembed)).sum()
 
-    inputs = [torch.randn(5, 3), torch.randn(4, 3), *(p.detach() + 0.3 * torch.randn(p.shape) for p in head.parameters())]
+    params = [p.detach() + 0.3 * torch.randn(p.shape) for p in head.parameters()]
+    inputs = [torch.randn(5, 3), torch.randn(4, 3), *params]
     inputs = [x.double().requires_grad_() for x in inputs]
     if factors == "full":
         inputs[1].requires_grad_(False)
@@ -134,7 +136,8 @@ def test_rank_one_is_independent_heads():
     idx, targets = torch.randint(5, (2, 4)), torch.randint(5, (2, 4, 3))
     loss, _ = model.loss(idx, targets)
     e = model.hidden(idx).flatten(0, 1)
-    heads = [F.cross_entropy(model.lm_head(e @ model.cp_head.factors[s, 0].T), targets[..., s].flatten()) for s in range(3)]
+    logits = [model.lm_head(e @ model.cp_head.factors[s, 0].T) for s in range(3)]
+    heads = [F.cross_entropy(logits[s], targets[..., s].flatten()) for s in range(3)]
     torch.testing.assert_close(loss, sum(heads) / 3, rtol=0, atol=1e-12)
     loss.backward()
     assert model.cp_head.mix.weight.grad.abs().max() < 1e-15
@@ -181,7 +184,8 @@ def test_heads_share_no_storage(factors):
 def test_components_start_apart(factors):
     """At equal components the weights' gradient is exactly 0 and training cannot part them; at our start it is not."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=16, n_future=3, rank=3, factors=factors)).double()
+    config = GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=16, n_future=3, rank=3, factors=factors)
+    model = GPT(config).double()
     idx, targets = torch.randint(16, (4, 8)), torch.randint(16, (4, 8, 3))
     model.loss(idx, targets)[0].backward()
     apart = model.cp_head.mix.weight.grad.abs().max().item()
@@ -194,7 +198,8 @@ def test_components_start_apart(factors):
 
 def test_low_precision_models_have_float32_probabilities():
     """A bfloat16 model computes its log-probabilities in float32; a float64 one keeps float64."""
-    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)):
+    bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
+    for dtype, expected in ((bf16, fp32), (fp32, fp32), (fp64, fp64)):
         model = tiny_model().to(dtype)
         e = torch.randn(8, dtype=dtype)
         assert {t.dtype for t in (*model.cp_log_probs(e), model.target_logits(e))} == {expected}
@@ -205,7 +210,7 @@ def test_low_precision_models_have_float32_probabilities():
 
 
 def nanogpt_logits(state, idx, n_layer, n_head):
-    """nanoGPT's forward pass, written from its definition on a plain dict of tensors: pre-norm, exact GELU, tied head."""
+    """nanoGPT's forward pass from its definition, on a plain dict of tensors: pre-norm, exact GELU, tied head."""
     def norm(x, name):
         mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
         return (x - mean) / (var + 1e-5).sqrt() * state[name + ".weight"] + state.get(name + ".bias", 0)
@@ -249,7 +254,8 @@ def test_nanogpt_checkpoint_loads_strictly_and_gives_its_logits(bias):
     idx = torch.randint(V, (T,))
     torch.set_default_dtype(torch.float64)
     try:
-        plain, headed = GPT.from_checkpoint(ckpt).eval(), GPT.from_checkpoint(ckpt, n_future=4, rank=2, target="lm_head").eval()
+        plain = GPT.from_checkpoint(ckpt).eval()
+        headed = GPT.from_checkpoint(ckpt, n_future=4, rank=2, target="lm_head").eval()
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(plain(idx[None])[0], nanogpt_logits(state, idx, L, nh), rtol=0, atol=1e-10)
@@ -327,7 +333,8 @@ def test_stale_cache_rows_are_never_read():
         cache.length = length
         for kv in cache.kv:
             kv[:, :, :, length:] = float("nan")
-        torch.testing.assert_close(model.hidden(idx[:, length:], cache), model.hidden(idx)[:, length:], rtol=0, atol=1e-12)
+        new = model.hidden(idx[:, length:], cache)
+        torch.testing.assert_close(new, model.hidden(idx)[:, length:], rtol=0, atol=1e-12)
 
 
 def test_rows_past_the_block_leave_the_others_alone():

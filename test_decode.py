@@ -80,7 +80,8 @@ def chi_square_p_value(samples, law):
     pooled = (N - sum(c for c, _ in cells), N - sum(e for _, e in cells))
     cells += [pooled] if pooled[1] >= 1 else []
     statistic = sum((c - e) ** 2 / e for c, e in cells)
-    return torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2).double(), torch.tensor(statistic / 2).double()).item()
+    half = torch.tensor([len(cells) - 1, statistic], dtype=torch.float64) / 2
+    return torch.special.gammaincc(*half).item()
 
 
 # -----------------------------------------------------------------------------
@@ -165,11 +166,13 @@ def test_warp_matches_its_definition():
             expected = torch.tensor([kept.get(i, 0.0) / sum(kept.values()) for i in range(10)], dtype=torch.float64)
             torch.testing.assert_close(p, expected, rtol=0, atol=1e-12)
     greedy = warp(logits, 0, n_token=10)
-    assert torch.equal(greedy.argmax(-1), logits[:, :10].argmax(-1)) and torch.equal(greedy.sum(-1), torch.ones(7).double())
+    assert torch.equal(greedy.argmax(-1), logits[:, :10].argmax(-1)) and greedy.unique().tolist() == [0, 1]
+    assert greedy.sum(-1).tolist() == [1] * 7
 
 
 def test_warp_widens_half_precision():
-    assert warp(torch.randn(5).bfloat16()).dtype == torch.float32 and warp(torch.randn(5).double()).dtype == torch.float64
+    assert warp(torch.randn(5).bfloat16()).dtype == torch.float32
+    assert warp(torch.randn(5).double()).dtype == torch.float64
 
 
 def test_draw_follows_the_row_and_never_takes_a_zero():
@@ -186,7 +189,7 @@ def test_draw_follows_the_row_and_never_takes_a_zero():
 
 
 def random_laws(kind, seed):
-    """A target and a draft law over three tokens of three, conditional on what is before: p[k], q[k] of shape (3,) * k + (3,)."""
+    """A target and a draft law over three tokens of three, conditional on those before: p[k], q[k] (3,) * k + (3,)."""
     torch.manual_seed(seed)
     p = [torch.softmax(2 * torch.randn((3,) * (k + 1), dtype=torch.float64), -1) for k in range(3)]
     q = [torch.softmax(2 * torch.randn((3,) * (k + 1), dtype=torch.float64), -1) for k in range(2)]
@@ -301,7 +304,10 @@ def test_speculative_law_is_the_oracle_law_by_enumeration(config, factors, targe
     assert total_variation(law, oracle_law(model, [0, 1], 3)) < 1e-12
 
 
-@pytest.mark.parametrize("options", [dict(temperature=0.7), dict(top_k=2), dict(top_p=0.6), dict(temperature=1.3, top_p=0.8)])
+WARPS = [dict(temperature=0.7), dict(top_k=2), dict(top_p=0.6), dict(temperature=1.3, top_p=0.8)]
+
+
+@pytest.mark.parametrize("options", WARPS, ids=str)
 def test_speculative_law_is_exact_under_warping(options, monkeypatch):
     """Temperature, top-k and top-p apply to p and q alike (transformers #47932: ratio on un-warped logits)."""
     model = tiny_model(**SMALL[0])
@@ -317,7 +323,7 @@ def test_speculative_law_is_exact_past_the_block(monkeypatch):
 
 
 def test_other_decoders_by_enumeration(monkeypatch):
-    """The oracle and the cached decoder have the law of the product of next-token probabilities, padded ids left out."""
+    """The oracle's and the cached decoder's law is the product of next-token probabilities, padded ids left out."""
     model = tiny_model(**SMALL[0], block_size=3, n_token=2)
     for decoder in (generate, generate_cached):
         law = exact_law(lambda choose: decoder(model, [0, 1], 5), monkeypatch)
@@ -360,7 +366,8 @@ def test_chi_square_rejects_wrong_decoders(name, monkeypatch):
     """Negative controls: the same test, with the same number of texts, rejects all four wrong decoders."""
     model = chi_square_model()
     monkeypatch.setattr(decode, *WRONG[name])
-    assert chi_square_p_value(sampled(generate_speculative, model, LENGTH, N_SAMPLES), oracle_law(model, [0, 1], LENGTH)) < 1e-9
+    samples = sampled(generate_speculative, model, LENGTH, N_SAMPLES)
+    assert chi_square_p_value(samples, oracle_law(model, [0, 1], LENGTH)) < 1e-9
 
 
 # -----------------------------------------------------------------------------
@@ -374,7 +381,8 @@ def test_greedy_texts_are_the_oracles(seed):
     rng = torch.Generator().manual_seed(seed)
     n, rank, block_size = (int(torch.randint(*lohi, (), generator=rng)) for lohi in ((2, 6), (1, 5), (2, 14)))
     factors, target = VARIANTS[seed % 4]
-    model = tiny_model(seed, n_future=n, rank=rank, block_size=block_size, vocab_size=11, n_token=9, factors=factors, target=target)
+    model = tiny_model(seed, n_future=n, rank=rank, block_size=block_size, vocab_size=11, n_token=9, factors=factors,
+                       target=target)
     for T in (1, 2, block_size - 1 or 1, block_size, block_size + 1, 2 * block_size + 3):
         prompt = torch.randint(9, (T,), generator=rng).tolist()
         expected = list(generate(model, prompt, 3 * block_size, temperature=0))
@@ -403,8 +411,8 @@ def counting_model(V, n, target, rank=2, block_size=64):
 
     The residual stream carries the one-hot embedding of the last token alone (attention and MLP write nothing).
     """
-    model = tiny_model(vocab_size=V, n_embd=V, n_head=1, n_layer=1, n_future=n, rank=rank, factors="full", target=target,
-                       block_size=block_size, bias=False)
+    model = tiny_model(vocab_size=V, n_embd=V, n_head=1, n_layer=1, n_future=n, rank=rank, factors="full",
+                       target=target, block_size=block_size, bias=False)
     eye = torch.eye(V, dtype=torch.float64)
     with torch.no_grad():
         model.transformer.wte.weight = torch.nn.Parameter(eye)
@@ -427,7 +435,8 @@ def test_right_heads_are_always_accepted(target, temperature):
     for n in (2, 3, 5):
         stats, model = Stats(), counting_model(7, n, target)
         generator = torch.Generator().manual_seed(0)
-        text = list(generate_speculative(model, [3], 1 + 5 * n, temperature=temperature, stats=stats, generator=generator))
+        options = dict(temperature=temperature, stats=stats, generator=generator)
+        text = list(generate_speculative(model, [3], 1 + 5 * n, **options))
         assert text == [(4 + i) % 7 for i in range(1 + 5 * n)]
         assert stats.tokens_per_step == n and stats.acceptance == [1.0] * (n - 1)
         assert stats.histogram == [0] * n + [5]
@@ -459,7 +468,7 @@ def test_statistics_add_up():
 
 
 def test_step_never_syncs_and_never_changes_shape():
-    """The speculative step reads no value back to the host, whatever is accepted, so that it can be compiled or captured."""
+    """The step reads no value back to the host, whatever is accepted, so that it can be compiled or captured."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class NoSync(TorchDispatchMode):
@@ -481,7 +490,7 @@ def test_step_never_syncs_and_never_changes_shape():
 
 
 def test_seed_decides_the_text():
-    """The same generator seed gives the same text, another seed (0 included) another one; the global RNG is not touched."""
+    """The same seed gives the same text, another seed (0 included) another one; the global RNG is not touched."""
     model = tiny_model(n_token=5)
     for decoder in (generate, generate_cached, generate_speculative):
         state = torch.get_rng_state()

@@ -21,8 +21,9 @@ TEXT = 'Once upon a time, Lily saw 12 red balls.\n"Look!" she said. They didn\'t
 
 def random_text(rng, length):
     """Any Unicode but surrogates, with plenty of spaces, newlines and letters."""
-    planes = [range(32, 127), range(0x20, 0x2FF), range(0x300, 0xD800), range(0xE000, 0x10000), range(0x10000, 0x110000)]
-    return "".join(rng.choice(" \n\t\r") if rng.random() < 0.2 else chr(rng.choice(rng.choice(planes))) for _ in range(length))
+    planes = [(32, 127), (0x20, 0x2FF), (0x300, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
+    return "".join(rng.choice(" \n\t\r") if rng.random() < 0.2 else chr(rng.randint(*rng.choice(planes)))
+                   for _ in range(length))
 
 
 # -----------------------------------------------------------------------------
@@ -35,7 +36,8 @@ def test_any_text_round_trips(vocab_size):
     <|endoftext|> token; the pattern that cuts the pieces loses no character."""
     enc = prep.load_tokenizer(prep.build_tokenizer([TEXT], vocab_size))
     rng = random.Random(0)
-    for text in ["", TEXT, "<|endoftext|>", f"a{prep.EOT}b", "\u0301x\u200d\u3000\u2028_", *(random_text(rng, 60) for _ in range(300))]:
+    texts = ["", TEXT, "<|endoftext|>", f"a{prep.EOT}b", "\u0301x\u200d\u3000\u2028_"]
+    for text in texts + [random_text(rng, 60) for _ in range(300)]:
         ids = enc.encode_ordinary(text)
         assert enc.decode(ids) == text and enc.eot_token not in ids
         assert "".join(re.findall(prep.PATTERN, text)) == text
@@ -91,8 +93,8 @@ def test_toy_stories_spell_out_their_choices():
         slots = re.findall(r"{([A-Z]+)}", template)
         for _ in range(3000):
             choice = tuple(rng.choice(prep.SLOTS[slot]) for slot in slots)
-            text = template.format(name="Lily", he="she", his="her", thing="ball", look="red", spot="under the old tree",
-                                   **dict(zip(slots, choice)))
+            text = template.format(name="Lily", he="she", his="her", thing="ball", look="red",
+                                   spot="under the old tree", **dict(zip(slots, choice)))
             seen[text].add((template, choice))
     assert all(len(choices) == 1 for choices in seen.values())
 
@@ -161,9 +163,15 @@ def test_tinystories_preset_has_the_papers_size():
 # the scripts, end to end
 
 
+def launch(cwd, script, *args):
+    """Run a script of this repository in cwd, as a user does."""
+    command = [sys.executable, HERE / script, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
+
+
 def run(cwd, script, *args):
-    """Run a script of this repository in cwd; returns its stdout."""
-    result = subprocess.run([sys.executable, HERE / script, *map(str, args)], cwd=cwd, capture_output=True, text=True, encoding="utf-8")
+    """The stdout of a script that must succeed."""
+    result = launch(cwd, script, *args)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -183,7 +191,7 @@ def trained(tmp_path_factory):
 
 
 def test_train_logs_and_checkpoints(trained):
-    """The log is JSON lines with every loss apart; the checkpoint is plain tensors and plain Python; no temporary file stays."""
+    """The log is JSON lines with every loss apart; the checkpoint is plain tensors and plain Python."""
     log = [json.loads(line) for line in (trained / "out/toy/log.jsonl").read_text().splitlines()]
     assert [line["iter"] for line in log if "val" in line] == [4, 8]
     steps = [line for line in log if "val" not in line]
@@ -204,12 +212,13 @@ def test_samples_in_three_modes(trained):
     """The three decoders write the same greedy text; a seed repeats a sample."""
     texts = {}
     for mode in ("speculative", "plain", "oracle"):
-        out = run(trained, "sample.py", "--mode", mode, "--temperature", 0, "--prompt", "Lily went", "--max_new_tokens", 40,
-                  "--dtype", "float64")
+        out = run(trained, "sample.py", "--mode", mode, "--temperature", 0, "--prompt", "Lily went",
+                  "--max_new_tokens", 40, "--dtype", "float64")
         texts[mode], summary = out.rsplit("\n\n", 1)
         assert re.match(rf"{mode}: \d+ tokens, \d\.\d\d per step", summary)
     assert texts["speculative"] == texts["plain"] == texts["oracle"] and texts["plain"].startswith("Lily went")
-    warped = ["--num_samples", 2, "--top_k", 20, "--top_p", 0.9, "--temperature", 0.8, "--seed", 0, "--max_new_tokens", 30]
+    warped = ["--num_samples", 2, "--top_k", 20, "--top_p", 0.9, "--temperature", 0.8, "--seed", 0,
+              "--max_new_tokens", 30]
     first, second = (run(trained, "sample.py", *warped).rsplit("\n\n", 1)[0] for _ in range(2))
     assert first == second
 
@@ -229,7 +238,7 @@ def test_bench_ends_with_one_json_object(trained):
 
 
 def test_marginal_target_and_text_files_end_to_end(trained):
-    """The paper's own setting on a user's text: files, a folder, a foreign file in it; the bench times the LM head apart."""
+    """The paper's own target on a user's folder with a foreign file in it; the bench times the LM head apart."""
     folder = trained / "texts"
     folder.mkdir()
     (folder / "a.txt").write_text(prep.EOT.join([TEXT] * 30), encoding="utf-8")
@@ -245,7 +254,8 @@ def test_marginal_target_and_text_files_end_to_end(trained):
 def test_heads_on_a_frozen_trunk_leave_it_as_it_was(trained):
     """--init_from a plain model with --freeze_trunk: the trunk's tensors stay bit for bit, the head's change."""
     run(trained, "train.py", "--preset", "toy", "--n_future", 1, *SMALL, "--out_dir", "plain")
-    run(trained, "train.py", "--preset", "toy", *SMALL, "--init_from", "plain/ckpt.pt", "--freeze_trunk", "--out_dir", "tuned")
+    run(trained, "train.py", "--preset", "toy", *SMALL, "--init_from", "plain/ckpt.pt", "--freeze_trunk",
+        "--out_dir", "tuned")
     plain, tuned = (torch.load(trained / path / "ckpt.pt", weights_only=True)["model"] for path in ("plain", "tuned"))
     assert all(torch.equal(tensor, tuned[name]) for name, tensor in plain.items())
     eye = torch.eye(16)
@@ -253,9 +263,10 @@ def test_heads_on_a_frozen_trunk_leave_it_as_it_was(trained):
 
 
 def test_plain_model_samples_and_has_nothing_to_bench(trained):
-    run(trained, "train.py", "--preset", "toy", "--n_future", 1, *SMALL, "--out_dir", "plain1", "--grad_accum", 2, "--max_seconds", 60)
+    run(trained, "train.py", "--preset", "toy", "--n_future", 1, *SMALL, "--out_dir", "plain1", "--grad_accum", 2,
+        "--max_seconds", 60)
     assert "plain: " in run(trained, "sample.py", "--out_dir", "plain1", "--max_new_tokens", 5)
-    bench = subprocess.run([sys.executable, HERE / "bench_speculative.py", "--out_dir", "plain1"], cwd=trained, capture_output=True, text=True)
+    bench = launch(trained, "bench_speculative.py", "--out_dir", "plain1")
     assert bench.returncode != 0 and "n_future = 1" in bench.stderr and "Traceback" not in bench.stderr
 
 

@@ -74,12 +74,12 @@ class TrainConfig:
 PRESETS = {
     "toy": TrainConfig(
         data_dir="data/toy", out_dir="out/toy", block_size=128, n_layer=10, n_head=4, n_embd=64, n_future=8, rank=8,
-        target="lm_head", joint_share=0.25, batch_size=8, lr=3e-3, min_lr=1e-4, max_iters=2000, max_seconds=270,
-        eval_interval=400,
+        target="lm_head", joint_weight=0.5, joint_share=0.25, batch_size=8, lr=4e-3, min_lr=1e-4, max_iters=2000,
+        max_seconds=270, eval_interval=400,
     ),
     "laptop": TrainConfig(
-        data_dir="data/text", out_dir="out/laptop", block_size=256, n_layer=10, n_head=4, n_embd=128, n_future=4, rank=4,
-        target="lm_head", joint_weight=0.5, joint_share=0.5, batch_size=8, lr=3e-3, min_lr=1e-4, max_iters=3000,
+        data_dir="data/text", out_dir="out/laptop", block_size=256, n_layer=10, n_head=4, n_embd=128, n_future=4,
+        rank=4, target="lm_head", joint_weight=0.5, joint_share=0.5, batch_size=8, lr=3e-3, min_lr=1e-4, max_iters=3000,
     ),
     "tinystories": TrainConfig(
         data_dir="data/tinystories", out_dir="out/tinystories", block_size=256, n_layer=8, n_head=8, n_embd=512,
@@ -223,7 +223,7 @@ def report(val, meta):
     print(f"next-token loss       {val['next']:10.4f}  {val['next'] * bits:10.4f}   = {per_byte:.4f} bits per byte")
     if "entropy_bits_per_token" in meta:
         entropy = meta["entropy_bits_per_token"]
-        print(f"entropy of the text   {entropy / bits:10.4f}  {entropy:10.4f}   (the toy's grammar: no model can be below)")
+        print(f"entropy of the text   {entropy / bits:10.4f}  {entropy:10.4f}   (of the grammar: no model is below)")
     if "usage" not in val:
         return
     print(f"joint loss per token  {val['joint']:10.4f}  {val['joint'] * bits:10.4f}")
@@ -259,7 +259,7 @@ def train(cfg):
     device, data_dir, out_dir = pick_device(cfg.device), Path(cfg.data_dir), Path(cfg.out_dir)
     dtype = pick_dtype(cfg.dtype, device)
     if not (data_dir / "meta.json").exists():
-        sys.exit(f"There is no data in {data_dir}; write some first: python prepare_tinystories.py --data_dir {data_dir}")
+        sys.exit(f"There is no data in {data_dir}; write some: python prepare_tinystories.py --data_dir {data_dir} ...")
     meta = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))
     model = build_model(cfg, meta).to(device)
     cfg = replace(cfg, **{f.name: getattr(model.config, f.name) for f in fields(cfg) if hasattr(model.config, f.name)})
@@ -283,7 +283,7 @@ def train(cfg):
                 val = evaluate(model, val_data, cfg, context)
                 save(model, cfg, meta, iter_num, val, out_dir / "ckpt.pt")
                 print(json.dumps({"iter": iter_num, "seconds": seconds, "val": val}), file=log, flush=True)
-                bar.write(f"step {iter_num}: validation next {val['next']:.4f}, joint {val['joint']:.4f} nats per token")
+                bar.write(f"step {iter_num}: validation next {val['next']:.4f}, joint {val['joint']:.4f} nats/token")
             if progress >= 1:
                 break
             lr = learning_rate(progress, cfg)
