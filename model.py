@@ -279,8 +279,8 @@ class GPT(nn.Module):
         idx (B, T); targets (B, T, n): targets[b, t, s - 1] is the token s places after idx[b, t].
         target "marginal": joint + balance_weight * balance
         target "lm_head":  next + joint_weight * joint + balance_weight * balance
-        joint_share < 1: the head sees that share of the positions, drawn anew every time. The mean stays the same,
-        and neighbouring windows share n - 1 tokens, so a part of them teaches nearly as much at a part of the cost.
+        joint_share < 1: the head sees that share of the positions, drawn anew every time, at that share of its cost.
+        The loss stays unbiased, and neighbouring windows share n - 1 of their tokens anyway.
         Returns the loss and a dict of detached parts: next (next-token loss of the target law), joint (-log P of
         the window, per token), offset (n,) (-log P(x_{t+s} | x_{t+1..t+s-1}); its mean is joint), balance (see
         balance_loss), usage (r,) (mean weight of each component).
