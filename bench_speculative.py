@@ -16,16 +16,29 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from decode import Stats, as_ids, generate_cached, generate_speculative, new_cache, window
+from decode import Stats, generate_cached, generate_speculative, new_cache, window_ids
 from sample import add_model_flags, load, prompt_ids
 
 
 def synchronize(device):
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
+
+
+def hardware(device):
+    """The name of a GPU or CPU, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def timed(function, device):
@@ -58,7 +71,8 @@ class Bench:
         """The number of CPU threads at which plain decoding is fastest."""
         if self.device.type != "cpu":
             return torch.get_num_threads()
-        seconds = {2**k: [] for k in range((os.cpu_count() or 1).bit_length())}
+        most = torch.get_num_threads()  # torch's own default: the cores that there are
+        seconds = {n: [] for n in sorted({most, *(2**k for k in range(most.bit_length()))})}
         self.decode("plain", 1.0, 0, prompts=self.prompts[:1])
         for _ in range(5):
             for n in seconds:
@@ -100,8 +114,8 @@ class Bench:
         for i, (prompt, plain, fast) in enumerate(zip(self.prompts, texts["plain"], texts["speculative"])):
             for k, (a, b) in enumerate(zip(plain, fast)):
                 if a != b:
-                    before = window(prompt + plain[:k], self.model)
-                    top = self.model(as_ids(before, self.model))[0, -1].topk(2).values
+                    logits = self.model(window_ids(prompt + plain[:k], self.model))[0, -1]
+                    top = logits[: self.model.config.n_token].topk(2).values
                     return {"prompt": i, "token": k, "logit_gap": (top[0] - top[1]).item()}
         return None
 
@@ -132,9 +146,8 @@ def describe(bench, args):
     """What was measured, on what."""
     config, device = bench.model.config, bench.device
     trunk, head = bench.model.n_params()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "out_dir": args.out_dir, "device": str(device), "hardware": name, "torch": torch.__version__,
+        "out_dir": args.out_dir, "device": str(device), "hardware": hardware(device), "torch": torch.__version__,
         "dtype": args.dtype, "threads": torch.get_num_threads(), "trunk_parameters": trunk, "head_parameters": head,
         "n_future": config.n_future, "rank": config.rank, "factors": config.factors, "target": config.target,
         "vocab_size": config.n_token, "prompts": len(bench.prompts), "tokens_per_prompt": bench.n_tokens,
@@ -172,6 +185,8 @@ def parse_args():
     args = parser.parse_args()
     if args.rounds < 5:
         parser.error("--rounds must be at least 5: the median of fewer is noise")
+    if args.max_new_tokens is not None and args.max_new_tokens < 2:
+        parser.error("--max_new_tokens must be at least 2: the first token comes from the prefill")
     return args
 
 
@@ -181,7 +196,7 @@ def main():
     if model.cp_head is None:
         sys.exit(f"{args.out_dir} has n_future = 1: there is no head to draft from, so nothing to compare.")
     prompts = [prompt_ids(enc, text) for text in ckpt["meta"]["prompts"]]
-    n_tokens = args.max_new_tokens or min(256, model.config.block_size - max(map(len, prompts)))
+    n_tokens = args.max_new_tokens or max(2, min(256, model.config.block_size - max(map(len, prompts))))
     bench = Bench(model, prompts, n_tokens, args.seed)
     torch.set_num_threads(args.threads or bench.best_threads())
     card = describe(bench, args)

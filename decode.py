@@ -112,7 +112,7 @@ def draft(model, e, token, to_probs, generator):
     """
     log_w, log_p = model.cp_log_probs(e)  # (r,), (n, r, V)
     log_b, x, drafted, q = log_w.unsqueeze(-1), token, [], []
-    for log_p_before, p_s in zip(log_p.unbind(), log_p.exp().unbind()[1:]):
+    for log_p_before, p_s in zip(log_p.unbind(), log_p[1:].exp().unbind()):
         log_b = log_b + log_p_before.index_select(-1, x)  # (r, 1)
         q.append(to_probs((log_b.softmax(0).T @ p_s).log()))  # (1, n_token)
         x = draw(q[-1], generator)  # (1,)
@@ -121,13 +121,14 @@ def draft(model, e, token, to_probs, generator):
 
 
 def speculative_step(model, cache, e, token, max_drafts, to_probs, generator):
-    """One forward pass of the trunk, 1..n new tokens: a function of tensors of fixed shapes, without a sync.
+    """One forward pass of the trunk, 1..n new tokens: tensors of fixed shapes in and out, and no sync with the host.
 
-    token (1,): the last token that was emitted; the trunk has not seen it yet. e (C,): the hidden state of the
-    token before it. cache: everything before it. max_drafts: how many drafts may be accepted at most.
+    The state: token (1,), the last one that was emitted, which the trunk has not seen yet; e (C,), the hidden state of
+    the token before it; cache, everything before it. max_drafts: how many drafts may be accepted at most.
     Returns e and token for the next step, and block (n + 1,): the number k of accepted drafts, the n - 1 drafts, and
     the token behind the accepted ones. New are the first k drafts and that token; the caller sets cache.length to
-    what it was plus k + 1, which rolls back the rejected ones.
+    what it was plus k + 1, which rolls back the rejected ones. If cache.length is a tensor, so can that sum be: then
+    all shapes inside are fixed, too, and steps can follow one another without the host.
     """
     drafted, q = draft(model, e, token, to_probs, generator)
     if max_drafts < len(drafted):
@@ -233,14 +234,14 @@ def generate_speculative(model, prompt, max_new_tokens, **options):
 
 def oracle_blocks(model, tokens, to_probs, generator):
     while True:
-        hidden = model.hidden(as_ids(window(tokens, model), model))
+        hidden = model.hidden(window_ids(tokens, model))
         tokens.append(draw(to_probs(model.target_logits(hidden[0, -1:])), generator).item())
         yield tokens[-1:], 0
 
 
 def cached_blocks(model, tokens, to_probs, generator):
     cache, n_drafts = new_cache(model), None
-    new = as_ids(window(tokens, model), model)
+    new = window_ids(tokens, model)
     while True:
         hidden = model.hidden(new, cache)
         token = draw(to_probs(model.target_logits(hidden[0, -1:])), generator)  # (1,)
@@ -248,19 +249,19 @@ def cached_blocks(model, tokens, to_probs, generator):
         yield tokens[-1:], n_drafts
         n_drafts, new = 0, token.unsqueeze(0)
         if cache.length == model.config.block_size:  # the block is full: start over with the next window
-            cache.length, new = 0, as_ids(window(tokens, model), model)
+            cache.length, new = 0, window_ids(tokens, model)
 
 
 def speculative_blocks(model, tokens, to_probs, generator):
     cache, block_size = new_cache(model), model.config.block_size
-    e = model.hidden(as_ids(window(tokens, model), model), cache)[0, -1]  # (C,)
+    e = model.hidden(window_ids(tokens, model), cache)[0, -1]  # (C,)
     token = draw(to_probs(model.target_logits(e.unsqueeze(0))), generator)  # (1,)
     tokens.append(token.item())
     yield tokens[-1:], None
     while True:
         if cache.length == block_size:  # start over with the next window, all of it but the pending token
             cache.length = 0
-            e = model.hidden(as_ids(window(tokens, model)[:-1], model), cache)[0, -1]
+            e = model.hidden(window_ids(tokens, model)[:, :-1], cache)[0, -1]
         length = cache.length
         # a draft needs its predecessor inside the block, so that its window is the one of its own index
         n_drafts = min(model.config.n_future - 1, block_size - length - 1)
@@ -272,14 +273,10 @@ def speculative_blocks(model, tokens, to_probs, generator):
         yield new, n_drafts
 
 
-def window(tokens, model):
-    """The tokens that the prediction of the next one sees."""
-    return tokens[window_start(len(tokens), model.config.block_size) :]
-
-
-def as_ids(tokens, model):
-    """A list of T token ids as a batch of one, (1, T), on the model's device."""
-    return torch.tensor([tokens], device=model.lm_head.weight.device)
+def window_ids(tokens, model):
+    """The tokens that the prediction of the next one sees, as a batch of one, (1, T), on the model's device."""
+    start = window_start(len(tokens), model.config.block_size)
+    return torch.tensor([tokens[start:]], device=model.lm_head.weight.device)
 
 
 def new_cache(model):

@@ -11,7 +11,7 @@ Probabilities are computed in float32 or wider, whatever the dtype of the model.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -65,9 +65,11 @@ def fp32(x):
 class KVCache:
     """Keys and values of every layer, preallocated, and how many positions of them are valid.
 
-    Rolling back to m positions is `cache.length = m`: the rows behind are stale, are never read and get
-    overwritten. A speculative step writes n rows wherever it starts, so the buffer is n - 1 rows longer
-    than the block.
+    Rolling back to m positions is `cache.length = m`: the rows behind are stale, have no weight and get overwritten.
+    A speculative step writes n rows wherever it starts, so the buffer is n - 1 rows longer than the block.
+
+    length is an int, and attention reads the valid rows alone. It may also be a tensor (1,) on the device: then all
+    shapes are fixed, attention goes over the whole buffer with a mask, and a step can be captured or compiled.
     """
 
     def __init__(self, config, B, dtype, device):
@@ -79,6 +81,8 @@ class KVCache:
     def append(self, layer, kv):
         """Write kv (2, B, nh, T, hs) behind a layer's valid rows; returns all of them (2, B, nh, length + T, hs)."""
         T = kv.size(3)
+        if isinstance(self.length, torch.Tensor):
+            return self.kv[layer].index_copy_(3, self.length + torch.arange(T, device=kv.device), kv)
         self.kv[layer].narrow(3, self.length, T).copy_(kv)
         return self.kv[layer].narrow(3, 0, self.length + T)
 
@@ -136,8 +140,8 @@ class Block(nn.Module):
 class CPHead(nn.Module):
     """The weights w_a and the factors P_a^(s) of equation (1).
 
-    The components start as near copies of one another, but not as copies: at equal factors the gradient of w
-    vanishes and the factors' gradients agree, so noise on w alone would never break the symmetry.
+    The components must not start as copies of one another: at equal factors the gradient of w vanishes and the
+    factors' gradients agree, so noise on w alone would never break the symmetry.
     """
 
     def __init__(self, config):
@@ -165,23 +169,24 @@ class CPHead(nn.Module):
         n, r, C = *self.factors.shape[:2], e.size(-1)
         if self.reduced:  # all maps first, then N n r rows of one product with W
             h = F.linear(e, self.factors.flatten(0, 2)).view(-1, C)
-            return gold_log_prob(h, unembed, targets.repeat_interleave(r, dim=1).flatten()).view(-1, n, r)
+            return gold_log_prob(h, unembed, targets.repeat_interleave(r, dim=1).flatten(), len(e)).view(-1, n, r)
         factors = self.factors.flatten(0, 1).unbind()  # unbind, not indexing: its backward fills one gradient
-        gold = [gold_log_prob(e, factors[s * r + a], targets[:, s]) for s in range(n) for a in range(r)]
+        gold = [gold_log_prob(e, factors[s * r + a], targets[:, s], len(e)) for s in range(n) for a in range(r)]
         return torch.stack(gold, dim=-1).unflatten(-1, (n, r))
 
 
-def gold_log_prob(x, weight, y):
+def gold_log_prob(x, weight, y, n_positions):
     """log softmax(weight x)[y] of many rows: x (N, C), weight (V, C), y (N,) -> (N,).
 
-    Goes through the rows in chunks of some logits, which the backward pass computes again instead of keeping them: at
-    V = 50,257 memory holds a part of the (N, V) logits of plain training, and never the (B, T, n, r, V) of all factors.
+    Goes through the rows in chunks, whose logits the backward pass computes again instead of keeping them. A chunk
+    has no more rows than there are positions (256 at least), so memory holds at most the logits of plain training,
+    and never the (B, T, n, r, V) of all factors.
     """
     def chunk(x, weight, y):
         return -F.cross_entropy(fp32(F.linear(x, weight)), y, reduction="none")
 
     n_logits = 2**20 if x.device.type == "cpu" else 2**27  # what fits a CPU's cache; what fills a GPU
-    rows = max(256, n_logits // len(weight))
+    rows = max(256, min(n_positions, n_logits // len(weight)))
     return torch.cat([recompute(chunk, x_i, weight, y_i) for x_i, y_i in zip(x.split(rows), y.split(rows))])
 
 
@@ -246,15 +251,20 @@ class GPT(nn.Module):
         T, past = idx.size(1), cache.length if cache is not None else 0
         if cache is None and T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit block_size {self.config.block_size}")
-        pos = torch.arange(past, past + T, device=idx.device).clamp_(max=self.config.block_size - 1)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
-        mask = None
-        if past and T > 1:  # token i of the new ones sees the past and the new ones up to itself
+        pos = torch.arange(T, device=idx.device) + past
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos.clamp(max=self.config.block_size - 1))
+        x = self.transformer.drop(x)
+        mask = None  # else (T, keys), 0 or -inf: token i of the new ones sees the past and the new ones up to itself
+        if isinstance(past, torch.Tensor):
+            keys = torch.arange(cache.kv[0].size(3), device=idx.device)
+            mask = torch.zeros(T, len(keys), dtype=x.dtype, device=idx.device)
+            mask = mask.masked_fill(keys > pos.unsqueeze(-1), float("-inf"))
+        elif past and T > 1:
             mask = torch.full((T, past + T), float("-inf"), dtype=x.dtype, device=idx.device).triu_(past + 1)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, layer, cache, mask)
         if cache is not None:
-            cache.length += T
+            cache.length = past + T
         return self.transformer.ln_f(x)
 
     def target_logits(self, e):
@@ -291,7 +301,7 @@ class GPT(nn.Module):
             loss = F.cross_entropy(fp32(self.lm_head(e)), targets[:, 0])
             return loss, dict(next=loss.detach(), joint=loss.detach(), offset=loss.detach()[None])
         if self.config.target == "lm_head":
-            next_loss = -gold_log_prob(e, unembed, targets[:, 0]).mean()
+            next_loss = -gold_log_prob(e, unembed, targets[:, 0], len(e)).mean()
         if joint_share < 1:
             some = torch.randperm(len(e), device=e.device)[: math.ceil(joint_share * len(e))]
             e, targets = e[some], targets[some]
@@ -319,18 +329,17 @@ class GPT(nn.Module):
     def from_checkpoint(cls, ckpt, **head):
         """The model of a checkpoint dict, ours or one of nanoGPT's train.py, loaded strictly.
 
-        `head` overrides fields of GPTConfig (n_future, rank, factors, target). Where they ask for a head of
-        other shapes than the checkpoint's, it is left out and a fresh one is put on the trunk.
+        `head` overrides fields of GPTConfig (n_future, rank, factors, target, dropout, n_token). Where they ask for
+        another head than the checkpoint's, that one is left out and a fresh one is put on the trunk.
         """
         known = {f.name for f in fields(GPTConfig)}
-        config = GPTConfig(**{k: v for k, v in {**ckpt["model_args"], **head}.items() if k in known})
+        old = GPTConfig(**{k: v for k, v in ckpt["model_args"].items() if k in known})
+        config = replace(old, **head)
         # nanoGPT saves a compiled model's names with a prefix, and old versions saved the causal mask
         state = {k.removeprefix("_orig_mod."): v for k, v in ckpt["model"].items() if not k.endswith(".attn.bias")}
         model = cls(config)
-        own = model.state_dict()
-        old_head = {k for k in state if k.startswith("cp_head.")}
-        new_head = {k for k in own if k.startswith("cp_head.")}
-        if old_head != new_head or any(state[k].shape != own[k].shape for k in new_head):
-            state = {k: v for k, v in state.items() if k not in old_head} | {k: own[k] for k in new_head}
+        if any(getattr(old, k) != getattr(config, k) for k in ("n_future", "rank", "factors")):
+            fresh = {k: v for k, v in model.state_dict().items() if k.startswith("cp_head.")}
+            state = {k: v for k, v in state.items() if not k.startswith("cp_head.")} | fresh
         model.load_state_dict(state)
         return model

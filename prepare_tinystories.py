@@ -24,9 +24,10 @@ import tiktoken
 
 EOT = "<|endoftext|>"
 VAL_SHARE = 0.05
-# Pieces: words with the space in front, digits, punctuation, spaces. \w, \d and \s are cut into classes that cover
-# every character in both Python's re, which counts the pieces, and tiktoken's regex, which encodes.
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+"
+# Pieces: words with the space in front, digits, punctuation (ASCII's and U+2010-205E), spaces; every character is in
+# one of these classes. No \w: Python's re, which counts pieces, and tiktoken's regex, which encodes, disagree on it.
+PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?[^\s\d!-/:-@\[-`{-~\u2010-\u205e]+| ?\d+"
+           r"| ?[!-/:-@\[-`{-~\u2010-\u205e]+|\s+(?!\S)|\s+")
 
 
 # -----------------------------------------------------------------------------
@@ -219,24 +220,31 @@ def write(path, data):
     os.replace(tmp, path)
 
 
-def prepare(documents, tokenizer, data_dir, seed, source):
-    """Split, encode and write train.bin, val.bin and meta.json; returns the meta."""
-    train, val = split_documents(documents, seed)
-    description = gpt2_tokenizer() if tokenizer == "gpt2" else build_tokenizer(train, tokenizer)
+def bench_prompts(documents, n=8):
+    """Beginnings of n documents, for the bench to continue; of few documents, beginnings of their parts."""
+    parts = -(-n // len(documents))
+    texts = [text[i * len(text) // parts :] for text in documents[:n] for i in range(parts)]
+    return ["".join(re.findall(PATTERN, text[:100])[:4])[:24] for text in texts[:n]]
+
+
+def prepare(train, val, description, data_dir, **about):
+    """Encode both lists of documents and write train.bin, val.bin and, last, meta.json; returns the meta."""
     enc = load_tokenizer(description)
-    meta = {"source": source, "seed": seed, "vocab_size": enc.n_vocab, "tokenizer": description, "splits": {}}
+    meta = {**about, "vocab_size": enc.n_vocab, "tokenizer": description, "prompts": bench_prompts(val), "splits": {}}
     data_dir.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", train), ("val", val)):
-        ids = encode(enc, part)
+    for name, documents in (("train", train), ("val", val)):
+        ids = encode(enc, documents)
         write(data_dir / f"{name}.bin", ids.tobytes())
         meta["splits"][name] = {
-            "documents": len(part), "tokens": len(ids), "bytes": sum(len(text.encode()) for text in part),
+            "documents": len(documents), "tokens": len(ids), "bytes": sum(len(text.encode()) for text in documents),
             "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
         }
     # tokens include one <|endoftext|> per document, bytes are those of the text alone
     meta["bytes_per_token"] = meta["splits"]["val"]["bytes"] / meta["splits"]["val"]["tokens"]
-    # beginnings of validation documents, for the bench to continue
-    meta["prompts"] = ["".join(re.findall(PATTERN, text)[:4]) for text in val[:8]]
+    if "entropy_bits_per_story" in meta:
+        stories, tokens = (sum(split[key] for split in meta["splits"].values()) for key in ("documents", "tokens"))
+        meta["entropy_bits_per_token"] = meta["entropy_bits_per_story"] * stories / tokens
+    write(data_dir / "meta.json", json.dumps(meta).encode())
     return meta
 
 
@@ -253,30 +261,30 @@ def main():
     parser.add_argument("--seed", type=int, default=1337, help="seed of the toy's stories and of the split")
     args = parser.parse_args()
 
-    bits = None
+    about = {"seed": args.seed}
     if args.toy:
         rng = random.Random(args.seed)
         documents, bits = map(list, zip(*(toy_story(rng) for _ in range(args.stories))))
-        name = f"toy grammar, {args.stories} stories, seed {args.seed}"
+        about |= {"source": f"toy grammar, {args.stories} stories", "entropy_bits_per_story": toy_entropy()}
     else:
         documents, skipped = read_documents(args.input)
         if skipped:
             print(f"skipped {skipped} files that are not utf-8")
         if not documents:
             sys.exit(f"There is no text in {' '.join(args.input)}.")
-        name = " ".join(Path(path).name for path in args.input)
+        about["source"] = " ".join(Path(path).resolve().name for path in args.input)
+    train, val = split_documents(documents, args.seed)
+    description = gpt2_tokenizer() if args.tokenizer == "gpt2" else build_tokenizer(train, args.vocab_size)
     data_dir = args.data_dir or Path("data/toy" if args.toy else "data/text")
-    meta = prepare(documents, "gpt2" if args.tokenizer == "gpt2" else args.vocab_size, data_dir, args.seed, name)
+    meta = prepare(train, val, description, data_dir, **about)
     for split, counts in meta["splits"].items():
         print(f"{split:5}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes']:,} bytes")
     print(f"tokenizer: {meta['vocab_size']:,} ids, {meta['bytes_per_token']:.2f} bytes per token")
-    if bits:
-        tokens_per_story = sum(c["tokens"] for c in meta["splits"].values()) / len(documents)
-        per_token = meta["entropy_bits_per_token"] = toy_entropy() / tokens_per_story
-        print(f"entropy of the grammar: {toy_entropy():.2f} bits per story (surprisal of these: {np.mean(bits):.2f}), "
+    if args.toy:
+        per_story, per_token = meta["entropy_bits_per_story"], meta["entropy_bits_per_token"]
+        print(f"entropy of the grammar: {per_story:.2f} bits per story (surprisal of these: {np.mean(bits):.2f}), "
               f"{per_token:.3f} bits = {per_token * math.log(2):.3f} nats per token")
-    write(data_dir / "meta.json", json.dumps(meta, ensure_ascii=True).encode())
-    print(f"wrote {data_dir}/train.bin, val.bin, meta.json")
+    print(f"wrote {data_dir}: train.bin, val.bin, meta.json")
 
 
 if __name__ == "__main__":

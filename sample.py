@@ -57,6 +57,7 @@ def main():
     parser.add_argument("--top_p", type=float, help="draw from the smallest set of tokens of this probability only")
     args = parser.parse_args()
 
+    sys.stdout.reconfigure(errors="replace")  # a pipe may not speak utf-8
     model, enc, _ = load(args.out_dir, args.device, args.dtype)
     mode = args.mode or ("speculative" if model.cp_head else "plain")
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(args.seed)

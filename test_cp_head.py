@@ -267,9 +267,9 @@ def test_foreign_state_does_not_load():
     """Strict means strict: a missing or a superfluous tensor is an error, not a silently random weight."""
     ckpt = tiny_model().checkpoint()
     state = dict(ckpt["model"])
-    name = "transformer.h.0.mlp.c_fc.weight"
-    with pytest.raises(RuntimeError, match=name):
-        GPT.from_checkpoint({**ckpt, "model": {k: v for k, v in state.items() if k != name}})
+    for name in ("transformer.h.0.mlp.c_fc.weight", "cp_head.factors", "cp_head.mix.weight"):
+        with pytest.raises(RuntimeError, match=name):
+            GPT.from_checkpoint({**ckpt, "model": {k: v for k, v in state.items() if k != name}})
     with pytest.raises(RuntimeError, match="extra"):
         GPT.from_checkpoint({**ckpt, "model": {**state, "extra": torch.zeros(1)}})
 
@@ -282,6 +282,46 @@ def test_checkpoint_round_trip(factors, target):
     idx = torch.randint(5, (1, 6))
     assert other.config == model.config and torch.equal(other(idx), model(idx))
     assert torch.equal(other.cp_head.factors, model.cp_head.factors)
+
+
+def test_residual_projections_start_small():
+    """nanoGPT's initialisation: std 0.02, and 0.02 / sqrt(2 n_layer) for what writes into the residual stream."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=512, n_layer=8, n_head=2, n_embd=64))
+    for name, p in model.named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert p.std().item() == pytest.approx(0.02 / 4, rel=0.05), name
+        elif p.dim() == 2 and "wpe" not in name:
+            assert p.std().item() == pytest.approx(0.02, rel=0.05), name
+
+
+@pytest.mark.parametrize("factors", ["reduced", "full"])
+def test_loss_goes_through_logits_in_chunks(factors):
+    """With more rows than a chunk holds, an uneven last chunk included: the value is that of brute force, and no tensor
+    of the forward or backward pass is as large as the logits of all factors, or even of three positions' worth."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, torch.Tensor):
+                    largest = max(largest, t.numel())
+            return out
+
+    N, V = 300, 700  # 300 * 3 * 2 rows in chunks of 300
+    torch.manual_seed(0)
+    head = CPHead(GPTConfig(vocab_size=V, n_embd=4, n_head=1, n_future=3, rank=2, factors=factors)).double()
+    e, W = torch.randn(N, 4, dtype=torch.float64, requires_grad=True), torch.randn(V, 4, dtype=torch.float64)
+    targets = torch.randint(V, (N, 3))
+    with Watch():
+        gold = head.gold_log_probs(e, targets, W)
+        gold.sum().backward()
+    expected = head.log_probs(e, W, slice(None)).gather(-1, targets[:, :, None, None].expand(N, 3, 2, 1)).squeeze(-1)
+    torch.testing.assert_close(gold, expected, rtol=0, atol=1e-12)
+    assert N * V <= largest < 3 * N * V < head.factors.shape[0] * head.factors.shape[1] * N * V
 
 
 def test_bad_config_is_refused():
@@ -335,6 +375,20 @@ def test_stale_cache_rows_are_never_read():
             kv[:, :, :, length:] = float("nan")
         new = model.hidden(idx[:, length:], cache)
         torch.testing.assert_close(new, model.hidden(idx)[:, length:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_cache_of_fixed_shapes_equals_the_other(k):
+    """With a tensor for its length, the cache is attended to as a whole behind a mask: same hidden states, and rows that
+    are stale (finite, as a model writes them) have no weight."""
+    model = tiny_model(n_future=4)
+    idx = torch.randint(5, (1, 8))
+    cache = KVCache(model.config, 1, torch.float64, "cpu")
+    model.hidden(torch.randint(5, (1, 8)), cache)
+    cache.length = torch.tensor([0])
+    pieces = [model.hidden(piece, cache) for piece in idx.split(k, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), model.hidden(idx), rtol=0, atol=1e-12)
+    assert cache.length.item() == 8
 
 
 def test_rows_past_the_block_leave_the_others_alone():

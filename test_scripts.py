@@ -14,6 +14,9 @@ import torch
 
 import prepare_tinystories as prep
 import train as trainer
+from bench_speculative import Bench
+from decode import Stats
+from test_cp_head import tiny_model
 
 HERE = Path(__file__).parent
 TEXT = 'Once upon a time, Lily saw 12 red balls.\n"Look!" she said. They didn\'t stop.\n\n  The end_of it all.\n'
@@ -66,7 +69,15 @@ def test_tokenizer_survives_json_and_is_at_most_as_large_as_asked():
     assert small.n_vocab == 256 + 2 + 1  # a corpus of two pieces has no more
 
 
-def test_one_character_per_byte_is_257():
+def test_pieces_of_any_script_are_used():
+    """What Python's regex counts as a piece, tiktoken's regex finds again: every piece of a corpus in several scripts is one
+    id. Guards \\w, which the two read differently (combining marks, superscripts)."""
+    text = "हिन्दी में पढ़ना शुरू करो। العَرَبِيَّة 日本語のテキスト x² naïve — “quoted” it's 42 a_b c\u0301a va\u0300"
+    enc = prep.load_tokenizer(prep.build_tokenizer([text], 2048))
+    assert [enc.decode([i]) for i in enc.encode_ordinary(text)] == re.findall(prep.PATTERN, text)
+
+
+def test_vocab_size_257_is_bytes():
     enc = prep.load_tokenizer(prep.build_tokenizer([TEXT], 257))
     assert enc.encode_ordinary("né") == list("né".encode())
 
@@ -115,6 +126,13 @@ def test_toy_stories_agree_over_distance():
 # splitting, training
 
 
+def test_bench_has_eight_prompts_whatever_the_corpus():
+    assert len(prep.bench_prompts(["A story. " * 9] * 100)) == 8
+    for n in (1, 3, 8):
+        prompts = prep.bench_prompts([f"{i} " + "=" * 500 for i in range(n)])
+        assert len(prompts) == 8 and all(0 < len(p) <= 24 for p in prompts)
+
+
 def test_split_is_by_document_and_by_seed():
     documents = [f"story {i}" for i in range(100)]
     train, val = prep.split_documents(documents, 0)
@@ -150,6 +168,36 @@ def test_learning_rate_rises_then_falls_to_its_minimum():
     rates = [trainer.learning_rate(i / 100, cfg) for i in range(101)]
     assert rates[10] == max(rates) == pytest.approx(1.0) and rates[100] == pytest.approx(0.1) and 0 < rates[0] < 0.05
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_optimizer_decays_the_trunks_matrices_only():
+    """Norms, biases and the head, whose maps start at the identity and not at 0, are not decayed."""
+    cfg = trainer.TrainConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, bias=True)
+    model = trainer.build_model(cfg, {"vocab_size": 5})
+    decayed, rest = (group["params"] for group in trainer.build_optimizer(model, cfg, torch.device("cpu")).param_groups)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].rsplit(".", 2)[-2] for p in decayed} == {"wte", "wpe", "c_attn", "c_proj", "c_fc"}
+    assert {names[id(p)] for p in rest} | {names[id(p)] for p in decayed} == set(names.values())
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch():
+    """2 batches of 4 windows step like 1 batch of 8; clipping bounds the norm. Guards a missing 1 / grad_accum."""
+    tokens = torch.randint(5, (8, 9), generator=torch.Generator().manual_seed(0))
+    idx, targets = tokens[:, :6], tokens[:, 1:].unfold(1, 3, 1)
+    grads = {}
+    for accum, clip in ((1, 0.0), (2, 0.0), (2, 1e-3)):
+        cfg = trainer.TrainConfig(n_layer=1, n_head=2, n_embd=8, block_size=6, n_future=3, grad_accum=accum,
+                                  grad_clip=clip, balance_weight=0.0)
+        torch.manual_seed(0)
+        model = trainer.build_model(cfg, {"vocab_size": 5})
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        before = [p.detach().clone() for p in model.parameters()]
+        batches = zip(idx.chunk(accum), targets.chunk(accum))
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        trainer.optimizer_step(model, model.loss, batches, optimizer, scaler, trainer.nullcontext(), cfg)
+        grads[accum, clip] = torch.cat([(a - b.detach()).flatten() for a, b in zip(before, model.parameters())])
+    torch.testing.assert_close(grads[1, 0.0], grads[2, 0.0], rtol=0, atol=1e-6)
+    assert grads[2, 1e-3].norm().item() == pytest.approx(1e-3, rel=1e-2) and grads[1, 0.0].norm() > 0.1
 
 
 def test_tinystories_preset_has_the_papers_size():
@@ -251,13 +299,28 @@ def test_marginal_target_and_text_files_end_to_end(trained):
     assert [row["mode"] for row in rows] == ["plain", "speculative", "lm_head_only"] * 2
 
 
+def test_max_seconds_ends_a_run_and_its_learning_rate_decay(trained):
+    """The cosine reaches its end with the time, long before max_iters."""
+    run(trained, "train.py", "--preset", "toy", *SMALL, "--max_iters", 10**6, "--max_seconds", 2, "--out_dir", "timed",
+        "--eval_interval", 10**6, "--log_interval", 1)
+    log = [json.loads(line) for line in (trained / "timed/log.jsonl").read_text().splitlines()]
+    cfg = trainer.PRESETS["toy"]
+    assert 2 <= log[-1]["seconds"] < 20 and log[-1]["iter"] < 10**6
+    assert log[-2]["lr"] < 1.5 * cfg.min_lr + 0.1 * cfg.lr < max(line["lr"] for line in log[:-1])
+
+
 def test_heads_on_a_frozen_trunk_leave_it_as_it_was(trained):
-    """--init_from a plain model with --freeze_trunk: the trunk's tensors stay bit for bit, the head's change."""
+    """--init_from a checkpoint in nanoGPT's own layout with --freeze_trunk: the trunk's tensors stay bit for bit, the
+    head's change."""
     run(trained, "train.py", "--preset", "toy", "--n_future", 1, *SMALL, "--out_dir", "plain")
+    ckpt = torch.load(trained / "plain/ckpt.pt", weights_only=True)
+    nano = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    torch.save({"model": {"_orig_mod." + name: tensor for name, tensor in ckpt["model"].items()},
+                "model_args": {name: ckpt["model_args"][name] for name in nano}}, trained / "plain/ckpt.pt")
     run(trained, "train.py", "--preset", "toy", *SMALL, "--init_from", "plain/ckpt.pt", "--freeze_trunk",
         "--out_dir", "tuned")
-    plain, tuned = (torch.load(trained / path / "ckpt.pt", weights_only=True)["model"] for path in ("plain", "tuned"))
-    assert all(torch.equal(tensor, tuned[name]) for name, tensor in plain.items())
+    tuned = torch.load(trained / "tuned/ckpt.pt", weights_only=True)["model"]
+    assert all(torch.equal(tensor, tuned[name]) for name, tensor in ckpt["model"].items())
     eye = torch.eye(16)
     assert (tuned["cp_head.factors"] - eye).abs().mean() > 1e-3
 
@@ -274,6 +337,28 @@ def test_bfloat16_autocast_trains(trained):
     run(trained, "train.py", "--preset", "toy", *SMALL, "--dtype", "bfloat16", "--out_dir", "bf16")
     log = [json.loads(line) for line in (trained / "bf16/log.jsonl").read_text().splitlines()]
     assert 0 < log[-1]["val"]["joint"] < 10
+
+
+def test_bench_arithmetic(monkeypatch):
+    """Speed-up: the median of the rounds' ratios. Bound, equation (3): tokens per step * plain step / forward pass."""
+    rounds = {"plain": [1.0, 2.0, 4.0], "speculative": [0.5, 0.5, 0.5], "forward": [0.8, 0.8, 1.0]}
+    stats = {"plain": Stats(steps=3, tokens=3), "speculative": Stats(steps=2, tokens=5, offered=[2, 0], accepted=[1, 0])}
+    bench = Bench(tiny_model(target="lm_head"), [[1]], 4, 0)
+    monkeypatch.setattr(bench, "rounds", lambda temperature, n_rounds: (rounds, stats, {}))
+    plain, fast = bench.rows(0.0, 3)[0]
+    assert (plain["speedup"], plain["bound"], plain["tokens_per_second"]) == (1.0, None, 0.5)
+    assert fast["speedup"] == 4.0 and fast["bound"] == 2.5 * 2.5 and fast["tokens_per_second"] == 2.0
+    assert fast["acceptance"] == [0.5, None] and fast["step_ms"] == 1250
+
+
+def test_bench_finds_where_texts_part():
+    """The first difference, and the gap of the two top logits there, padded ids left out."""
+    model = tiny_model(n_token=4)
+    bench = Bench(model, [[1], [2]], 3, 0)
+    assert bench.first_difference({"plain": [[0, 1, 2], [3]], "speculative": [[0, 1, 2], [3]]}) is None
+    part = bench.first_difference({"plain": [[0, 1, 2], [3, 1, 1]], "speculative": [[0, 1, 2], [3, 2, 1]]})
+    logits = model(torch.tensor([[2, 3]]))[0, -1, :4].sort().values
+    assert (part["prompt"], part["token"]) == (1, 1) and part["logit_gap"] == (logits[-1] - logits[-2]).item()
 
 
 @pytest.mark.parametrize("script", ["prepare_tinystories.py", "train.py", "sample.py", "bench_speculative.py"])
