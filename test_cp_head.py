@@ -379,8 +379,8 @@ def test_stale_cache_rows_are_never_read():
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_cache_of_fixed_shapes_equals_the_other(k):
-    """With a tensor for its length, the cache is attended to as a whole behind a mask: same hidden states, and rows that
-    are stale (finite, as a model writes them) have no weight."""
+    """With a tensor for its length, the cache is attended to as a whole behind a mask: same hidden states, and rows
+    that are stale (finite, as a model writes them) have no weight."""
     model = tiny_model(n_future=4)
     idx = torch.randint(5, (1, 8))
     cache = KVCache(model.config, 1, torch.float64, "cpu")

@@ -468,8 +468,8 @@ def test_statistics_add_up():
 
 
 def test_steps_run_without_the_host_and_in_fixed_shapes(monkeypatch):
-    """With a tensor for cache.length, twelve steps in a row read nothing back to the host and every operator of every step
-    has the shapes of the first one, whatever gets accepted; and the text is the decoder's own for the same seed."""
+    """With a tensor for cache.length, twelve steps in a row read nothing back to the host and every operator of every
+    step has the shapes of the first one, whatever gets accepted; and the text is the decoder's own for that seed."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Record(TorchDispatchMode):

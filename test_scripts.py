@@ -70,9 +70,9 @@ def test_tokenizer_survives_json_and_is_at_most_as_large_as_asked():
 
 
 def test_pieces_of_any_script_are_used():
-    """What Python's regex counts as a piece, tiktoken's regex finds again: every piece of a corpus in several scripts is one
+    """What Python's regex counts as a piece, tiktoken's finds again: every piece of a corpus in several scripts is one
     id. Guards \\w, which the two read differently (combining marks, superscripts)."""
-    text = "हिन्दी में पढ़ना शुरू करो। العَرَبِيَّة 日本語のテキスト x² naïve — “quoted” it's 42 a_b c\u0301a va\u0300"
+    text = "हिन्दी में पढ़ना शुरू। العَرَبِيَّة 日本語 x² naïve — “quoted” it's 42 a_b c\u0301a"
     enc = prep.load_tokenizer(prep.build_tokenizer([text], 2048))
     assert [enc.decode([i]) for i in enc.encode_ordinary(text)] == re.findall(prep.PATTERN, text)
 
@@ -342,7 +342,7 @@ def test_bfloat16_autocast_trains(trained):
 def test_bench_arithmetic(monkeypatch):
     """Speed-up: the median of the rounds' ratios. Bound, equation (3): tokens per step * plain step / forward pass."""
     rounds = {"plain": [1.0, 2.0, 4.0], "speculative": [0.5, 0.5, 0.5], "forward": [0.8, 0.8, 1.0]}
-    stats = {"plain": Stats(steps=3, tokens=3), "speculative": Stats(steps=2, tokens=5, offered=[2, 0], accepted=[1, 0])}
+    stats = {"plain": Stats(3, 3), "speculative": Stats(2, 5, offered=[2, 0], accepted=[1, 0])}
     bench = Bench(tiny_model(target="lm_head"), [[1]], 4, 0)
     monkeypatch.setattr(bench, "rounds", lambda temperature, n_rounds: (rounds, stats, {}))
     plain, fast = bench.rows(0.0, 3)[0]
