@@ -7,7 +7,6 @@ after round; speeds are medians over the rounds, and a speed-up is the median of
 of stdout is one JSON object.
 """
 
-import argparse
 import copy
 import json
 import os
@@ -20,7 +19,9 @@ from pathlib import Path
 
 import torch
 
+from common import ArgumentParser, number, run_script
 from decode import Stats, generate_cached, generate_speculative, new_cache, window_ids
+from plot import check_plot, draw_bench, save
 from sample import add_model_flags, load, prompt_ids
 
 
@@ -119,7 +120,6 @@ class Bench:
                     return {"prompt": i, "token": k, "logit_gap": (top[0] - top[1]).item()}
         return None
 
-
     def rows(self, temperature, n_rounds):
         """One row of the table per mode, and the first round's texts."""
         seconds, stats, texts = self.rounds(temperature, n_rounds)
@@ -177,21 +177,23 @@ def print_table(rows):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add_model_flags(parser)
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, at least 5 (7)")
-    parser.add_argument("--max_new_tokens", type=int, help="tokens per prompt (as many as fit the block, at most 256)")
-    parser.add_argument("--threads", type=int, help="CPU threads (the number that is best for plain decoding)")
-    args = parser.parse_args()
-    if args.rounds < 5:
-        parser.error("--rounds must be at least 5: the median of fewer is noise")
-    if args.max_new_tokens is not None and args.max_new_tokens < 2:
-        parser.error("--max_new_tokens must be at least 2: the first token comes from the prefill")
-    return args
+    parser.add_argument("--rounds", type=number(int, 5), default=7,
+                        help="interleaved rounds, at least 5: the median of fewer is noise (7)")
+    parser.add_argument("--max_new_tokens", type=number(int, 2),
+                        help="tokens per prompt, the first of which the prefill yields (as many as fit the block, at "
+                             "most 256)")
+    parser.add_argument("--threads", type=number(int, 1),
+                        help="CPU threads (the number that is best for plain decoding)")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the speed-ups, the acceptance and the histogram")
+    return parser.parse_args()
 
 
 def main():
     args = parse_args()
+    if args.plot:
+        check_plot(args.plot)  # now, not after minutes of measuring
     model, enc, ckpt = load(args.out_dir, args.device, args.dtype)
     if model.cp_head is None:
         sys.exit(f"{args.out_dir} has n_future = 1: there is no head to draft from, so nothing to compare.")
@@ -209,8 +211,10 @@ def main():
     print("\ntemperature 0: " + ("both texts are the same, token for token" if part is None else
           f"texts part at token {part['token']} of prompt {part['prompt']}; the two top logits differ by "
           f"{part['logit_gap']:.1e} there"))
-    print(json.dumps({"card": card, "rows": greedy + sampled}))
+    print(json.dumps({"card": card, "rows": greedy + sampled}), flush=True)
+    if args.plot:
+        save(draw_bench(card, greedy + sampled), args.plot)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -163,9 +163,19 @@ class Stats:
     offered: list = field(default_factory=list)  # [k]: steps that tested draft k (all drafts before it were accepted)
     accepted: list = field(default_factory=list)  # [k]: steps that accepted draft k
     histogram: list = field(default_factory=list)  # [k]: steps that yielded k tokens
+    origins: list = field(default_factory=list)  # of every token, the prefill's included: see `count`
 
     def count(self, n_new, n_yielded, n_drafts):
-        """A step that found n_new tokens with n_drafts drafts at hand; the end of the text may have cut some off."""
+        """A step that found n_new tokens with n_drafts drafts at hand; the end of the text may have cut some off.
+
+        The last of the n_new is no draft: it corrects a rejected one, is the bonus behind n_drafts accepted ones, or
+        was drawn plainly where there were none. n_drafts None is the prefill, which counts as no step.
+        origins get the position k = 1, 2, ... of an accepted draft, or "corrected", "bonus" or "plain".
+        """
+        last = "plain" if not n_drafts else "bonus" if n_new > n_drafts else "corrected"
+        self.origins += [*range(1, n_new), last][:n_yielded]
+        if n_drafts is None:
+            return
         self.steps += 1
         self.tokens += n_yielded
         for per_position, size in ((self.offered, n_drafts), (self.accepted, n_drafts), (self.histogram, n_drafts + 2)):
@@ -210,7 +220,7 @@ def run(blocks, model, prompt, max_new_tokens, *, temperature=1.0, top_k=None, t
             block = block[: block.index(stop_token) + 1]
             left = 0
         left -= len(block)
-        if stats is not None and n_drafts is not None:
+        if stats is not None:
             stats.count(len(new), len(block), n_drafts)
         yield from block
 

@@ -1,5 +1,6 @@
 """Turn text into train.bin, val.bin (uint16 token ids) and meta.json (the tokenizer and what was counted).
 
+    python prepare_tinystories.py                          downloads TinyStories (2.2 GB; --max_mb 100 takes a part)
     python prepare_tinystories.py --toy                    seeded synthetic stories of known entropy, no download
     python prepare_tinystories.py --input stories.txt      your own text: files, or folders of files
 
@@ -7,7 +8,6 @@ In a text, <|endoftext|> separates documents; a file without it is one document.
 <|endoftext|> token. Documents, not tokens, are split into train and val, so no story is in both.
 """
 
-import argparse
 import codecs
 import hashlib
 import json
@@ -16,14 +16,23 @@ import os
 import random
 import re
 import sys
+import threading
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import tiktoken
+from tqdm import tqdm
+
+from common import ArgumentParser, number, replacing, run_script
+from download import download
 
 EOT = "<|endoftext|>"
 VAL_SHARE = 0.05
+TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"  # licence CDLA-Sharing-1.0
+COUNTED = 2**26  # bytes of text that are enough to choose the tokenizer's pieces
+SEGMENT = 2**20  # characters that are encoded at once
 # Pieces: words with the space in front, digits, punctuation (ASCII's and U+2010-205E), spaces; every character is in
 # one of these classes. No \w: Python's re, which counts pieces, and tiktoken's regex, which encodes, disagree on it.
 PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?[^\s\d!-/:-@\[-`{-~\u2010-\u205e]+| ?\d+"
@@ -40,17 +49,34 @@ def build_tokenizer(documents, vocab_size):
     tiktoken looks a whole piece up before it merges bytes, so any text round-trips and no BPE training is needed.
     257 is bytes. A small corpus has fewer pieces than asked for. Returns the description that `load_tokenizer` reads.
     """
-    if vocab_size < 257:
-        sys.exit(f"--vocab_size {vocab_size} is too small: 256 bytes and {EOT} need 257.")
-    counts = Counter(piece for text in documents for piece in re.findall(PATTERN, text))
+    counts = Counter()
+    for text, _ in segments(documents):
+        counts.update(re.findall(PATTERN, text))
     pieces = sorted((p for p in counts if len(p.encode()) > 1), key=lambda p: (-counts[p], p))[: vocab_size - 257]
     tokens = [bytes([b]) for b in range(256)] + [p.encode() for p in pieces]
     return {"name": f"pieces{len(tokens) + 1}", "pattern": PATTERN, "tokens": [t.decode("latin-1") for t in tokens]}
 
 
-def gpt2_tokenizer():
-    """GPT-2's BPE, described like any other, so that only this step needs tiktoken's files."""
-    enc = tiktoken.get_encoding("gpt2")
+def gpt2_tokenizer(timeout=60):
+    """GPT-2's BPE, described like any other, so that only this step needs tiktoken's files.
+
+    tiktoken downloads them without a time-out (seconds, here), which never ends behind a silent firewall.
+    """
+    result = []
+
+    def load():
+        try:
+            result.append(tiktoken.get_encoding("gpt2"))
+        except Exception as e:  # requests' own kinds among them
+            result.append(e)
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    enc = result[0] if result else TimeoutError(f"no answer in {timeout} s")
+    if isinstance(enc, Exception):
+        sys.exit(f"GPT-2's BPE files could not be had ({type(enc).__name__}). With a network, try again; without one, "
+                 "set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache, or take --tokenizer pieces, which needs none.")
     tokens = [enc.decode_single_token_bytes(i).decode("latin-1") for i in range(enc.eot_token)]
     return {"name": "gpt2", "pattern": enc._pat_str, "tokens": tokens}
 
@@ -172,52 +198,133 @@ def toy_entropy():
 
 
 # -----------------------------------------------------------------------------
-# reading, splitting, writing
+# reading: a text of any size, one document at a time
 
 
-def read_documents(paths):
-    """The documents of files and folders, in a fixed order, and how many files of the folders were not utf-8."""
-    documents, skipped = [], 0
+def text_files(paths):
+    """The utf-8 files among `paths` and in the folders there, in a fixed order, and how many others were skipped.
+
+    In folders, hidden files and those that are not utf-8 are left out; a file that was named must be utf-8.
+    """
+    files, skipped = [], 0
     for path in map(Path, paths):
         if not path.exists():
             sys.exit(f"{path}: no such file or folder.")
-        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        inside = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        for file in sorted(p for p in inside if p.is_file()) if path.is_dir() else [path]:
             try:
-                text = file.read_text(encoding="utf-8")
+                for _ in chunks(file):
+                    pass
+                files.append(file)
             except UnicodeDecodeError:
                 if file == path:
                     sys.exit(f"{file} is not utf-8 text; convert it first.")
                 skipped += 1
-                continue
-            documents += [part.strip() for part in text.split(EOT) if part.strip()]
-    return documents, skipped
+    return files, skipped
 
 
-def split_documents(documents, seed):
-    """(train, val) documents, val a random VAL_SHARE of them; a single document is cut in two at a line's end."""
-    if len(documents) == 1:
-        text = documents[0]
-        cut = text.find("\n", int(len(text) * (1 - VAL_SHARE))) + 1 or int(len(text) * (1 - VAL_SHARE))
-        return [text[:cut]], [text[cut:]]
-    n_val = max(1, round(len(documents) * VAL_SHARE))
-    val = set(random.Random(seed).sample(range(len(documents)), n_val))
-    return [d for i, d in enumerate(documents) if i not in val], [documents[i] for i in sorted(val)]
+def chunks(path):
+    """The text of a file in parts of a few MB, its newlines as they are."""
+    with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: editors on Windows begin a file with a mark
+        while chunk := file.read(2**22):
+            yield chunk
 
 
-def encode(enc, documents):
-    """All documents, each followed by <|endoftext|>, as one uint16 array."""
-    out = []
-    for start in range(0, len(documents), 4096):
-        for ids in enc.encode_ordinary_batch(documents[start : start + 4096], num_threads=os.cpu_count() or 1):
-            out.append(np.array([*ids, enc.eot_token], dtype=np.uint16))
-    return np.concatenate(out)
+def documents(files):
+    """The documents of files, one by one."""
+    for file in files:
+        rest = ""
+        for chunk in chunks(file):
+            *parts, rest = (rest + chunk).split(EOT)
+            yield from (part.strip() for part in parts if part.strip())
+        if rest.strip():
+            yield rest.strip()
 
 
-def write(path, data):
-    """Write bytes under a temporary name, then rename: the file is the old one or the new one, never half of it."""
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_bytes(data)
-    os.replace(tmp, path)
+def split_documents(read, seed):
+    """Two functions that yield the train and the val documents of read(), which yields them all.
+
+    val is a random VAL_SHARE of the documents; a single document is cut in two at a line's end.
+    """
+    n = sum(1 for _ in read())
+    if n == 1:
+        text = next(read())
+        cut = int(len(text) * (1 - VAL_SHARE))
+        cut = text.find("\n", cut) + 1 or cut
+        return lambda: iter([text[:cut]]), lambda: iter([text[cut:]])
+    val = set(random.Random(seed).sample(range(n), max(1, round(n * VAL_SHARE))))
+    return (lambda: (text for i, text in enumerate(read()) if i not in val),
+            lambda: (text for i, text in enumerate(read()) if i in val))
+
+
+def download_tinystories(data_dir, max_mb=None):
+    """The files of TinyStoriesV2-GPT4's train and valid split: all of them, or their first max_mb MB."""
+    files = []
+    for split in ("train", "valid"):
+        name = f"TinyStoriesV2-GPT4-{split}"
+        part = f"-first{max_mb}MB" if max_mb else ""
+        files.append(download(f"{TINYSTORIES}{name}.txt", data_dir / f"{name}{part}.txt", max_mb and max_mb * 10**6))
+        drop_cut_story(files[-1])
+    return files
+
+
+def drop_cut_story(path):
+    """Cut a file behind its last <|endoftext|>: of the first MBs of a text, the last story is half a story."""
+    with open(path, "r+b") as file:
+        tail = max(0, path.stat().st_size - 2**20)  # no story is as long as that
+        file.seek(tail)
+        end = file.read().rfind(EOT.encode())
+        if end >= 0:
+            file.truncate(tail + end + len(EOT))
+
+
+# -----------------------------------------------------------------------------
+# encoding and writing
+
+
+def segments(documents):
+    """(text, whether a document ends there): long documents in parts, cut at a line's end where there is one."""
+    for text in documents:
+        start = 0
+        while len(text) - start > SEGMENT:
+            cut = text.rfind("\n", start, start + SEGMENT) + 1 or start + SEGMENT
+            yield text[start:cut], False
+            start = cut
+        yield text[start:], True
+
+
+def batches(parts, size=16 * SEGMENT):
+    """Lists of segments that hold about `size` characters together."""
+    batch, n = [], 0
+    for part in parts:
+        batch.append(part)
+        n += len(part[0])
+        if n >= size:
+            yield batch
+            batch, n = [], 0
+    if batch:
+        yield batch
+
+
+def encode(enc, documents, file, name):
+    """Write all documents, each followed by <|endoftext|>, to a binary file as uint16; returns what meta.json says.
+
+    tiktoken's threads run side by side, so all cores work.
+    """
+    counts, sha256 = {"documents": 0, "tokens": 0, "bytes": 0}, hashlib.sha256()
+    with tqdm(desc=f"encoding {name}", unit="B", unit_scale=True, disable=None) as bar:
+        for batch in batches(segments(documents)):
+            n_bytes = sum(len(text.encode()) for text, _ in batch)
+            encoded = enc.encode_ordinary_batch([text for text, _ in batch], num_threads=os.cpu_count() or 1)
+            ids = [np.array(ids + [enc.eot_token] * ends, dtype=np.uint16) for ids, (_, ends) in zip(encoded, batch)]
+            data = np.concatenate(ids).tobytes()
+            file.write(data)
+            sha256.update(data)
+            counts["documents"] += sum(ends for _, ends in batch)
+            counts["tokens"] += len(data) // 2
+            counts["bytes"] += n_bytes
+            bar.update(n_bytes)
+    return {**counts, "sha256": sha256.hexdigest()}
 
 
 def bench_prompts(documents, n=8):
@@ -228,55 +335,73 @@ def bench_prompts(documents, n=8):
 
 
 def prepare(train, val, description, data_dir, **about):
-    """Encode both lists of documents and write train.bin, val.bin and, last, meta.json; returns the meta."""
+    """Encode the documents that train() and val() yield into train.bin, val.bin and meta.json; returns the meta.
+
+    The old files stay until all three new ones are written. Then meta.json goes first and comes back last, so that
+    nobody ever finds the tokens of one text under the meta of another.
+    """
     enc = load_tokenizer(description)
-    meta = {**about, "vocab_size": enc.n_vocab, "tokenizer": description, "prompts": bench_prompts(val), "splits": {}}
-    data_dir.mkdir(parents=True, exist_ok=True)
-    for name, documents in (("train", train), ("val", val)):
-        ids = encode(enc, documents)
-        write(data_dir / f"{name}.bin", ids.tobytes())
-        meta["splits"][name] = {
-            "documents": len(documents), "tokens": len(ids), "bytes": sum(len(text.encode()) for text in documents),
-            "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
-        }
-    # tokens include one <|endoftext|> per document, bytes are those of the text alone
-    meta["bytes_per_token"] = meta["splits"]["val"]["bytes"] / meta["splits"]["val"]["tokens"]
-    if "entropy_bits_per_story" in meta:
-        stories, tokens = (sum(split[key] for split in meta["splits"].values()) for key in ("documents", "tokens"))
-        meta["entropy_bits_per_token"] = meta["entropy_bits_per_story"] * stories / tokens
-    write(data_dir / "meta.json", json.dumps(meta).encode())
+    prompts = bench_prompts(list(islice(val(), 8)))
+    meta = {**about, "vocab_size": enc.n_vocab, "tokenizer": description, "prompts": prompts, "splits": {}}
+    path = data_dir / "meta.json"
+    with replacing(path) as meta_file, replacing(data_dir / "train.bin") as a, replacing(data_dir / "val.bin") as b:
+        for name, read, file in (("train", train, a), ("val", val, b)):
+            meta["splits"][name] = encode(enc, read(), file, name)
+        # tokens include one <|endoftext|> per document, bytes are those of the text alone
+        meta["bytes_per_token"] = meta["splits"]["val"]["bytes"] / meta["splits"]["val"]["tokens"]
+        if "entropy_bits_per_story" in meta:
+            stories, tokens = (sum(split[key] for split in meta["splits"].values()) for key in ("documents", "tokens"))
+            meta["entropy_bits_per_token"] = meta["entropy_bits_per_story"] * stories / tokens
+        meta_file.write(json.dumps(meta).encode())
+        path.unlink(missing_ok=True)
     return meta
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
+def parse_args():
+    parser = ArgumentParser(__doc__)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--toy", action="store_true", help="synthetic stories from the grammar in this file")
     source.add_argument("--input", nargs="+", metavar="PATH", help="text files, or folders of text files, in utf-8")
-    parser.add_argument("--data_dir", type=Path, help="where to write (default: data/toy or data/text)")
+    parser.add_argument("--data_dir", type=Path, help="where to write (data/tinystories, data/toy or data/text)")
     parser.add_argument("--tokenizer", choices=["pieces", "gpt2"], default="pieces",
                         help="pieces: bytes and the corpus's frequent whole pieces, offline; gpt2: GPT-2's BPE")
-    parser.add_argument("--vocab_size", type=int, default=2048, help="size of the pieces tokenizer; 257 is bytes")
-    parser.add_argument("--stories", type=int, default=20000, help="stories that --toy writes")
-    parser.add_argument("--seed", type=int, default=1337, help="seed of the toy's stories and of the split")
+    parser.add_argument("--vocab_size", type=number(int, 257, 2**16), default=2048,
+                        help="ids of the pieces tokenizer; 257 (256 bytes and the end of text) is the least (2048)")
+    parser.add_argument("--max_mb", type=number(int, 1), help="download the first MBs of the data set only")
+    parser.add_argument("--stories", type=number(int, 2), default=20000, help="stories that --toy writes (20000)")
+    parser.add_argument("--seed", type=int, default=1337, help="seed of the toy's stories and of the split (1337)")
     args = parser.parse_args()
+    if args.max_mb and (args.toy or args.input):
+        parser.error("--max_mb is for the download; --toy and --input have none")
+    args.data_dir = args.data_dir or Path("data") / ("toy" if args.toy else "text" if args.input else "tinystories")
+    return args
 
-    about = {"seed": args.seed}
+
+def main():
+    args = parse_args()
+    args.data_dir.mkdir(parents=True, exist_ok=True)
+    about, files = {"seed": args.seed}, []
     if args.toy:
         rng = random.Random(args.seed)
-        documents, bits = map(list, zip(*(toy_story(rng) for _ in range(args.stories))))
+        stories, bits = zip(*(toy_story(rng) for _ in range(args.stories)))
+        train, val = split_documents(lambda: iter(stories), args.seed)
         about |= {"source": f"toy grammar, {args.stories} stories", "entropy_bits_per_story": toy_entropy()}
-    else:
-        documents, skipped = read_documents(args.input)
+    elif args.input:
+        files, skipped = text_files(args.input)
         if skipped:
             print(f"skipped {skipped} files that are not utf-8")
-        if not documents:
+        if next(documents(files), None) is None:
             sys.exit(f"There is no text in {' '.join(args.input)}.")
+        train, val = split_documents(lambda: documents(files), args.seed)
         about["source"] = " ".join(Path(path).resolve().name for path in args.input)
-    train, val = split_documents(documents, args.seed)
-    description = gpt2_tokenizer() if args.tokenizer == "gpt2" else build_tokenizer(train, args.vocab_size)
-    data_dir = args.data_dir or Path("data/toy" if args.toy else "data/text")
-    meta = prepare(train, val, description, data_dir, **about)
+    else:
+        files = download_tinystories(args.data_dir, args.max_mb)
+        train, val = (lambda: documents(files[:1])), (lambda: documents(files[1:]))
+        about["source"] = " ".join(file.name for file in files)
+    every = max(1, sum(file.stat().st_size for file in files) // COUNTED)  # of a large text, each k-th document
+    description = (gpt2_tokenizer() if args.tokenizer == "gpt2" else
+                   build_tokenizer(islice(train(), 0, None, every), args.vocab_size))
+    meta = prepare(train, val, description, args.data_dir, **about)
     for split, counts in meta["splits"].items():
         print(f"{split:5}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes']:,} bytes")
     print(f"tokenizer: {meta['vocab_size']:,} ids, {meta['bytes_per_token']:.2f} bytes per token")
@@ -284,8 +409,8 @@ def main():
         per_story, per_token = meta["entropy_bits_per_story"], meta["entropy_bits_per_token"]
         print(f"entropy of the grammar: {per_story:.2f} bits per story (surprisal of these: {np.mean(bits):.2f}), "
               f"{per_token:.3f} bits = {per_token * math.log(2):.3f} nats per token")
-    print(f"wrote {data_dir}: train.bin, val.bin, meta.json")
+    print(f"wrote {args.data_dir}: train.bin, val.bin, meta.json")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

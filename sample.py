@@ -2,21 +2,21 @@
 
     python sample.py --out_dir out/toy --prompt "Lily went to the" --num_samples 3
     python sample.py --out_dir out/toy --mode plain --temperature 0
+    python sample.py --out_dir out/toy --show_drafts
 
 speculative (the default of a model with a CP head), plain and oracle draw from the same distribution; see decode.py.
 """
 
-import argparse
+import os
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from common import ArgumentParser, load_model, number, pick_device, run_script, utf8
 from decode import Stats, generate, generate_cached, generate_speculative
-from model import GPT
 from prepare_tinystories import TextStream, load_tokenizer
-from train import pick_device
 
 MODES = {"speculative": generate_speculative, "plain": generate_cached, "oracle": generate}
 
@@ -24,12 +24,18 @@ MODES = {"speculative": generate_speculative, "plain": generate_cached, "oracle"
 def load(out_dir, device="auto", dtype="float32"):
     """(model, tokenizer, checkpoint) of out_dir/ckpt.pt, the model in evaluation mode on the device."""
     path = Path(out_dir) / "ckpt.pt"
-    if not path.exists():
-        sys.exit(f"There is no checkpoint {path}; train one first: python train.py --out_dir {out_dir}")
     torch.set_flush_denormal(True)  # probabilities below 1e-38 are 0; x86 would be slow at them
-    ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    model = GPT.from_checkpoint(ckpt).to(device=pick_device(device), dtype=getattr(torch, dtype)).eval()
-    return model, load_tokenizer(ckpt["meta"]["tokenizer"]), ckpt
+    device = pick_device(device)
+    model, ckpt = load_model(path)
+    if "meta" not in ckpt:
+        sys.exit(f"{path} holds no tokenizer (a checkpoint of nanoGPT?); train.py --init_from {path} makes one that does.")
+    try:
+        enc, _ = load_tokenizer(ckpt["meta"]["tokenizer"]), ckpt["meta"]["prompts"]
+    except Exception as e:  # tiktoken's own kinds among them
+        sys.exit(f"{path} holds a tokenizer that cannot be read ({type(e).__name__}); train anew.")
+    if enc.n_vocab != model.config.n_token:
+        sys.exit(f"{path} holds a model of {model.config.n_token} tokens and a tokenizer of {enc.n_vocab}; train anew.")
+    return model.to(device=device, dtype=getattr(torch, dtype)).eval(), enc, ckpt
 
 
 def add_model_flags(parser):
@@ -37,7 +43,7 @@ def add_model_flags(parser):
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes cuda, then mps, then cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"],
                         help="of the weights; probabilities are always float32 or wider (float32)")
-    parser.add_argument("--seed", type=int, default=1337, help="seed of the draws (1337)")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="seed of the draws (1337)")
 
 
 def prompt_ids(enc, text):
@@ -45,21 +51,57 @@ def prompt_ids(enc, text):
     return [enc.eot_token, *enc.encode_ordinary(text)]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+# -----------------------------------------------------------------------------
+# where each token came from
+
+GREENS = {1: 30, 2: 36, 3: 42, 4: 78, 5: 114, 6: 150, 7: 186}  # of the 256 colours; the deeper a draft, the paler
+COLOURS = {"corrected": 203, "bonus": 75, "plain": 250}
+
+
+def paint(text, origin, colour):
+    """A token in the colour of its origin (see Stats.count); without colour, behind a mark such as [2] or [c]."""
+    if not colour:
+        return f"[{origin if isinstance(origin, int) else origin[0]}]{text}"
+    code = GREENS[min(origin, 7)] if isinstance(origin, int) else COLOURS[origin]
+    return f"\x1b[38;5;{code}m{text}\x1b[0m"
+
+
+def legend(n_future, colour):
+    drafts = [paint(f"draft {k} accepted", k, colour) for k in range(1, n_future)]
+    names = {"corrected": "rejected draft corrected", "bonus": "bonus token behind the drafts", "plain": "no draft there"}
+    return "   ".join(drafts + [paint(name, origin, colour) for origin, name in names.items()])
+
+
+# -----------------------------------------------------------------------------
+
+
+def parse_args():
+    parser = ArgumentParser(__doc__)
     add_model_flags(parser)
     parser.add_argument("--mode", choices=MODES, help="decoder (speculative where there is a CP head, else plain)")
-    parser.add_argument("--prompt", default="", help="beginning of the text (none: the model begins)")
-    parser.add_argument("--num_samples", type=int, default=1, help="texts to write (1)")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest text in tokens (256)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy, 1 the model's own law (1)")
-    parser.add_argument("--top_k", type=int, help="draw from the k most probable tokens only")
-    parser.add_argument("--top_p", type=float, help="draw from the smallest set of tokens of this probability only")
-    args = parser.parse_args()
+    parser.add_argument("--prompt", type=utf8, default="", help="beginning of the text (none: the model begins)")
+    parser.add_argument("--num_samples", type=number(int, 1), default=1, help="texts to write (1)")
+    parser.add_argument("--max_new_tokens", type=number(int, 0), default=256, help="longest text in tokens (256)")
+    parser.add_argument("--temperature", type=number(float, 0), default=1.0,
+                        help="0 is greedy, 1 the model's own law (1)")
+    parser.add_argument("--top_k", type=number(int, 1), help="draw from the k most probable tokens only")
+    parser.add_argument("--top_p", type=number(float, 0, 1, above=True),
+                        help="draw from the smallest set of tokens of this probability only")
+    parser.add_argument("--show_drafts", action="store_true",
+                        help="colour each token by where it came from (marks instead of colours if NO_COLOR is set)")
+    return parser.parse_args()
 
+
+def main():
+    args = parse_args()
     sys.stdout.reconfigure(errors="replace")  # a pipe may not speak utf-8
     model, enc, _ = load(args.out_dir, args.device, args.dtype)
     mode = args.mode or ("speculative" if model.cp_head else "plain")
+    if mode == "speculative" and not model.cp_head:
+        sys.exit(f"{args.out_dir} has n_future = 1: there is no head to draft from; take --mode plain.")
+    colour = not os.environ.get("NO_COLOR")  # https://no-color.org
+    if args.show_drafts:
+        print(legend(model.config.n_future, colour) + "\n")
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(args.seed)
     stats, n_tokens, start = Stats(), 0, time.perf_counter()
     options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop_token=enc.eot_token,
@@ -68,13 +110,15 @@ def main():
         print(args.prompt, end="", flush=True)
         stream = TextStream(enc)
         for token in MODES[mode](model, prompt_ids(enc, args.prompt), args.max_new_tokens, **options):
+            text = stream.push(token) if token != enc.eot_token else stream.end()
+            if args.show_drafts:
+                text = paint(text, stats.origins[n_tokens], colour)
+            print(text, end="", flush=True)
             n_tokens += 1
-            if token != enc.eot_token:
-                print(stream.push(token), end="", flush=True)
         print(stream.end(), end="\n\n")
     seconds = time.perf_counter() - start
     print(f"{mode}: {n_tokens} tokens, {stats.tokens_per_step:.2f} per step, {n_tokens / seconds:.0f} tokens/s")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -440,6 +440,7 @@ def test_right_heads_are_always_accepted(target, temperature):
         assert text == [(4 + i) % 7 for i in range(1 + 5 * n)]
         assert stats.tokens_per_step == n and stats.acceptance == [1.0] * (n - 1)
         assert stats.histogram == [0] * n + [5]
+        assert stats.origins == ["plain"] + 5 * [*range(1, n), "bonus"]
 
 
 @pytest.mark.parametrize("stop", range(7))
@@ -461,6 +462,10 @@ def test_statistics_add_up():
     assert stats.steps == sum(stats.histogram) and stats.tokens == sum(k * h for k, h in enumerate(stats.histogram))
     assert all(0 <= a <= o for a, o in zip(stats.accepted, stats.offered)) and stats.offered[1] <= stats.accepted[0]
     assert 1 < stats.tokens_per_step < 4
+    origins = Counter(stats.origins)  # the last step may be cut off; at the block's end a step drafts fewer or none
+    assert len(stats.origins) == 200 and 0 <= sum(stats.accepted) - sum(origins[k] for k in (1, 2, 3)) < 4
+    assert all(0 <= stats.accepted[k - 1] - origins[k] <= 1 for k in (1, 2, 3)) and origins["corrected"] > 20
+    assert 0 <= stats.steps - (origins["corrected"] + origins["bonus"] + origins["plain"] - 1) <= 1
 
 
 # -----------------------------------------------------------------------------

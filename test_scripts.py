@@ -1,5 +1,7 @@
 """The tokenizer, the toy's grammar, and the scripts from text to bench, run as a user runs them."""
 
+import hashlib
+import io
 import json
 import random
 import re
@@ -134,12 +136,53 @@ def test_bench_has_eight_prompts_whatever_the_corpus():
 
 
 def test_split_is_by_document_and_by_seed():
+    def split(documents, seed):
+        return [list(read()) for read in prep.split_documents(lambda: iter(documents), seed)]
+
     documents = [f"story {i}" for i in range(100)]
-    train, val = prep.split_documents(documents, 0)
+    train, val = split(documents, 0)
     assert sorted(train + val) == sorted(documents) and len(val) == 5
-    assert prep.split_documents(documents, 0) == (train, val) != prep.split_documents(documents, 1)
-    train, val = prep.split_documents(["line\n" * 100], 0)
+    assert split(documents, 0) == [train, val] != split(documents, 1)
+    train, val = split(["line\n" * 100], 0)
     assert train[0] + val[0] == "line\n" * 100 and len(val[0]) == 20  # 5 %, from a line's end on
+
+
+def test_documents_are_read_in_parts_as_they_are(tmp_path, monkeypatch):
+    """Whatever the size of the parts that a file is read in: documents come out whole, <|endoftext|> across a border is
+    found, newlines stay as they are, a byte order mark goes, and empty documents are none."""
+    text = "\ufeffone\r\nüber" + prep.EOT + "two\n\n 2" + prep.EOT + "\n" + prep.EOT + "three"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    whole = list(prep.documents([tmp_path / "a.txt"]))
+    assert whole == ["one\r\nüber", "two\n\n 2", "three"]
+    for size in (1, 3, 7):
+        monkeypatch.setattr(prep, "chunks", lambda path: (text[1:][i : i + size] for i in range(0, len(text), size)))
+        assert list(prep.documents([tmp_path / "a.txt"])) == whole
+
+
+def test_long_documents_are_encoded_in_parts(monkeypatch):
+    """Cut at a line's end where there is one, nothing lost, one <|endoftext|> behind each document."""
+    monkeypatch.setattr(prep, "SEGMENT", 10)
+    texts = ["line one\nline two\nx" * 3, "y" * 25, "short"]
+    parts = list(prep.segments(texts))
+    assert max(len(text) for text, _ in parts) <= 10 and sum(ends for _, ends in parts) == 3
+    assert "".join(text + "|" * ends for text, ends in parts) == "".join(text + "|" for text in texts)
+    enc = prep.load_tokenizer(prep.build_tokenizer(texts, 257))
+    file = io.BytesIO()
+    counts = prep.encode(enc, texts, file, "test")
+    ids = np.frombuffer(file.getvalue(), dtype=np.uint16)
+    assert "".join(enc.decode([i]) for i in ids) == prep.EOT.join(texts) + prep.EOT
+    assert counts["sha256"] == hashlib.sha256(file.getvalue()).hexdigest()
+    assert (counts["documents"], counts["tokens"], counts["bytes"]) == (3, len(ids), sum(map(len, texts)))
+    batches = list(prep.batches(parts, size=20))
+    assert sum(batches, []) == parts and all(20 <= sum(len(text) for text, _ in b) < 30 for b in batches[:-1])
+
+
+def test_first_megabytes_end_with_a_whole_story(tmp_path):
+    """What stands behind the last <|endoftext|> is half a story, or half a character."""
+    for text in (f"one{prep.EOT}two{prep.EOT}thr".encode() + b"\xc3", f"one{prep.EOT}two{prep.EOT}".encode()):
+        (tmp_path / "a").write_bytes(text)
+        prep.drop_cut_story(tmp_path / "a")
+        assert list(prep.documents([tmp_path / "a"])) == ["one", "two"]
 
 
 def windows(tmp_path, n_tokens, **config):
@@ -180,7 +223,7 @@ def test_optimizer_decays_the_trunks_matrices_only():
     assert {names[id(p)] for p in rest} | {names[id(p)] for p in decayed} == set(names.values())
 
 
-def test_accumulated_gradients_are_those_of_one_large_batch():
+def test_accumulated_gradients_are_those_of_one_large_batch(monkeypatch):
     """2 batches of 4 windows step like 1 batch of 8; clipping bounds the norm. Guards a missing 1 / grad_accum."""
     tokens = torch.randint(5, (8, 9), generator=torch.Generator().manual_seed(0))
     idx, targets = tokens[:, :6], tokens[:, 1:].unfold(1, 3, 1)
@@ -190,11 +233,12 @@ def test_accumulated_gradients_are_those_of_one_large_batch():
                                   grad_clip=clip, balance_weight=0.0)
         torch.manual_seed(0)
         model = trainer.build_model(cfg, {"vocab_size": 5})
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        run = trainer.Run(cfg, {}, model, torch.device("cpu"), torch.float32)
+        run.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         before = [p.detach().clone() for p in model.parameters()]
         batches = zip(idx.chunk(accum), targets.chunk(accum))
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        trainer.optimizer_step(model, model.loss, batches, optimizer, scaler, trainer.nullcontext(), cfg)
+        monkeypatch.setattr(trainer, "learning_rate", lambda progress, cfg: 1.0)
+        trainer.optimizer_step(run, model.loss, batches, trainer.nullcontext())
         grads[accum, clip] = torch.cat([(a - b.detach()).flatten() for a, b in zip(before, model.parameters())])
     torch.testing.assert_close(grads[1, 0.0], grads[2, 0.0], rtol=0, atol=1e-6)
     assert grads[2, 1e-3].norm().item() == pytest.approx(1e-3, rel=1e-2) and grads[1, 0.0].norm() > 0.1
@@ -269,6 +313,22 @@ def test_samples_in_three_modes(trained):
               "--max_new_tokens", 30]
     first, second = (run(trained, "sample.py", *warped).rsplit("\n\n", 1)[0] for _ in range(2))
     assert first == second
+
+
+def test_show_drafts_marks_every_token_by_its_origin(trained, monkeypatch):
+    """The text is the same without the marks; colours are ANSI escapes, and none with NO_COLOR."""
+    def sample(*args):
+        out = run(trained, "sample.py", "--seed", 3, "--max_new_tokens", 30, *args)
+        return out.rsplit("\n\n", 1)[0]  # without the summary
+
+    plain = sample()
+    legend, coloured = sample("--show_drafts").split("\n\n", 1)
+    assert "draft 7 accepted" in legend and "bonus" in legend and coloured.count("\x1b[0m") == 30
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == plain
+    monkeypatch.setenv("NO_COLOR", "1")
+    legend, marked = sample("--show_drafts").split("\n\n", 1)
+    assert "\x1b" not in legend and "\x1b[0m" not in marked and re.sub(r"\[[1-7cbp]\]", "", marked) == plain
+    assert len(re.findall(r"\[[1-7cbp]\]", marked)) == 30
 
 
 def test_bench_ends_with_one_json_object(trained):
@@ -364,3 +424,43 @@ def test_bench_finds_where_texts_part():
 @pytest.mark.parametrize("script", ["prepare_tinystories.py", "train.py", "sample.py", "bench_speculative.py"])
 def test_scripts_explain_themselves(script, tmp_path):
     assert "--seed" in run(tmp_path, script, "--help")
+
+
+# -----------------------------------------------------------------------------
+# the README
+
+
+def readme():
+    return (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_quotes_the_code_as_it_is():
+    """Every line of a block that begins with a file's name stands in that file, and so does the code in the table of the
+    proof. Guards a README that drifts away from its code."""
+    quotes = [block.splitlines() for block in re.findall(r"```python\n# (\w+\.py\n.*?)```", readme(), re.S)]
+    quotes.append(["decode.py", *re.findall(r"^\|[^|]+\| `([^`]+)` \|$", readme().split("the argument, for")[1], re.M)])
+    assert len(quotes) >= 3 and len(quotes[-1]) > 5
+    for name, *lines in quotes:
+        code = (HERE / name).read_text(encoding="utf-8")
+        assert [line for line in lines if line.strip() not in code] == []
+
+
+def test_readme_examples_run(trained, monkeypatch, capsys):
+    """Each block of Python in it, pasted; the worked example gives 2 bits to independent heads and 1 to a mixture."""
+    monkeypatch.chdir(trained)
+    blocks = re.findall(r"```python\n((?:import|from) .*?)```", readme(), re.S)
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2 and "product" in names
+    assert torch.equal(names["product"], torch.full((2, 2), 0.25)) and torch.equal(names["mixture"], torch.eye(2) / 2)
+
+
+def test_readme_names_only_flags_that_exist():
+    """Every --flag of a command in the README is known to its script."""
+    commands = re.findall(r"python (\w+)\.py([^\n&`]*)", readme())
+    assert len(commands) > 15
+    for script, args in commands:
+        code = "".join((HERE / f"{name}.py").read_text(encoding="utf-8") for name in {script, "sample"})
+        known = set(re.findall(r'"(--\w+)"', code)) | {f"--{f.name}" for f in trainer.fields(trainer.TrainConfig)}
+        assert set(re.findall(r"--\w+", args)) <= known, (script, args)

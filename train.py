@@ -3,18 +3,19 @@
     python train.py --preset toy          synthetic stories, minutes on a laptop CPU
     python train.py --preset laptop       real text on a CPU
     python train.py --preset tinystories  one GPU, a model of the paper's size
+    python train.py --preset toy --resume go on after an interruption, as if there had been none
 
 Every field of TrainConfig is a flag (--rank 4, --n_embd 128, --no-bias). Writes out_dir/ckpt.pt, which holds all
-that sample.py and bench_speculative.py need, and out_dir/log.jsonl, one JSON object per line.
+that sample.py, bench_speculative.py and --resume need, and with it out_dir/log.jsonl, one JSON object per line.
 """
 
 import argparse
 import json
 import math
-import os
+import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -22,11 +23,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common import ArgumentParser, load_model, number, pick_device, replacing, run_script
 from model import GPT, GPTConfig
 
 
-def flag(default, text):
-    return field(default=default, metadata={"help": text})
+def flag(default, text, check=None):
+    """A field of TrainConfig: its help text, and what argparse checks it by, a function or the choices there are."""
+    return field(default=default, metadata={"help": text, "check": check})
+
+
+count, amount, share = number(int, 1), number(float, 0), number(float, 0, 1, above=True)
 
 
 @dataclass(frozen=True)
@@ -35,40 +41,43 @@ class TrainConfig:
     data_dir: str = flag("data/text", "folder that prepare_tinystories.py wrote")
     out_dir: str = flag("out/text", "folder for the checkpoint and the log")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes cuda, then mps, then cpu")
-    dtype: str = flag("auto", "float32, bfloat16 or float16; auto is bfloat16 (else float16) on cuda, else float32")
+    dtype: str = flag("auto", "float32, bfloat16 or float16; auto is bfloat16 (else float16) on cuda, else float32",
+                      ("auto", "float32", "bfloat16", "float16"))
     compile: bool = flag(False, "torch.compile the loss (needs a C++ compiler)")
-    seed: int = flag(1337, "seed of the initial weights, the batches and dropout")
+    seed: int = flag(1337, "seed of the initial weights, the batches and dropout", number(int, 0, 2**63 - 1))
     init_from: str = flag("", "checkpoint to start from, ours or nanoGPT's; its trunk keeps its shape")
     freeze_trunk: bool = flag(False, "train the head alone")
     # model
-    block_size: int = flag(256, "context length in tokens")
-    n_layer: int = flag(6, "transformer blocks")
-    n_head: int = flag(6, "attention heads")
-    n_embd: int = flag(192, "width of the trunk")
-    dropout: float = flag(0.0, "dropout probability")
+    block_size: int = flag(256, "context length in tokens", count)
+    n_layer: int = flag(6, "transformer blocks", count)
+    n_head: int = flag(6, "attention heads", count)
+    n_embd: int = flag(192, "width of the trunk", count)
+    dropout: float = flag(0.0, "dropout probability", number(float, 0, 0.99))
     bias: bool = flag(False, "biases in the trunk's Linears and LayerNorms")
-    n_future: int = flag(4, "n, tokens predicted at once; 1 is plain nanoGPT")
-    rank: int = flag(4, "r, components of the CP head; 1 is independent heads")
-    factors: str = flag("reduced", "reduced: a map per factor before the shared unembedding; full: an unembedding each")
-    target: str = flag("marginal", "next-token law: marginal of the CP head (the paper) or the trunk's lm_head")
+    n_future: int = flag(4, "n, tokens predicted at once; 1 is plain nanoGPT", count)
+    rank: int = flag(4, "r, components of the CP head; 1 is independent heads", count)
+    factors: str = flag("reduced", "reduced: a map per factor before the shared unembedding; full: an unembedding each",
+                        ("reduced", "full"))
+    target: str = flag("marginal", "next-token law: marginal of the CP head (the paper) or the trunk's lm_head",
+                       ("marginal", "lm_head"))
     # loss and optimizer
-    joint_weight: float = flag(1.0, "weight of the joint loss beside the next-token loss when target is lm_head")
-    balance_weight: float = flag(0.05, "weight of the load-balancing loss")
-    joint_share: float = flag(1.0, "share of the positions, drawn anew every step, on which the head is trained")
-    batch_size: int = flag(16, "windows per forward pass")
-    grad_accum: int = flag(1, "forward passes per step")
-    lr: float = flag(1e-3, "peak learning rate")
-    min_lr: float = flag(1e-4, "learning rate at the end of the cosine")
-    warmup: float = flag(0.05, "share of the run over which the learning rate rises")
-    weight_decay: float = flag(0.1, "AdamW's, on the trunk's matrices and embeddings")
-    beta2: float = flag(0.99, "AdamW's")
-    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is off")
-    max_iters: int = flag(1000, "steps")
-    max_seconds: float = flag(0.0, "time limit; 0 is none. The learning rate decays by the limit that is nearer")
+    joint_weight: float = flag(1.0, "weight of the joint loss beside the next-token loss when target is lm_head", amount)
+    balance_weight: float = flag(0.05, "weight of the load-balancing loss", amount)
+    joint_share: float = flag(1.0, "share of the positions, drawn anew every step, on which the head is trained", share)
+    batch_size: int = flag(16, "windows per forward pass", count)
+    grad_accum: int = flag(1, "forward passes per step", count)
+    lr: float = flag(1e-3, "peak learning rate", amount)
+    min_lr: float = flag(1e-4, "learning rate at the end of the cosine", amount)
+    warmup: float = flag(0.05, "share of the run over which the learning rate rises", number(float, 0, 0.99))
+    weight_decay: float = flag(0.1, "AdamW's, on the trunk's matrices and embeddings", amount)
+    beta2: float = flag(0.99, "AdamW's", number(float, 0, 0.99999))
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is off", amount)
+    max_iters: int = flag(1000, "steps", count)
+    max_seconds: float = flag(0.0, "time limit; 0 is none. The learning rate decays by the limit that is nearer", amount)
     # reports
-    eval_interval: int = flag(250, "steps between evaluations, each of which writes the checkpoint")
-    eval_windows: int = flag(64, "validation windows, always the same ones")
-    log_interval: int = flag(10, "steps between lines of the log")
+    eval_interval: int = flag(250, "steps between evaluations, each of which writes the checkpoint", count)
+    eval_windows: int = flag(64, "validation windows, always the same ones", count)
+    log_interval: int = flag(10, "steps between lines of the log", count)
 
 
 PRESETS = {
@@ -90,31 +99,34 @@ PRESETS = {
 }
 
 
+CHANGEABLE = ("data_dir", "out_dir", "device", "max_iters", "max_seconds", "eval_interval", "eval_windows",
+              "log_interval")  # what --resume may be given beside the checkpoint's own settings
+
+
 def parse_args():
-    """--preset, then every field of TrainConfig as a flag that overrides it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """--preset, then every field of TrainConfig as a flag that overrides it: (TrainConfig, whether to resume, flags)."""
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="where the defaults come from (laptop)")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the checkpoint in out_dir and its settings; of the flags, only "
+                             f"{', '.join(CHANGEABLE)} may differ")
     known = argparse.ArgumentParser(add_help=False)  # --help has to wait until all flags are there
     known.add_argument("--preset", default="laptop")
     preset = PRESETS.get(known.parse_known_args()[0].preset, PRESETS["laptop"])
     for f in fields(TrainConfig):
         text = f"{f.metadata['help']} ({getattr(preset, f.name)})"
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument(f"--{f.name}", default=getattr(preset, f.name), help=text, **kind)
-    args = vars(parser.parse_args())
-    args.pop("preset")
-    return TrainConfig(**args)
+        check = f.metadata["check"]
+        how = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
+               {"choices": check} if isinstance(check, tuple) else {"type": check or f.type})
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
+    given = vars(parser.parse_args())
+    given.pop("preset")
+    resume = given.pop("resume")
+    return replace(preset, **given), resume, given
 
 
 # -----------------------------------------------------------------------------
-# device and data
-
-
-def pick_device(name):
-    """The torch.device of a --device flag; auto is cuda, then mps, then cpu."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(name)
+# dtype and data
 
 
 def pick_dtype(name, device):
@@ -122,6 +134,25 @@ def pick_dtype(name, device):
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bfloat16" if bf16 else "float16" if device.type == "cuda" else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def read_meta(data_dir):
+    """data_dir/meta.json, after a look at whether train.bin and val.bin are the files that it speaks of."""
+    path = Path(data_dir) / "meta.json"
+    again = f"python prepare_tinystories.py --data_dir {data_dir} ..."
+    if not path.exists():
+        sys.exit(f"There is no data in {data_dir}; write some: {again}")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        sizes = {name: 2 * meta["splits"][name]["tokens"] for name in ("train", "val")}
+        meta["tokenizer"], meta["vocab_size"], meta["bytes_per_token"]
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f"{path} is not a meta file of prepare_tinystories.py, or it is damaged; write it anew: {again}")
+    for name, size in sizes.items():
+        file = path.with_name(f"{name}.bin")
+        if not file.exists() or file.stat().st_size != size:
+            sys.exit(f"{file} is not the file of {size:,} bytes that {path} speaks of; write both anew: {again}")
+    return meta
 
 
 class Windows:
@@ -132,7 +163,8 @@ class Windows:
         self.T, self.n, self.batch_size, self.device = cfg.block_size, cfg.n_future, cfg.batch_size, device
         self.n_starts = len(self.data) - self.T - self.n + 1
         if self.n_starts < 1:
-            sys.exit(f"{path} holds {len(self.data)} tokens, fewer than block_size + n_future = {self.T + self.n}.")
+            sys.exit(f"{path} holds {len(self.data)} tokens, fewer than block_size + n_future = {self.T + self.n}; "
+                     "take more text or a smaller --block_size.")
 
     def at(self, starts):
         """idx (B, T) and targets (B, T, n), targets[b, t, s - 1] the token s places after idx[b, t]."""
@@ -164,17 +196,23 @@ def build_model(cfg, meta):
     """A fresh model, or the trunk of --init_from with the head that cfg asks for."""
     head = dict(n_future=cfg.n_future, rank=cfg.rank, factors=cfg.factors, target=cfg.target, dropout=cfg.dropout)
     if cfg.init_from:
-        ckpt = torch.load(cfg.init_from, map_location="cpu", weights_only=True)
-        model = GPT.from_checkpoint(ckpt, **head, n_token=meta["vocab_size"])
-    else:
-        model = GPT(GPTConfig(
+        model, ckpt = load_model(cfg.init_from, **head, n_token=meta["vocab_size"])
+        check_tokenizer(ckpt, meta, cfg.init_from)
+        return model
+    try:
+        return GPT(GPTConfig(
             block_size=cfg.block_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, bias=cfg.bias,
             vocab_size=-(-meta["vocab_size"] // 64) * 64, n_token=meta["vocab_size"], **head,
         ))
-    if cfg.freeze_trunk:
-        for name, p in model.named_parameters():
-            p.requires_grad_(name.startswith("cp_head."))
-    return model
+    except ValueError as e:
+        sys.exit(f"{e}.")
+
+
+def check_tokenizer(ckpt, meta, path):
+    """A checkpoint of ours must know the data's tokens under the same ids; nanoGPT's holds no tokenizer to compare."""
+    if "meta" in ckpt and ckpt["meta"]["tokenizer"] != meta["tokenizer"]:
+        sys.exit(f"{path} was trained with another tokenizer ({ckpt['meta']['tokenizer']['name']}) than the data's "
+                 f"({meta['tokenizer']['name']}); take --data_dir with the data it was trained on, or train anew.")
 
 
 def build_optimizer(model, cfg, device):
@@ -209,14 +247,6 @@ def evaluate(model, val, cfg, context):
     return {name: (total / n_windows).tolist() for name, total in totals.items()}
 
 
-def save(model, cfg, meta, iter_num, val, path):
-    """Write the checkpoint under a temporary name, then rename it."""
-    ckpt = {**model.checkpoint(), "train_config": asdict(cfg), "meta": meta, "iter_num": iter_num, "val": val}
-    tmp = path.with_name(path.name + ".tmp")
-    torch.save(ckpt, tmp)
-    os.replace(tmp, path)
-
-
 def report(val, meta):
     """The table at the end of a run."""
     bits = 1 / math.log(2)
@@ -236,11 +266,101 @@ def report(val, meta):
 
 
 # -----------------------------------------------------------------------------
+# the state of a run
+
+
+class Run:
+    """All that changes while training: what a checkpoint holds, so that --resume goes on as if nothing had happened."""
+
+    def __init__(self, cfg, meta, model, device, dtype):
+        self.cfg, self.meta, self.model, self.device = cfg, meta, model, device
+        self.optimizer = build_optimizer(model, cfg, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.windows = torch.Generator().manual_seed(cfg.seed)  # draws the training windows
+        self.iter_num, self.seconds, self.log = 0, 0.0, []
+
+    @property
+    def progress(self):
+        """The share of the run that is done, by steps or by time, whichever is further."""
+        by_time = self.seconds / self.cfg.max_seconds if self.cfg.max_seconds else 0.0
+        return max(self.iter_num / self.cfg.max_iters, by_time)
+
+    def random_states(self):
+        """The generators of the windows and of what is drawn on the way (dropout, joint_share), device's included."""
+        backend = getattr(torch, self.device.type)  # torch.cuda, torch.mps, torch.cpu
+        rest = {} if self.device.type == "cpu" else {self.device.type: backend.get_rng_state()}
+        return {"windows": self.windows.get_state(), "cpu": torch.get_rng_state(), **rest}
+
+    def save(self):
+        """Write ckpt.pt and log.jsonl, each under a temporary name first, then renamed."""
+        out_dir = Path(self.cfg.out_dir)
+        state = {**self.model.checkpoint(), "train_config": asdict(self.cfg), "meta": self.meta,
+                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                 "random": self.random_states(), "iter_num": self.iter_num, "seconds": self.seconds, "log": self.log}
+        with replacing(out_dir / "ckpt.pt") as file:
+            torch.save(state, file)
+        self.save_log()
+
+    def save_log(self):
+        with replacing(Path(self.cfg.out_dir) / "log.jsonl") as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in self.log)
+
+    def restore(self, ckpt):
+        """Take over all that `save` wrote but the model, which is loaded by then."""
+        self.optimizer.load_state_dict(ckpt["optimizer"])
+        if ckpt["scaler"]:
+            self.scaler.load_state_dict(ckpt["scaler"])
+        self.iter_num, self.seconds, self.log = ckpt["iter_num"], ckpt["seconds"], ckpt["log"]
+        self.windows.set_state(ckpt["random"]["windows"])
+        torch.set_rng_state(ckpt["random"]["cpu"])
+        if self.device.type != "cpu" and self.device.type in ckpt["random"]:
+            getattr(torch, self.device.type).set_rng_state(ckpt["random"][self.device.type])
+
+
+def resume_config(path, given):
+    """(model, TrainConfig, checkpoint) to go on from: the checkpoint's settings, with the flags that may differ."""
+    model, ckpt = load_model(path)
+    try:
+        old = TrainConfig(**ckpt["train_config"])
+        ckpt["optimizer"], ckpt["random"]["windows"], ckpt["log"], ckpt["meta"]["tokenizer"]
+    except (KeyError, TypeError):
+        sys.exit(f"{path} holds no state of a training run to go on from; --init_from starts a new run with its weights.")
+    for name, value in given.items():
+        if name not in CHANGEABLE and value != getattr(old, name):
+            sys.exit(f"--resume goes on with {name} = {getattr(old, name)}, not {value}; leave --{name} away, or start "
+                     "a new run without --resume.")
+    kept = {name: value for name, value in given.items() if name in CHANGEABLE}
+    return model, replace(old, **{**kept, "out_dir": str(Path(path).parent)}), ckpt
+
+
+@contextmanager
+def stop_signals():
+    """A list that is empty until Ctrl-C or SIGTERM, which then end the run after its step; a second one ends it at once.
+    """
+    caught, signals = [], (signal.SIGINT, signal.SIGTERM)
+
+    def note(number, frame):
+        caught.append(number)
+        for s in signals:
+            signal.signal(s, before[s])
+
+    before = {s: signal.signal(s, note) for s in signals}
+    try:
+        yield caught
+    finally:
+        for s in signals:
+            signal.signal(s, before[s])
+
+
+# -----------------------------------------------------------------------------
 # the loop
 
 
-def optimizer_step(model, loss_function, batches, optimizer, scaler, context, cfg):
+def optimizer_step(run, loss_function, batches, context):
     """One step on cfg.grad_accum batches; returns the last one's loss and its parts."""
+    cfg, optimizer, scaler = run.cfg, run.optimizer, run.scaler
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(run.progress, cfg)
     for _ in range(cfg.grad_accum):
         idx, targets = next(batches)
         with context:
@@ -248,65 +368,112 @@ def optimizer_step(model, loss_function, batches, optimizer, scaler, context, cf
         scaler.scale(loss / cfg.grad_accum).backward()
     if cfg.grad_clip:
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss, parts
 
 
-def train(cfg):
+def set_up(cfg, resume, given):
+    """(Run, its training batches, its validation data, autocast context), new or from the checkpoint."""
     torch.manual_seed(cfg.seed)
     torch.set_flush_denormal(True)  # a lost component's posterior times a small probability: x86 is slow at these
-    device, data_dir, out_dir = pick_device(cfg.device), Path(cfg.data_dir), Path(cfg.out_dir)
+    model, ckpt = None, None
+    if resume:
+        path = Path(cfg.out_dir) / "ckpt.pt"
+        model, cfg, ckpt = resume_config(path, given)
+    device, meta = pick_device(cfg.device), read_meta(cfg.data_dir)
     dtype = pick_dtype(cfg.dtype, device)
-    if not (data_dir / "meta.json").exists():
-        sys.exit(f"There is no data in {data_dir}; write some: python prepare_tinystories.py --data_dir {data_dir} ...")
-    meta = json.loads((data_dir / "meta.json").read_text(encoding="utf-8"))
-    model = build_model(cfg, meta).to(device)
+    model = (model or build_model(cfg, meta)).to(device)
+    if cfg.freeze_trunk:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.startswith("cp_head."))
     # --init_from brings its own block_size, n_layer, ...: what is built is what gets used, logged and saved
     cfg = replace(cfg, **{f.name: getattr(model.config, f.name) for f in fields(cfg) if hasattr(model.config, f.name)})
-    batches = Windows(data_dir / "train.bin", cfg, device).random(torch.Generator().manual_seed(cfg.seed))
-    val_data = Windows(data_dir / "val.bin", cfg, device)
-    optimizer = build_optimizer(model, cfg, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    context = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    loss_function = torch.compile(model.loss) if cfg.compile else model.loss
+    run = Run(cfg, meta, model, device, dtype)
+    if resume:
+        check_tokenizer(ckpt, meta, path)
+        if ckpt["meta"]["splits"] != meta["splits"]:
+            sys.exit(f"The data in {cfg.data_dir} is not what {path} was trained on; --init_from starts a new run.")
+        run.restore(ckpt)
+    batches = Windows(Path(cfg.data_dir) / "train.bin", cfg, device).random(run.windows)
+    val_data = Windows(Path(cfg.data_dir) / "val.bin", cfg, device)
+    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     trunk, head = model.n_params()
-    tokens_per_iter = cfg.batch_size * cfg.grad_accum * cfg.block_size
     print(f"device {device}, {str(dtype).removeprefix('torch.')}; trunk {trunk / 1e6:.2f}M and head {head / 1e6:.2f}M "
-          f"parameters; {tokens_per_iter:,} tokens per step; n = {cfg.n_future}, r = {cfg.rank}")
+          f"parameters; {cfg.batch_size * cfg.grad_accum * cfg.block_size:,} tokens per step; n = {cfg.n_future}, "
+          f"r = {cfg.rank}")
+    return run, batches, val_data, torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
-    out_dir.mkdir(parents=True, exist_ok=True)
-    iter_num, seconds, start = 0, 0.0, None
-    with open(out_dir / "log.jsonl", "w", encoding="utf-8") as log, tqdm(total=cfg.max_iters, mininterval=1.0) as bar:
-        while True:
-            progress = max(iter_num / cfg.max_iters, seconds / cfg.max_seconds if cfg.max_seconds else 0.0)
-            if progress >= 1 or (iter_num and iter_num % cfg.eval_interval == 0):
-                val = evaluate(model, val_data, cfg, context)
-                save(model, cfg, meta, iter_num, val, out_dir / "ckpt.pt")
-                print(json.dumps({"iter": iter_num, "seconds": seconds, "val": val}), file=log, flush=True)
-                bar.write(f"step {iter_num}: validation next {val['next']:.4f}, joint {val['joint']:.4f} nats/token")
-            if progress >= 1:
-                break
-            lr = learning_rate(progress, cfg)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss, parts = optimizer_step(model, loss_function, batches, optimizer, scaler, context, cfg)
+
+def log_step(run, loss, parts, speed):
+    """Append a training step to the log; returns what the bar shows."""
+    parts = {name: part.tolist() for name, part in parts.items()}
+    lr = run.optimizer.param_groups[0]["lr"]
+    run.log.append({"iter": run.iter_num, "seconds": run.seconds, "lr": lr, "loss": loss.item(),
+                    "tokens_per_second": speed, **parts})
+    stop_if_diverged(run, loss.item())
+    return {"loss": f"{loss.item():.3f}", "tok_s": f"{speed:,.0f}"}
+
+
+def log_validation(run, val_data, context):
+    """Evaluate, append it to the log, write the checkpoint; returns what to print."""
+    val = evaluate(run.model, val_data, run.cfg, context)
+    run.log.append({"iter": run.iter_num, "seconds": run.seconds, "val": val})
+    stop_if_diverged(run, val["joint"] + val["next"])
+    run.save()
+    return f"step {run.iter_num}: validation next {val['next']:.4f}, joint {val['joint']:.4f} nats/token"
+
+
+def stop_if_diverged(run, loss):
+    """A run that cannot recover must not overwrite the checkpoint that is still good."""
+    if not math.isfinite(loss):
+        run.save_log()
+        sys.exit(f"The loss is {loss} at step {run.iter_num}: training has diverged. Start again with a lower --lr; "
+                 f"log.jsonl in {run.cfg.out_dir} shows how it came, ckpt.pt there is older and as it was.")
+
+
+def train(cfg, resume=False, given={}):
+    run, batches, val_data, context = set_up(cfg, resume, given)
+    cfg, first, start = run.cfg, run.iter_num, None
+    loss_function = torch.compile(run.model.loss) if cfg.compile else run.model.loss
+    with stop_signals() as stop, tqdm(total=cfg.max_iters, initial=first, mininterval=1.0) as bar:
+        while run.progress < 1 and not stop:
+            try:
+                loss, parts = optimizer_step(run, loss_function, batches, context)
+            except Exception as e:
+                if not cfg.compile or run.iter_num > first:
+                    raise
+                sys.exit(f"--compile failed ({type(e).__name__}); it needs a C++ compiler, on a GPU also Triton. "
+                         "Train without --compile.")
             # The clock starts after the first step, which may compile; a run that stays well within max_seconds does
             # not depend on the machine's speed.
-            start = start or time.monotonic()
-            seconds = time.monotonic() - start
-            iter_num += 1
+            now = time.monotonic()
+            start = start or (now, run.seconds)
+            run.seconds = start[1] + now - start[0]
+            run.iter_num += 1
             bar.update()
-            if iter_num % cfg.log_interval == 0:
-                speed = (iter_num - 1) * tokens_per_iter / max(seconds, 1e-9)
-                line = {"iter": iter_num, "seconds": seconds, "lr": lr, "loss": loss.item(), "tokens_per_second": speed}
-                print(json.dumps(line | {name: part.tolist() for name, part in parts.items()}), file=log)
-                bar.set_postfix(loss=f"{line['loss']:.3f}", tok_s=f"{speed:,.0f}")
-    report(val, meta)
-    print(f"\nwrote {out_dir / 'ckpt.pt'} after {iter_num} steps, {seconds:.0f} s")
+            if run.iter_num % cfg.log_interval == 0:
+                tokens = (run.iter_num - first - 1) * cfg.batch_size * cfg.grad_accum * cfg.block_size
+                bar.set_postfix(log_step(run, loss, parts, tokens / max(now - start[0], 1e-9)), refresh=False)
+            if run.progress >= 1 or run.iter_num % cfg.eval_interval == 0:
+                bar.write(log_validation(run, val_data, context))
+    if stop and run.progress < 1:
+        run.save()
+        print(f"\nstopped after step {run.iter_num}, which is saved; to go on: python train.py --resume --out_dir "
+              f"{cfg.out_dir}", file=sys.stderr)
+        sys.exit(130)
+    if run.iter_num == first:
+        print(f"All {first} steps were done already; a larger --max_iters trains on.")
+    for line in [line for line in run.log if "val" in line][-1:]:
+        report(line["val"], run.meta)
+    print(f"\nwrote {Path(cfg.out_dir) / 'ckpt.pt'} after {run.iter_num} steps, {run.seconds:.0f} s")
+
+
+def main():
+    train(*parse_args())
 
 
 if __name__ == "__main__":
-    train(parse_args())
+    run_script(main)

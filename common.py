@@ -1,0 +1,139 @@
+"""What the scripts share: errors in one line, files that are whole or not there, checkpoints, devices."""
+
+import argparse
+import errno
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from model import GPT
+
+# -----------------------------------------------------------------------------
+# a user's mistake gets one line, not a traceback
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with the script's docstring for help and errors of one line."""
+
+    def __init__(self, description, **options):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help explains the flags)\n")
+
+
+def number(kind, low, high=float("inf"), above=False):
+    """An argparse type: a finite int or float in [low, high], in (low, high] with `above`."""
+    limits = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < float("inf") else "")
+
+    def parse(text):
+        value = kind(text)
+        if not (low < value if above else low <= value) or not value <= high or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return parse
+
+
+def utf8(text):
+    """An argparse type: text, without the escapes that Python puts where the shell's bytes are not utf-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("is not valid utf-8") from None
+    return text
+
+
+def run_script(main):
+    """Run main(); what a user or the machine can do wrong ends in one line and a non-zero exit."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `python sample.py | head`: whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
+        sys.exit(f"{e.filename or 'writing'}: {e.strerror or e}" + ("; free some space and try again" if full else ""))
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        sys.exit(out_of_memory(e))
+    except RuntimeError as e:
+        if "allocate memory" not in str(e):
+            raise
+        sys.exit(out_of_memory(e))
+
+
+def out_of_memory(e):
+    first = str(e).strip().splitlines()[0][:200] if str(e) else "no more to be had"
+    return f"Out of memory ({first}). A smaller model, --batch_size or --block_size needs less."
+
+
+# -----------------------------------------------------------------------------
+# files
+
+
+@contextmanager
+def replacing(path):
+    """A binary file to write that takes the place of `path` when the block ends well, and is gone when it does not.
+
+    Whenever the process dies, `path` is the old file or the new one, never a part of it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        with open(tmp, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    except BaseException as e:
+        tmp.unlink(missing_ok=True)
+        error = e.__context__ if isinstance(e.__context__, OSError) else e  # torch.save covers it with its own
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failed write does not say where
+        raise error
+
+
+# -----------------------------------------------------------------------------
+# devices and checkpoints
+
+
+def pick_device(name):
+    """The torch.device of a --device flag; auto is cuda, then mps, then cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        x = torch.zeros(1, device=name)
+        x.item()  # fails now, not later, where there is no such device or it holds no values
+        return x.device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        sys.exit(f"--device {name} cannot be used here ({str(e).splitlines()[0]}); try cpu")
+
+
+def load_model(path, **head):
+    """(model, checkpoint dict) of a file that train.py or nanoGPT's train.py wrote; `head` as in GPT.from_checkpoint.
+
+    Only plain tensors and plain Python are read (weights_only), so a foreign file cannot run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        sys.exit(f"There is no checkpoint {path}; train one first: python train.py --out_dir {path.parent}")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        ckpt["model"], ckpt["model_args"]
+    except Exception as e:  # a pickle that asks for code, half a file, another format: torch raises many kinds
+        sys.exit(f"{path} is not a checkpoint of plain tensors with 'model' and 'model_args', or it is damaged "
+                 f"({type(e).__name__}); nothing in it was run. Train anew or take another file.")
+    try:
+        return GPT.from_checkpoint(ckpt, **head), ckpt
+    except Exception as e:
+        reason = " ".join(str(e).split())[:300]
+        sys.exit(f"{path} holds no model that fits: {reason or type(e).__name__}")

@@ -1,0 +1,183 @@
+"""Draw the losses of one or several runs.
+
+    python plot.py out/toy --output loss.png
+    python plot.py out/laptop_r1 out/laptop_r4 --x seconds --output loss.png
+
+Left: the losses in train.py's log.jsonl, of training and of validation. Right: the last validation's loss by offset.
+`bench_speculative.py --plot FILE` draws its own figure with draw_bench. Only this file needs matplotlib.
+"""
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+from common import ArgumentParser, replacing, run_script
+
+FORMATS = (".png", ".pdf", ".svg")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito: colour-blind safe
+X_AXES = {"iter": ("steps", 1), "seconds": ("minutes", 60)}  # field of the log: label and divisor
+
+
+def read_log(path):
+    """The log.jsonl at path, or in the folder path: {"train": points, "val": points}. A point is a dict of iter,
+    seconds, next and, where the model has a head, joint and offset (a list).
+
+    SystemExit with one line if there is no such file or it is not a log of train.py.
+    """
+    path = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path)
+    points = {"train": [], "val": []}
+    try:
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            parts = line.get("val", line)
+            point = {"iter": line["iter"], "seconds": line["seconds"], "next": parts["next"]}
+            if "usage" in parts:  # else n_future = 1, and joint is next
+                point |= {"joint": parts["joint"], "offset": parts["offset"]}
+            points["val" if "val" in line else "train"].append(point)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sys.exit(f"{path} is not a log of train.py")
+    if not any(points.values()):
+        sys.exit(f"{path} is empty")
+    return points
+
+
+def smooth(values):
+    """Running mean over at most 11 values and a tenth of all, centred: narrower at both ends, so it never lags."""
+    half, last = min(5, len(values) // 20), len(values) - 1
+    widths = [min(half, i, last - i) for i in range(len(values))]
+    return [sum(values[i - k : i + k + 1]) / (2 * k + 1) for i, k in enumerate(widths)]
+
+
+def new_figure(width, height, width_ratios=(1,)):
+    """(Figure, its panels in one row). Without pyplot there is no window and no global state."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("Plots need matplotlib: python -m pip install matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.07)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(width_ratios), width_ratios=width_ratios, squeeze=False)[0]
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+        panel.set_axisbelow(True)
+    return figure, panels
+
+
+def draw_runs(names, logs, x="iter"):
+    """The Figure of the losses of up to seven runs, a colour each. logs: what read_log returns; x: iter or seconds.
+
+    Left, over steps or minutes: next-token loss and joint loss per token, pale and smoothed in training, with markers
+    in validation. Right: the last validation's loss by offset. n_future = 1 has neither joint nor offsets; where no
+    run has offsets (yet), there is no right panel.
+    """
+    offsets = [log["val"][-1].get("offset") if log["val"] else None for log in logs]
+    figure, panels = new_figure(10, 4.4, (1.5, 1) if any(offsets) else (1,))
+    from matplotlib.lines import Line2D
+
+    left, (label, unit) = panels[0], X_AXES[x]
+    markers = {"next": dict(marker="o", ms=5), "joint": dict(marker="s", ms=5, mfc="white")}
+    for color, log, offset in zip(PALETTE, logs, offsets):
+        for part, marker in markers.items():
+            train, val = ([p for p in log[split] if part in p] for split in ("train", "val"))
+            losses = smooth([p[part] for p in train])
+            left.plot([p[x] / unit for p in train], losses, color=color, lw=0.9, alpha=0.4)
+            left.plot([p[x] / unit for p in val], [p[part] for p in val], color=color, lw=1.6, **marker)
+        if offset:
+            panels[1].plot(range(1, len(offset) + 1), offset, color=color, lw=1.6, marker="o", ms=5)
+    left.set(xlabel=label, ylabel="nats per token", title="loss")
+    legend = [dict(color=color, lw=3, label=name) for color, name in zip(PALETTE, names)]
+    legend.append(dict(color="gray", label="next token, validation", **markers["next"]))
+    if any("joint" in point for log in logs for point in log["train"] + log["val"]):
+        legend.append(dict(color="gray", label="joint per token, validation", **markers["joint"]))
+    legend.append(dict(color="gray", lw=0.9, alpha=0.6, label="training, smoothed"))
+    left.legend(handles=[Line2D([], [], **style) for style in legend], fontsize=9, loc="upper right")
+    if any(offsets):
+        panels[1].set(xlabel="offset s", title="loss by offset, last validation")
+        panels[1].set_ylabel("nats, given the true tokens before it in the window", fontsize=9)
+        panels[1].locator_params("x", integer=True, nbins=12)
+    return figure
+
+
+def draw_bench(card, rows):
+    """The Figure of a bench, a colour per temperature; card and rows as in the JSON object that the bench prints.
+
+    Three panels: the speed-ups of all modes over plain decoding, with the bound, equation (3) of the README; of mode
+    speculative, the share of drafts accepted by position, with a gap where no step got that far, and the share of the
+    steps that yielded 1, 2, ... tokens.
+    """
+    figure, (speed, acceptance, steps) = new_figure(10.5, 4.2, (1.2, 1, 1))
+    rows = [row for row in rows if row["mode"] != "plain" and row.get("speedup")]
+    rows.sort(key=lambda row: row["temperature"])  # stable: within a temperature the modes keep their order
+    colors = dict(zip(sorted({row["temperature"] for row in rows}), PALETTE))
+    labels = []  # of the bars, from the top down
+    for row in rows:
+        color = colors[row["temperature"]]
+        bars = [(row["mode"], row["speedup"], dict(color=color))]
+        if row.get("bound"):
+            bars.append(("bound (3)", row["bound"], dict(facecolor="white", edgecolor=color, hatch="///")))
+        for label, length, style in bars:
+            bar = speed.barh(len(labels), length, height=0.7, **style)
+            speed.bar_label(bar, fmt="%.2fx", padding=4, fontsize=9, bbox=dict(color="white", pad=1))
+            labels.append(label)
+    speed.axvline(1, color="black", lw=1, ls="--")
+    speed.set_yticks(range(len(labels)), labels)
+    speed.invert_yaxis()
+    speed.grid(visible=False, axis="y")
+    speed.margins(x=0.18)  # room for the label of the longest bar
+    speed.set(xlabel="times the speed of plain decoding", title="speed-up")
+
+    speculative = [row for row in rows if row["mode"] == "speculative"]
+    for i, row in enumerate(speculative):
+        style = dict(color=colors[row["temperature"]], label=f"temperature {row['temperature']:g}")
+        rates = [float("nan") if rate is None else rate for rate in row["acceptance"]]
+        acceptance.plot(range(1, len(rates) + 1), rates, marker="o", ms=5, lw=1.6, **style)
+        width, total = 0.8 / len(speculative), sum(row["histogram"])
+        places = [k + (i + 0.5) * width - 0.4 for k in range(1, len(row["histogram"]))]  # no step yields 0 tokens
+        steps.bar(places, [count / total for count in row["histogram"][1:]], width, **style)
+    acceptance.set(xlabel="position of the draft", ylabel="share accepted, where reached", title="acceptance")
+    acceptance.set_ylim(0, 1.05)
+    steps.set(xlabel="tokens", ylabel="share of the steps", title="tokens per step")
+    steps.grid(visible=False, axis="x")
+    for panel in (acceptance, steps):
+        panel.locator_params("x", integer=True, nbins=12)
+    figure.legend(*acceptance.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    title = "{hardware}, {device}, {dtype}, threads = {threads}, n = {n_future}, r = {rank}"
+    hardware = textwrap.shorten(card["hardware"], 80, placeholder=" ...")
+    figure.suptitle(title.format(**card | {"hardware": hardware}), fontsize=10)
+    return figure
+
+
+def check_plot(path):
+    """SystemExit with one line if no picture can be drawn into path; to be called before a long measurement."""
+    if Path(path).suffix.lower() not in FORMATS:
+        sys.exit(f"{path}: the name of a picture must end in one of {', '.join(FORMATS)}")
+    new_figure(1, 1)
+
+
+def save(figure, path):
+    """Write the picture, whole or not at all; the end of its name says in which format."""
+    with replacing(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:].lower(), dpi=figure.dpi)
+
+
+def main():
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("runs", nargs="+", help=f"out_dir of train.py, or a log.jsonl; at most {len(PALETTE)}")
+    parser.add_argument("--output", required=True, help=f"the picture: {', '.join(FORMATS)}")
+    parser.add_argument("--x", choices=X_AXES, default="iter", help="x axis: steps, or the time of training (iter)")
+    args = parser.parse_args()
+    if len(args.runs) > len(PALETTE):
+        parser.error(f"at most {len(PALETTE)} runs, as many as there are colours")
+    check_plot(args.output)
+    names = [Path(run).parent.name if Path(run).is_file() else Path(run).resolve().name for run in args.runs]
+    save(draw_runs(names, [read_log(run) for run in args.runs], args.x), args.output)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    run_script(main)

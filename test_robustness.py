@@ -1,0 +1,393 @@
+"""The hostile world: interruptions, full disks, bad input. Nothing is lost, and a mistake gets one line."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench_speculative
+import common
+import prepare_tinystories
+import sample
+import train
+
+HERE = Path(__file__).parent
+MAIN = {"prepare": prepare_tinystories.main, "train": train.main, "sample": sample.main, "bench": bench_speculative.main}
+SMALL = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 --n_future 3 "
+         "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu --max_seconds 0")
+
+
+def start(script, args):
+    """Run a script as its __main__ does."""
+    sys.argv = [f"{script}.py", *(args.split() if isinstance(args, str) else args)]
+    common.run_script(MAIN[script])
+
+
+def call(script, args):
+    """(exit code, the line on stderr) of a script that is run in this process: importing torch takes seconds."""
+    try:
+        start(script, args)
+    except SystemExit as e:
+        return (e.code, "") if isinstance(e.code, int) else (1, e.code)  # a text is what Python prints, with code 1
+    return 0, ""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with toy data, a trained model, a plain one, one in nanoGPT's own format, and other people's files."""
+    home = tmp_path_factory.mktemp("home")
+    before = os.getcwd()
+    os.chdir(home)
+    assert call("prepare", "--toy --stories 120") == (0, "")
+    assert call("train", SMALL) == (0, "")
+    assert call("train", f"{SMALL} --n_future 1 --max_iters 2 --out_dir out/plain") == (0, "")
+    assert call("prepare", "--toy --stories 120 --vocab_size 300 --data_dir data/other") == (0, "")
+    make_bad_files(home)
+    os.chdir(before)
+    return home
+
+
+def make_bad_files(home):
+    ckpt = torch.load(home / "out/toy/ckpt.pt", weights_only=True)
+    whole = (home / "out/toy/ckpt.pt").read_bytes()
+    fewer = {k: v for k, v in ckpt.items() if k not in ("meta", "train_config", "optimizer")}
+    odd = {**ckpt, "model": {**ckpt["model"], "transformer.ln_f.weight": torch.zeros(7)}}
+    wide = {**ckpt, "model_args": {**ckpt["model_args"], "n_embd": "wide"}}
+
+    class Hostile:
+        def __reduce__(self):
+            return open, ("owned", "w")
+
+    files = {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello\n", "hostile": pickle.dumps(Hostile())}
+    for name, content in {**files, "nanogpt": fewer, "odd": odd, "wide": wide, "list": [1], "dict": {"a": 1}}.items():
+        path = home / "out" / name / "ckpt.pt"
+        path.parent.mkdir()
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    for name, meta in (("nojson", "{"), ("foreign", '{"a": 1}')):
+        shutil.copytree(home / "data/toy", home / "data" / name)
+        (home / "data" / name / "meta.json").write_text(meta)
+    for name in ("cut", "empty", "gone"):
+        shutil.copytree(home / "data/toy", home / "data" / name)
+    (home / "data/cut/train.bin").write_bytes((home / "data/toy/train.bin").read_bytes()[:-2])
+    (home / "data/empty/val.bin").write_bytes(b"")
+    (home / "data/gone/train.bin").unlink()
+    assert call("prepare", "--toy --stories 120 --seed 2 --data_dir data/again") == (0, "")
+    meta = json.loads((home / "data/toy/meta.json").read_text())  # the same tokenizer, other texts
+    again = json.loads((home / "data/again/meta.json").read_text())
+    (home / "data/again/meta.json").write_text(json.dumps({**again, "tokenizer": meta["tokenizer"]}))
+    (home / "latin1.txt").write_bytes("Çedilla".encode("latin-1"))
+    (home / "none.txt").write_text(" \n")
+    (home / "folder").mkdir()
+    (home / "folder/binary").write_bytes(b"\xff\xfe")
+
+
+BAD = [
+    ("train", "--data_dir nowhere", "There is no data in nowhere"),
+    ("train", "--data_dir data/nojson", "is not a meta file"),
+    ("train", "--data_dir data/foreign", "is not a meta file"),
+    ("train", "--data_dir data/cut", "data/cut/train.bin is not the file of"),
+    ("train", "--data_dir data/empty", "data/empty/val.bin is not the file of"),
+    ("train", "--data_dir data/gone", "data/gone/train.bin is not the file of"),
+    ("train", "--block_size 100000", "take more text or a smaller --block_size"),
+    ("train", "--n_embd 10 --n_head 3", "n_embd 10 is not divisible by n_head 3"),
+    ("train", "--block_size 1", "block_size must be at least 2"),
+    ("train", "--n_embd 100000000", "Out of memory"),
+    ("train", "--lr nan", "--lr: must be at least 0, not nan"),
+    ("train", "--lr -1", "--lr: must be at least 0, not -1"),
+    ("train", "--lr 1e30", "training has diverged"),
+    ("train", "--max_iters 0", "--max_iters: must be at least 1, not 0"),
+    ("train", "--max_iters many", "invalid int value: 'many'"),
+    ("train", "--joint_share 0", "--joint_share: must be above 0 and at most 1, not 0"),
+    ("train", "--warmup 1", "--warmup: must be at least 0 and at most 0.99"),
+    ("train", "--batch_size 0", "--batch_size: must be at least 1"),
+    ("train", "--seed -1", "--seed: must be at least 0"),
+    ("train", "--dtype float8", "invalid choice: 'float8'"),
+    ("train", "--factors tucker", "invalid choice: 'tucker'"),
+    ("train", "--device toaster", "--device toaster cannot be used here"),
+    ("train", "--device meta", "--device meta cannot be used here"),
+    ("train", "--preset huge", "invalid choice: 'huge'"),
+    ("train", "--n_layers 3", "unrecognized arguments: --n_layers 3"),
+    ("train", "--out_dir latin1.txt/out", "latin1.txt/out: Not a directory"),
+    ("train", "--init_from nowhere.pt", "There is no checkpoint nowhere.pt"),
+    ("train", "--init_from out/cut/ckpt.pt", "is not a checkpoint"),
+    ("train", "--init_from out/plain/ckpt.pt --data_dir data/other", "another tokenizer"),
+    ("train", "--init_from out/nanogpt/ckpt.pt --data_dir data/large", "holds no model that fits: n_token"),
+    ("train", "--resume --out_dir out/nowhere", "There is no checkpoint out/nowhere/ckpt.pt"),
+    ("train", "--resume --out_dir out/nanogpt", "holds no state of a training run"),
+    ("train", "--resume --rank 7", "goes on with rank = 2, not 7"),
+    ("train", "--resume --data_dir data/again", "is not what out/toy/ckpt.pt was trained on"),
+    ("train", "--resume --data_dir data/other", "another tokenizer"),
+    ("prepare", "--input nowhere.txt", "nowhere.txt: no such file or folder"),
+    ("prepare", "--input latin1.txt", "latin1.txt is not utf-8 text"),
+    ("prepare", "--input none.txt", "There is no text in none.txt"),
+    ("prepare", "--input folder", "There is no text in folder"),
+    ("prepare", "--toy --vocab_size 256", "--vocab_size: must be at least 257"),
+    ("prepare", "--toy --vocab_size 65537", "at most 65536, not 65537"),
+    ("prepare", "--toy --input a", "not allowed with argument"),
+    ("prepare", "--toy --max_mb 5", "--max_mb is for the download"),
+    ("prepare", "--max_mb 0", "--max_mb: must be at least 1"),
+    ("prepare", "--toy --stories 1", "--stories: must be at least 2"),
+    ("prepare", "--toy --data_dir latin1.txt", "latin1.txt: File exists"),
+    ("prepare", "--toy --data_dir latin1.txt/data", "latin1.txt/data: Not a directory"),
+    *(("sample", f"--out_dir out/{name}", "is not a checkpoint") for name in
+      ("cut", "empty", "text", "hostile", "list", "dict")),
+    ("sample", "--out_dir out/odd", "holds no model that fits"),
+    ("sample", "--out_dir out/wide", "holds no model that fits"),
+    ("sample", "--out_dir out/nanogpt", "holds no tokenizer"),
+    ("sample", "--out_dir nowhere", "There is no checkpoint nowhere/ckpt.pt; train one first"),
+    ("sample", "--out_dir out/plain --mode speculative", "no head to draft from"),
+    ("sample", "--temperature -0.1", "--temperature: must be at least 0"),
+    ("sample", "--temperature inf", "--temperature: must be at least 0"),
+    ("sample", "--top_k 0", "--top_k: must be at least 1"),
+    ("sample", "--top_p 0", "--top_p: must be above 0 and at most 1"),
+    ("sample", "--top_p 1.5", "--top_p: must be above 0 and at most 1"),
+    ("sample", "--num_samples 0", "--num_samples: must be at least 1"),
+    ("sample", "--max_new_tokens -1", "--max_new_tokens: must be at least 0"),
+    ("sample", "--mode fast", "invalid choice: 'fast'"),
+    ("sample", ["--prompt", b"\xff".decode(errors="surrogateescape")], "is not valid utf-8"),
+    ("bench", "--out_dir out/plain", "n_future = 1"),
+    ("bench", "--out_dir out/hostile", "is not a checkpoint"),
+    ("bench", "--rounds 4", "--rounds: must be at least 5"),
+    ("bench", "--max_new_tokens 1", "--max_new_tokens: must be at least 2"),
+    ("bench", "--threads 0", "--threads: must be at least 1"),
+]
+
+
+def contents(home):
+    return {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("script,args,line", BAD, ids=[f"{script} {args}" for script, args, _ in BAD])
+def test_bad_input_gets_one_line(script, args, line, home, monkeypatch, capsys):
+    """One line that says what is wrong, a non-zero exit, no traceback, and every file is as it was."""
+    monkeypatch.chdir(home)
+    (home / "data/large").exists() or make_large_vocabulary(home)
+    before = contents(home)
+    args = f"{SMALL} {args}" if script == "train" and "--resume" not in args else args
+    code, message = call(script, "--preset toy " + args if "--resume" in args else args)
+    message = message or capsys.readouterr().err.splitlines()[-1]
+    assert code != 0 and line in message and "\n" not in message and "Traceback" not in message
+    after = contents(home)
+    diverged = home / "out/toy/log.jsonl"  # the one file that may change: it shows how a run diverged
+    assert {p for p in before.keys() | after.keys() if before.get(p) != after.get(p)} <= (
+        {diverged} if "1e30" in args else set())
+
+
+def make_large_vocabulary(home):
+    """Data of a tokenizer that is larger than a nanoGPT checkpoint's vocabulary."""
+    text = " ".join(f"w{i:03}x" for i in range(2000))
+    (home / "large.txt").write_text(text * 3)
+    description = prepare_tinystories.build_tokenizer(["".join(chr(0x4E00 + i) + " " for i in range(600))], 1500)
+    prepare_tinystories.prepare(lambda: [text] * 9, lambda: [text], description, home / "data/large")
+
+
+# -----------------------------------------------------------------------------
+# input that only looks bad
+
+
+def test_edges_of_good_input(home, monkeypatch, capsys):
+    """An empty prompt, one longer than the block, no new tokens, a foreign checkpoint that a head is put on."""
+    monkeypatch.chdir(home)
+    for args in ("--max_new_tokens 5", "--max_new_tokens 0", ["--prompt", "Lily went " * 40, "--max_new_tokens", "9"],
+                 ["--prompt", "<|endoftext|> é€", "--max_new_tokens", "3"]):
+        assert call("sample", args) == (0, "")
+        assert "speculative: " in capsys.readouterr().out
+    assert call("train", f"{SMALL} --max_iters 1 --init_from out/nanogpt/ckpt.pt --out_dir out/tuned") == (0, "")
+
+
+def test_output_to_a_closed_pipe_is_no_traceback(home):
+    """python sample.py | head"""
+    command = [sys.executable, HERE / "sample.py", "--max_new_tokens", "5000"]
+    with subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+
+
+def test_gpt2_tokenizer_without_a_network_says_what_to_do(monkeypatch):
+    """tiktoken's download has no time-out and fails in requests' own way (tiktoken #281, #369)."""
+    def fails(name):
+        raise ConnectionError("no route")
+
+    silent = threading.Event()
+    for get_encoding in (fails, lambda name: silent.wait(20)):
+        monkeypatch.setattr(prepare_tinystories.tiktoken, "get_encoding", get_encoding)
+        begin = time.monotonic()
+        with pytest.raises(SystemExit, match="set TIKTOKEN_CACHE_DIR"):
+            prepare_tinystories.gpt2_tokenizer(timeout=0.2)
+        assert time.monotonic() - begin < 10
+    silent.set()
+
+
+def test_a_compiler_that_is_missing_is_explained(home, monkeypatch):
+    monkeypatch.chdir(home)
+    before = contents(home)
+
+    def compiled(function):
+        def fails(*args):
+            raise RuntimeError("no C++ compiler\nhere")
+        return fails
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    code, message = call("train", f"{SMALL} --compile")
+    assert code == 1 and message.startswith("--compile failed") and "without --compile" in message
+    assert contents(home) == before
+
+
+def test_the_gpu_preset_runs_reduced_on_a_cpu(home, monkeypatch):
+    """--preset tinystories with its target, its batches in parts and bfloat16, at a size for a CPU."""
+    monkeypatch.chdir(home)
+    assert call("train", "--preset tinystories --data_dir data/toy --out_dir out/gpu --n_layer 2 --n_head 2 --n_embd 32 "
+                         "--block_size 32 --batch_size 4 --eval_windows 4 --max_iters 4 --dtype bfloat16 --device cpu "
+                         "--log_interval 1") == (0, "")
+    log = [json.loads(line) for line in Path("out/gpu/log.jsonl").read_text().splitlines()]
+    config = torch.load("out/gpu/ckpt.pt", weights_only=True)["train_config"]
+    assert config["grad_accum"] == 4 and config["target"] == "marginal" and 4 < log[-1]["val"]["joint"] < 8
+
+
+# -----------------------------------------------------------------------------
+# interruptions
+
+
+def without_times(log):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in log]
+
+
+def assert_same_run(path, other):
+    """Two checkpoints agree bit by bit in weights, optimizer, generators and log."""
+    a, b = (torch.load(p, weights_only=True) for p in (path, other))
+    assert a["iter_num"] == b["iter_num"] and without_times(a["log"]) == without_times(b["log"])
+    states = [{**c["model"], **{f"{i}.{k}": v for i, s in c["optimizer"]["state"].items() for k, v in s.items()},
+               **c["random"]} for c in (a, b)]
+    assert states[0].keys() == states[1].keys() and len(states[0]) > 40
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_goes_on_bit_identically(how, home, monkeypatch, capsys):
+    """Ctrl-C between two checkpoints saves the step; --resume ends where a run without a break does, with dropout and
+    a random share of the positions. Guards a resume that forgets the generators (nanoGPT #467)."""
+    monkeypatch.chdir(home)
+    step, steps = train.optimizer_step, []
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) in (5, 13):
+            signal.raise_signal(how)
+        return step(*args)
+
+    monkeypatch.setattr(train, "optimizer_step", interrupted)
+    out = ["--out_dir", f"out/broken{how}"]
+    assert call("train", [*SMALL.split(), *out])[0] == 130
+    assert "stopped after step 5" in capsys.readouterr().err
+    assert call("train", ["--resume", *out])[0] == 130
+    assert call("train", ["--resume", *out]) == (0, "")
+    assert len(steps) == 24
+    assert_same_run(f"out/broken{how}/ckpt.pt", "out/toy/ckpt.pt")
+    assert Path(out[1], "log.jsonl").read_text().count("\n") == 12 + 3
+    assert signal.getsignal(how) in (signal.default_int_handler, signal.SIG_DFL)
+    assert call("train", ["--resume", *out]) == (0, "") and "were done already" in capsys.readouterr().out
+
+
+def test_a_larger_max_iters_trains_on(home, monkeypatch):
+    monkeypatch.chdir(home)
+    shutil.copytree("out/toy", "out/longer")
+    assert call("train", "--resume --out_dir out/longer --max_iters 30") == (0, "")
+    assert torch.load("out/longer/ckpt.pt", weights_only=True)["iter_num"] == 30
+
+
+KILLED = f"{SMALL} --eval_interval 1 --warmup 0 --lr 1e-3 --min_lr 1e-3 --out_dir out/killed"  # the same rate at any length
+
+
+def kill_many(script, args, check, n=20):
+    """Start a script n times, kill -9 it at a random moment each time, and look at what it left; then let it end.
+
+    Run in a process of its own that has computed nothing yet: threads do not survive a fork.
+    """
+    rng, longest = random.Random(0), None
+    for i in range(n + 1):
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            start(script, args(i))
+            os._exit(0)
+        begin = time.monotonic()
+        if i == 0:  # the first one ends by itself, and shows how long that takes
+            assert os.waitpid(child, 0)[1] == 0
+            longest = time.monotonic() - begin
+        else:
+            time.sleep(rng.uniform(0, 1.1 * longest))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        check()
+
+
+def check_data():
+    """The three files belong together, or there is no meta.json, which says that there is no data."""
+    if Path("data/toy/meta.json").exists():
+        splits = json.loads(Path("data/toy/meta.json").read_text())["splits"]
+        for name, split in splits.items():
+            data = Path(f"data/toy/{name}.bin").read_bytes()
+            assert prepare_tinystories.hashlib.sha256(data).hexdigest() == split["sha256"]
+
+
+def check_run():
+    """The checkpoint is whole and so is every line of the log."""
+    with zipfile.ZipFile("out/killed/ckpt.pt") as file:
+        assert file.testzip() is None
+    for line in Path("out/killed/log.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+def kill_prepare():
+    kill_many("prepare", lambda i: f"--toy --stories {200 + i}", check_data)
+
+
+def kill_train():
+    """The first child trains one step; the others go on from wherever the one before was killed."""
+    resume = "--resume --out_dir out/killed --max_iters 1000000"
+    kill_many("train", lambda i: f"{KILLED} --max_iters 1" if i == 0 else resume, check_run)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("what", ["kill_prepare", "kill_train"])
+def test_twenty_kills_lose_nothing(what, home, tmp_path, monkeypatch):
+    """kill -9 at twenty random moments each: prepare leaves the old or the new files, train a checkpoint that a resumed
+    run takes to the very state of a run that nobody killed."""
+    if what == "kill_train":
+        shutil.copytree(home / "data/toy", tmp_path / "data/toy")
+    driver = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_robustness; test_robustness.{what}()"
+    result = subprocess.run([sys.executable, "-c", driver], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    if what == "kill_train":
+        monkeypatch.chdir(tmp_path)
+        reached = torch.load("out/killed/ckpt.pt", weights_only=True)["iter_num"]
+        assert reached > 1  # else all kills came too early to show anything
+        assert call("train", f"--resume --out_dir out/killed --max_iters {reached + 2}") == (0, "")
+        assert call("train", f"{KILLED} --max_iters {reached + 2} --out_dir out/whole") == (0, "")
+        assert_same_run("out/killed/ckpt.pt", "out/whole/ckpt.pt")
+
+
+@pytest.mark.parametrize("script,args", [("train.py", SMALL), ("prepare_tinystories.py", "--toy --stories 400")])
+def test_a_full_disk_leaves_the_old_files(script, args, home, tmp_path):
+    """A write that fails half-way (here at a limit of the file size): one line, the old files whole, nothing else."""
+    resource = pytest.importorskip("resource")
+    for folder in ("data/toy", "out/toy"):
+        shutil.copytree(home / folder, tmp_path / folder)
+    before = contents(tmp_path)
+    result = subprocess.run([sys.executable, HERE / script, *args.split()], cwd=tmp_path, capture_output=True, text=True,
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    assert result.returncode == 1 and "free some space" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr and contents(tmp_path) == before
