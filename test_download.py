@@ -449,7 +449,8 @@ def test_ranges_smaller_than_asked_for_add_up(server, path):
 def test_more_than_announced_is_an_error(server, path, chunked):
     """Guards against a file with something else at its end."""
     put_part(path, DATA[:1000], '"one"')
-    server.script = [answer(Content_Range="bytes 1000-199999/200000", chunked=chunked)]
+    server.released.set()  # no waiting: the "stall" makes a chunk end exactly where the file should
+    server.script = [answer(Content_Range="bytes 1000-199999/200000", chunked=chunked, stall=199_000)]
     assert "more than the 200000 bytes" in failure(server.url, path)
     assert not part_of(path).exists() and len(server.log) == 1
 
