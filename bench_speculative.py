@@ -184,7 +184,7 @@ def parse_args():
     parser.add_argument("--max_new_tokens", type=number(int, 2),
                         help="tokens per prompt, the first of which the prefill yields (as many as fit the block, at "
                              "most 256)")
-    parser.add_argument("--threads", type=number(int, 1),
+    parser.add_argument("--threads", type=number(int, 1, 1024),
                         help="CPU threads (the number that is best for plain decoding)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the speed-ups, the acceptance and the histogram")
     return parser.parse_args()

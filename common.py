@@ -3,8 +3,9 @@
 import argparse
 import errno
 import os
+import re
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -49,8 +50,14 @@ def utf8(text):
     return text
 
 
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
 def run_script(main):
     """Run main(); what a user or the machine can do wrong ends in one line and a non-zero exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a pipe may not speak utf-8
     try:
         main()
     except KeyboardInterrupt:
@@ -60,19 +67,13 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
-        full = e.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
-        sys.exit(f"{e.filename or 'writing'}: {e.strerror or e}" + ("; free some space and try again" if full else ""))
-    except (MemoryError, torch.OutOfMemoryError) as e:
-        sys.exit(out_of_memory(e))
-    except RuntimeError as e:
-        if "allocate memory" not in str(e):
+        then = "; free some space and try again" if e.errno in DISK_FULL else ""
+        sys.exit(f"{e.filename or 'writing'}: {e.strerror or e}{then}")
+    except (MemoryError, RuntimeError) as e:  # torch has words for it, and on a CPU no class of its own
+        if not isinstance(e, MemoryError) and not re.search("out of memory|not enough memory|allocate memory", str(e)):
             raise
-        sys.exit(out_of_memory(e))
-
-
-def out_of_memory(e):
-    first = str(e).strip().splitlines()[0][:200] if str(e) else "no more to be had"
-    return f"Out of memory ({first}). A smaller model, --batch_size or --block_size needs less."
+        sys.exit(f"Out of memory ({' '.join(str(e).split())[:200]}). A smaller model, --batch_size or --block_size needs "
+                 "less.")
 
 
 # -----------------------------------------------------------------------------
@@ -80,25 +81,33 @@ def out_of_memory(e):
 
 
 @contextmanager
-def replacing(path):
-    """A binary file to write that takes the place of `path` when the block ends well, and is gone when it does not.
+def replacing(*paths):
+    """A binary file to write for each path, which take the paths' places when the block ends well, else are gone.
 
-    Whenever the process dies, `path` is the old file or the new one, never a part of it.
+    Whenever the process dies, a path holds the old file or the new one, never a part of it. Of several paths the last
+    is away while the others change: where it is, they belong together.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
+    tmps = [Path(path).with_name(Path(path).name + ".tmp") for path in paths]
     try:
-        with open(tmp, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
+        with ExitStack() as stack:
+            for tmp in tmps:
+                tmp.parent.mkdir(parents=True, exist_ok=True)
+            files = [stack.enter_context(open(tmp, "wb")) for tmp in tmps]
+            yield files if len(files) > 1 else files[0]
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())  # now, when nothing is lost yet if the disk is full
+        if len(paths) > 1:
+            Path(paths[-1]).unlink(missing_ok=True)
+        for tmp, path in zip(tmps, paths):
+            os.replace(tmp, path)
     except BaseException as e:
-        tmp.unlink(missing_ok=True)
-        error = e.__context__ if isinstance(e.__context__, OSError) else e  # torch.save covers it with its own
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a failed write does not say where
+        for tmp in tmps:
+            if tmp.parent.is_dir():
+                tmp.unlink(missing_ok=True)
+        error = e.__context__ if isinstance(e.__context__, (OSError, KeyboardInterrupt)) else e  # torch.save hides it
+        if isinstance(error, OSError) and (error.filename is None or str(error.filename).endswith(".tmp")):
+            error.filename = str(paths[0] if len(paths) == 1 else Path(paths[0]).parent)
         raise error
 
 

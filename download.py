@@ -7,7 +7,6 @@ Until the file is whole it is called stories.txt.part; stories.txt.part.etag say
 come from the environment (https_proxy, no_proxy), as urllib has it.
 """
 
-import errno
 import http.client
 import math
 import os
@@ -21,8 +20,9 @@ from time import sleep  # a name of this module, so that tests can replace it
 
 from tqdm import tqdm
 
+from common import DISK_FULL
+
 CHUNK = 1 << 16
-DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 ADVICE = "Check the address, or download the file yourself and pass it with --input."
 
 
@@ -49,13 +49,13 @@ def download(url, path, max_bytes=None, timeout=30, retries=5):
             try:
                 if _attempt(url, part, version, max_bytes, timeout, ranges):
                     break
-                ranges = False  # start over, but only once: do not ask this server for a range again
+                ranges = False  # start over, and ask for no range again before that has brought something
             except _Again as e:
                 what, wait = e.args
                 # Progress is more bytes than ever before: a server without ranges that breaks off at the same place
                 # each time brings bytes in every attempt, for ever.
                 size = _size(part)
-                failures, best = (0, size) if size > best else (failures + 1, best)
+                failures, best, ranges = (0, size, True) if size > best else (failures + 1, best, ranges)
                 if failures >= retries:
                     raise _failure(url, f"{what}. What was fetched is kept: run the command again to go on.") from None
                 wait = wait or min(2 ** max(failures - 1, 0), 30)

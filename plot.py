@@ -30,9 +30,9 @@ def read_log(path):
     try:
         for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             parts = line.get("val", line)
-            point = {"iter": line["iter"], "seconds": line["seconds"], "next": parts["next"]}
+            point = {"iter": line["iter"], "seconds": float(line["seconds"]), "next": float(parts["next"])}
             if "usage" in parts:  # else n_future = 1, and joint is next
-                point |= {"joint": parts["joint"], "offset": parts["offset"]}
+                point |= {"joint": float(parts["joint"]), "offset": [float(loss) for loss in parts["offset"]]}
             points["val" if "val" in line else "train"].append(point)
     except (ValueError, KeyError, TypeError, AttributeError):
         sys.exit(f"{path} is not a log of train.py")
@@ -90,7 +90,7 @@ def draw_runs(names, logs, x="iter"):
         if offset:
             panels[1].plot(range(1, len(offset) + 1), offset, color=color, lw=1.6, marker="o", ms=5)
     left.set(xlabel=label, ylabel="nats per token", title="loss")
-    legend = [dict(color=color, lw=3, label=name) for color, name in zip(PALETTE, names)]
+    legend = [dict(color=color, lw=3, label=name.replace("$", r"\$")) for color, name in zip(PALETTE, names)]
     legend.append(dict(color="gray", label="next token, validation", **markers["next"]))
     if any("joint" in point for log in logs for point in log["train"] + log["val"]):
         legend.append(dict(color="gray", label="joint per token, validation", **markers["joint"]))
@@ -156,6 +156,8 @@ def check_plot(path):
     """SystemExit with one line if no picture can be drawn into path; to be called before a long measurement."""
     if Path(path).suffix.lower() not in FORMATS:
         sys.exit(f"{path}: the name of a picture must end in one of {', '.join(FORMATS)}")
+    if Path(path).is_dir():
+        sys.exit(f"{path} is a folder, not the name of a picture")
     new_figure(1, 1)
 
 

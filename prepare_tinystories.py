@@ -32,6 +32,7 @@ EOT = "<|endoftext|>"
 VAL_SHARE = 0.05
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"  # licence CDLA-Sharing-1.0
 COUNTED = 2**26  # bytes of text that are enough to choose the tokenizer's pieces
+LONGEST = 32  # bytes of a piece: a text without spaces is one piece, and must not become one token
 SEGMENT = 2**20  # characters that are encoded at once
 # Pieces: words with the space in front, digits, punctuation (ASCII's and U+2010-205E), spaces; every character is in
 # one of these classes. No \w: Python's re, which counts pieces, and tiktoken's regex, which encodes, disagree on it.
@@ -52,7 +53,8 @@ def build_tokenizer(documents, vocab_size):
     counts = Counter()
     for text, _ in segments(documents):
         counts.update(re.findall(PATTERN, text))
-    pieces = sorted((p for p in counts if len(p.encode()) > 1), key=lambda p: (-counts[p], p))[: vocab_size - 257]
+    pieces = [p for p in counts if 1 < len(p.encode()) <= LONGEST]
+    pieces = sorted(pieces, key=lambda p: (-counts[p], p))[: vocab_size - 257]
     tokens = [bytes([b]) for b in range(256)] + [p.encode() for p in pieces]
     return {"name": f"pieces{len(tokens) + 1}", "pattern": PATTERN, "tokens": [t.decode("latin-1") for t in tokens]}
 
@@ -208,7 +210,7 @@ def text_files(paths):
     """
     files, skipped = [], 0
     for path in map(Path, paths):
-        if not path.exists():
+        if not (path.is_file() or path.is_dir()):
             sys.exit(f"{path}: no such file or folder.")
         inside = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
         for file in sorted(p for p in inside if p.is_file()) if path.is_dir() else [path]:
@@ -220,25 +222,31 @@ def text_files(paths):
                 if file == path:
                     sys.exit(f"{file} is not utf-8 text; convert it first.")
                 skipped += 1
+    if next(documents(files), None) is None:
+        sys.exit(f"There is no text in {' '.join(map(str, paths))}.")
     return files, skipped
 
 
-def chunks(path):
-    """The text of a file in parts of a few MB, its newlines as they are."""
+def chunks(path, size=2**22):
+    """The text of a file in parts of whole lines, a few MB each; its newlines as they are."""
     with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: editors on Windows begin a file with a mark
-        while chunk := file.read(2**22):
-            yield chunk
+        while lines := file.readlines(size):
+            yield "".join(lines)
 
 
 def documents(files):
-    """The documents of files, one by one."""
+    """The documents of files, one by one; no more than one of them and a chunk is in memory."""
     for file in files:
-        rest = ""
+        parts = []  # of the document that has not ended yet; an EOT has no newline in it, so no chunk ends inside of one
         for chunk in chunks(file):
-            *parts, rest = (rest + chunk).split(EOT)
-            yield from (part.strip() for part in parts if part.strip())
-        if rest.strip():
-            yield rest.strip()
+            first, *rest = chunk.split(EOT)
+            parts.append(first)
+            if rest:
+                yield from (text.strip() for text in ("".join(parts), *rest[:-1]) if text.strip())
+                parts = [rest[-1]]
+        text = "".join(parts).strip()
+        if text:
+            yield text
 
 
 def split_documents(read, seed):
@@ -264,8 +272,9 @@ def download_tinystories(data_dir, max_mb=None):
         name = f"TinyStoriesV2-GPT4-{split}"
         part = f"-first{max_mb}MB" if max_mb else ""
         files.append(download(f"{TINYSTORIES}{name}.txt", data_dir / f"{name}{part}.txt", max_mb and max_mb * 10**6))
-        drop_cut_story(files[-1])
-    return files
+        if max_mb:
+            drop_cut_story(files[-1])
+    return text_files(files)[0]
 
 
 def drop_cut_story(path):
@@ -337,15 +346,14 @@ def bench_prompts(documents, n=8):
 def prepare(train, val, description, data_dir, **about):
     """Encode the documents that train() and val() yield into train.bin, val.bin and meta.json; returns the meta.
 
-    The old files stay until all three new ones are written. Then meta.json goes first and comes back last, so that
-    nobody ever finds the tokens of one text under the meta of another.
+    The old files stay until all three new ones are written; nobody ever finds the tokens of one text under the meta of
+    another (see `replacing`).
     """
     enc = load_tokenizer(description)
     prompts = bench_prompts(list(islice(val(), 8)))
     meta = {**about, "vocab_size": enc.n_vocab, "tokenizer": description, "prompts": prompts, "splits": {}}
-    path = data_dir / "meta.json"
-    with replacing(path) as meta_file, replacing(data_dir / "train.bin") as a, replacing(data_dir / "val.bin") as b:
-        for name, read, file in (("train", train, a), ("val", val, b)):
+    with replacing(*(data_dir / name for name in ("train.bin", "val.bin", "meta.json"))) as (*bins, meta_file):
+        for name, read, file in zip(("train", "val"), (train, val), bins):
             meta["splits"][name] = encode(enc, read(), file, name)
         # tokens include one <|endoftext|> per document, bytes are those of the text alone
         meta["bytes_per_token"] = meta["splits"]["val"]["bytes"] / meta["splits"]["val"]["tokens"]
@@ -353,7 +361,6 @@ def prepare(train, val, description, data_dir, **about):
             stories, tokens = (sum(split[key] for split in meta["splits"].values()) for key in ("documents", "tokens"))
             meta["entropy_bits_per_token"] = meta["entropy_bits_per_story"] * stories / tokens
         meta_file.write(json.dumps(meta).encode())
-        path.unlink(missing_ok=True)
     return meta
 
 
@@ -361,7 +368,7 @@ def parse_args():
     parser = ArgumentParser(__doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--toy", action="store_true", help="synthetic stories from the grammar in this file")
-    source.add_argument("--input", nargs="+", metavar="PATH", help="text files, or folders of text files, in utf-8")
+    source.add_argument("--input", nargs="+", type=Path, metavar="PATH", help="text files, or folders of text files, in utf-8")
     parser.add_argument("--data_dir", type=Path, help="where to write (data/tinystories, data/toy or data/text)")
     parser.add_argument("--tokenizer", choices=["pieces", "gpt2"], default="pieces",
                         help="pieces: bytes and the corpus's frequent whole pieces, offline; gpt2: GPT-2's BPE")
@@ -390,10 +397,8 @@ def main():
         files, skipped = text_files(args.input)
         if skipped:
             print(f"skipped {skipped} files that are not utf-8")
-        if next(documents(files), None) is None:
-            sys.exit(f"There is no text in {' '.join(args.input)}.")
         train, val = split_documents(lambda: documents(files), args.seed)
-        about["source"] = " ".join(Path(path).resolve().name for path in args.input)
+        about["source"] = " ".join(path.resolve().name for path in args.input)
     else:
         files = download_tinystories(args.data_dir, args.max_mb)
         train, val = (lambda: documents(files[:1])), (lambda: documents(files[1:]))

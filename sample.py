@@ -26,6 +26,8 @@ def load(out_dir, device="auto", dtype="float32"):
     path = Path(out_dir) / "ckpt.pt"
     torch.set_flush_denormal(True)  # probabilities below 1e-38 are 0; x86 would be slow at them
     device = pick_device(device)
+    if device.type == "mps" and dtype == "float64":
+        sys.exit("mps has no float64; take --device cpu.")
     model, ckpt = load_model(path)
     if "meta" not in ckpt:
         sys.exit(f"{path} holds no tokenizer (a checkpoint of nanoGPT?); train.py --init_from {path} makes one that does.")
@@ -66,10 +68,11 @@ def paint(text, origin, colour):
     return f"\x1b[38;5;{code}m{text}\x1b[0m"
 
 
-def legend(n_future, colour):
-    drafts = [paint(f"draft {k} accepted", k, colour) for k in range(1, n_future)]
-    names = {"corrected": "rejected draft corrected", "bonus": "bonus token behind the drafts", "plain": "no draft there"}
-    return "   ".join(drafts + [paint(name, origin, colour) for origin, name in names.items()])
+def legend(n_drafts, colour):
+    names = {k: f"draft {k} accepted" for k in range(1, n_drafts + 1)}
+    if n_drafts:
+        names |= {"corrected": "rejected draft corrected", "bonus": "bonus token behind the drafts"}
+    return "   ".join(paint(name, origin, colour) for origin, name in {**names, "plain": "no draft there"}.items())
 
 
 # -----------------------------------------------------------------------------
@@ -85,23 +88,25 @@ def parse_args():
     parser.add_argument("--temperature", type=number(float, 0), default=1.0,
                         help="0 is greedy, 1 the model's own law (1)")
     parser.add_argument("--top_k", type=number(int, 1), help="draw from the k most probable tokens only")
-    parser.add_argument("--top_p", type=number(float, 0, 1, above=True),
+    parser.add_argument("--top_p", type=number(float, 1e-6, 1),
                         help="draw from the smallest set of tokens of this probability only")
     parser.add_argument("--show_drafts", action="store_true",
-                        help="colour each token by where it came from (marks instead of colours if NO_COLOR is set)")
-    return parser.parse_args()
+                        help="colour each token by where it came from (marks, not colours, in a pipe or with NO_COLOR)")
+    args = parser.parse_args()
+    if 0 < args.temperature < 1e-6:
+        parser.error("argument --temperature: 0 is greedy; above it, 1e-6 is the least")
+    return args
 
 
 def main():
     args = parse_args()
-    sys.stdout.reconfigure(errors="replace")  # a pipe may not speak utf-8
     model, enc, _ = load(args.out_dir, args.device, args.dtype)
     mode = args.mode or ("speculative" if model.cp_head else "plain")
     if mode == "speculative" and not model.cp_head:
         sys.exit(f"{args.out_dir} has n_future = 1: there is no head to draft from; take --mode plain.")
-    colour = not os.environ.get("NO_COLOR")  # https://no-color.org
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
     if args.show_drafts:
-        print(legend(model.config.n_future, colour) + "\n")
+        print(legend(model.config.n_future - 1 if mode == "speculative" else 0, colour) + "\n")
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(args.seed)
     stats, n_tokens, start = Stats(), 0, time.perf_counter()
     options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop_token=enc.eot_token,

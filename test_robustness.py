@@ -1,5 +1,6 @@
 """The hostile world: interruptions, full disks, bad input. Nothing is lost, and a mistake gets one line."""
 
+import errno
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,9 @@ def make_bad_files(home):
     meta = json.loads((home / "data/toy/meta.json").read_text())  # the same tokenizer, other texts
     again = json.loads((home / "data/again/meta.json").read_text())
     (home / "data/again/meta.json").write_text(json.dumps({**again, "tokenizer": meta["tokenizer"]}))
+    (home / "data/blank").mkdir()
+    for split in ("train", "valid"):
+        (home / f"data/blank/TinyStoriesV2-GPT4-{split}.txt").touch()
     (home / "latin1.txt").write_bytes("Çedilla".encode("latin-1"))
     (home / "none.txt").write_text(" \n")
     (home / "folder").mkdir()
@@ -102,11 +107,12 @@ BAD = [
     ("train", "--block_size 100000", "take more text or a smaller --block_size"),
     ("train", "--n_embd 10 --n_head 3", "n_embd 10 is not divisible by n_head 3"),
     ("train", "--block_size 1", "block_size must be at least 2"),
-    ("train", "--n_embd 100000000", "Out of memory"),
     ("train", "--lr nan", "--lr: must be at least 0, not nan"),
     ("train", "--lr -1", "--lr: must be at least 0, not -1"),
-    ("train", "--lr 1e30", "training has diverged"),
-    ("train", "--max_iters 0", "--max_iters: must be at least 1, not 0"),
+    ("train", "--lr 1e30", "Training has diverged"),
+    ("train", "--max_iters 0", "--max_iters: must be at least 1 and at most 1000000000, not 0"),
+    ("train", "--preset", "--preset: expected one argument"),
+    ("train", "--rank 100000000000000000000", "--rank: must be at least 1 and at most 1000000"),
     ("train", "--max_iters many", "invalid int value: 'many'"),
     ("train", "--joint_share 0", "--joint_share: must be above 0 and at most 1, not 0"),
     ("train", "--warmup 1", "--warmup: must be at least 0 and at most 0.99"),
@@ -118,13 +124,13 @@ BAD = [
     ("train", "--device meta", "--device meta cannot be used here"),
     ("train", "--preset huge", "invalid choice: 'huge'"),
     ("train", "--n_layers 3", "unrecognized arguments: --n_layers 3"),
-    ("train", "--out_dir latin1.txt/out", "latin1.txt/out: Not a directory"),
+    ("train", "--out_dir latin1.txt/out", "latin1.txt"),
     ("train", "--init_from nowhere.pt", "There is no checkpoint nowhere.pt"),
     ("train", "--init_from out/cut/ckpt.pt", "is not a checkpoint"),
     ("train", "--init_from out/plain/ckpt.pt --data_dir data/other", "another tokenizer"),
     ("train", "--init_from out/nanogpt/ckpt.pt --data_dir data/large", "holds no model that fits: n_token"),
     ("train", "--resume --out_dir out/nowhere", "There is no checkpoint out/nowhere/ckpt.pt"),
-    ("train", "--resume --out_dir out/nanogpt", "holds no state of a training run"),
+    ("train", "--resume --out_dir out/nanogpt", "holds no state of training"),
     ("train", "--resume --rank 7", "goes on with rank = 2, not 7"),
     ("train", "--resume --data_dir data/again", "is not what out/toy/ckpt.pt was trained on"),
     ("train", "--resume --data_dir data/other", "another tokenizer"),
@@ -138,8 +144,9 @@ BAD = [
     ("prepare", "--toy --max_mb 5", "--max_mb is for the download"),
     ("prepare", "--max_mb 0", "--max_mb: must be at least 1"),
     ("prepare", "--toy --stories 1", "--stories: must be at least 2"),
-    ("prepare", "--toy --data_dir latin1.txt", "latin1.txt: File exists"),
-    ("prepare", "--toy --data_dir latin1.txt/data", "latin1.txt/data: Not a directory"),
+    ("prepare", "--data_dir data/blank", "There is no text in data/blank/TinyStoriesV2-GPT4-train.txt"),
+    ("prepare", "--toy --data_dir latin1.txt", "latin1.txt"),
+    ("prepare", "--toy --data_dir latin1.txt/data", "latin1.txt"),
     *(("sample", f"--out_dir out/{name}", "is not a checkpoint") for name in
       ("cut", "empty", "text", "hostile", "list", "dict")),
     ("sample", "--out_dir out/odd", "holds no model that fits"),
@@ -148,10 +155,11 @@ BAD = [
     ("sample", "--out_dir nowhere", "There is no checkpoint nowhere/ckpt.pt; train one first"),
     ("sample", "--out_dir out/plain --mode speculative", "no head to draft from"),
     ("sample", "--temperature -0.1", "--temperature: must be at least 0"),
+    ("sample", "--temperature 1e-40", "--temperature: 0 is greedy"),
     ("sample", "--temperature inf", "--temperature: must be at least 0"),
     ("sample", "--top_k 0", "--top_k: must be at least 1"),
-    ("sample", "--top_p 0", "--top_p: must be above 0 and at most 1"),
-    ("sample", "--top_p 1.5", "--top_p: must be above 0 and at most 1"),
+    ("sample", "--top_p 0", "--top_p: must be at least 1e-06 and at most 1"),
+    ("sample", "--top_p 1.5", "--top_p: must be at least 1e-06 and at most 1"),
     ("sample", "--num_samples 0", "--num_samples: must be at least 1"),
     ("sample", "--max_new_tokens -1", "--max_new_tokens: must be at least 0"),
     ("sample", "--mode fast", "invalid choice: 'fast'"),
@@ -160,6 +168,7 @@ BAD = [
     ("bench", "--out_dir out/hostile", "is not a checkpoint"),
     ("bench", "--rounds 4", "--rounds: must be at least 5"),
     ("bench", "--max_new_tokens 1", "--max_new_tokens: must be at least 2"),
+    ("bench", "--plot out", "out: the name of a picture must end in"),
     ("bench", "--threads 0", "--threads: must be at least 1"),
 ]
 
@@ -174,14 +183,23 @@ def test_bad_input_gets_one_line(script, args, line, home, monkeypatch, capsys):
     monkeypatch.chdir(home)
     (home / "data/large").exists() or make_large_vocabulary(home)
     before = contents(home)
-    args = f"{SMALL} {args}" if script == "train" and "--resume" not in args else args
-    code, message = call(script, "--preset toy " + args if "--resume" in args else args)
+    if script == "train":
+        args = f"--preset toy {args}" if "--resume" in args else f"{SMALL} {args}"
+    code, message = call(script, args)
     message = message or capsys.readouterr().err.splitlines()[-1]
-    assert code != 0 and line in message and "\n" not in message and "Traceback" not in message
-    after = contents(home)
-    diverged = home / "out/toy/log.jsonl"  # the one file that may change: it shows how a run diverged
-    assert {p for p in before.keys() | after.keys() if before.get(p) != after.get(p)} <= (
-        {diverged} if "1e30" in args else set())
+    assert code != 0 and line in message.replace(os.sep, "/") and "\n" not in message
+    assert contents(home) == before
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[...] DefaultCPUAllocator: not enough memory: you tried")])
+def test_too_little_memory_gets_one_line(error, home, monkeypatch):
+    def allocates(*args):
+        raise error
+
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(train, "build_model", allocates)
+    code, message = call("train", SMALL)
+    assert code == 1 and message.startswith("Out of memory (") and "--batch_size" in message and "\n" not in message
 
 
 def make_large_vocabulary(home):
@@ -297,7 +315,92 @@ def test_interrupted_run_goes_on_bit_identically(how, home, monkeypatch, capsys)
     assert_same_run(f"out/broken{how}/ckpt.pt", "out/toy/ckpt.pt")
     assert Path(out[1], "log.jsonl").read_text().count("\n") == 12 + 3
     assert signal.getsignal(how) in (signal.default_int_handler, signal.SIG_DFL)
-    assert call("train", ["--resume", *out]) == (0, "") and "were done already" in capsys.readouterr().out
+    assert call("train", ["--resume", *out]) == (0, "") and "complete after 24 steps" in capsys.readouterr().out
+
+
+def test_a_new_run_keeps_the_old_checkpoint(home, monkeypatch):
+    """Whoever forgets --resume and notices finds the finished model again, as it was."""
+    monkeypatch.chdir(home)
+    shutil.copytree("out/toy", "out/twice")
+    old = Path("out/twice/ckpt.pt").read_bytes()
+    step = train.optimizer_step
+    monkeypatch.setattr(train, "optimizer_step", lambda *args: signal.raise_signal(signal.SIGINT) or step(*args))
+    assert call("train", f"{SMALL} --out_dir out/twice")[0] == 130
+    assert torch.load("out/twice/ckpt.pt", weights_only=True)["iter_num"] == 1
+    assert Path("out/twice/ckpt.old.pt").read_bytes() == old
+    assert call("train", "--resume --out_dir out/twice")[0] == 130
+    assert Path("out/twice/ckpt.old.pt").read_bytes() == old
+
+
+def test_an_interrupted_run_that_has_diverged_saves_nothing(home, monkeypatch):
+    monkeypatch.chdir(home)
+    step, steps, before = train.optimizer_step, [], contents(home)
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(train, "optimizer_step", interrupted)
+    code, message = call("train", f"{SMALL} --lr 1e30 --log_interval 100")
+    assert code == 1 and "has diverged" in message and contents(home) == before
+
+
+def test_a_second_ctrl_c_while_saving_leaves_the_old_files(home, monkeypatch, capsys):
+    """It ends the run at once and without a traceback, although torch.save covers the interrupt with an error of its own.
+    """
+    monkeypatch.chdir(home)
+    before, replacing = contents(home), common.replacing
+
+    class Interrupted:
+        def write(self, data):
+            raise KeyboardInterrupt
+
+        def __getattr__(self, name):
+            return lambda *args: None
+
+    @contextmanager
+    def interrupted(*paths):
+        with replacing(*paths):
+            yield Interrupted()
+
+    monkeypatch.setattr(train, "replacing", interrupted)
+    with replacing(home / "x"):
+        pass
+    (home / "x").unlink()
+    shutil.rmtree(home / "out/new", ignore_errors=True)
+    assert call("train", f"{SMALL} --out_dir out/new") == (130, "")
+    assert capsys.readouterr().err.endswith("\ninterrupted\n") and contents(home) == before
+
+
+def test_files_that_belong_together_change_together(tmp_path, monkeypatch):
+    """A disk that fills up with the last bytes of any of them leaves all of the old ones."""
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        path.write_text("old")
+    for fail in range(3):
+        calls, fsync = [], os.fsync
+
+        def full(fd):
+            calls.append(fd)
+            if len(calls) == fail + 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            fsync(fd)
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr(os, "fsync", full)
+            with common.replacing(*paths) as files:
+                for file in files:
+                    file.write(b"new")
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys("abc", "old")
+    renamed, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: renamed.append((b.name, paths[2].exists())) or replace(a, b))
+    with common.replacing(*paths) as files:
+        for file in files:
+            file.write(b"new")
+    assert renamed == [("a", False), ("b", False), ("c", False)]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys("abc", "new")
 
 
 def test_a_larger_max_iters_trains_on(home, monkeypatch):
@@ -334,9 +437,13 @@ def kill_many(script, args, check, n=20):
         check()
 
 
-def check_data():
-    """The three files belong together, or there is no meta.json, which says that there is no data."""
-    if Path("data/toy/meta.json").exists():
+def check_data(absent=[]):
+    """The three files belong together. Between two renames, for an instant, meta.json is away, which says that there is
+    no data; twice in twenty kills is a bug (chance of a false alarm: below 1e-5)."""
+    if not Path("data/toy/meta.json").exists():
+        absent.append(1)
+        assert len(absent) < 2
+    else:
         splits = json.loads(Path("data/toy/meta.json").read_text())["splits"]
         for name, split in splits.items():
             data = Path(f"data/toy/{name}.bin").read_bytes()

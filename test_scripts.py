@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import prepare_tinystories as prep
+import sample as sampler
 import train as trainer
 from bench_speculative import Bench
 from decode import Stats
@@ -77,6 +78,12 @@ def test_pieces_of_any_script_are_used():
     text = "हिन्दी में पढ़ना शुरू। العَرَبِيَّة 日本語 x² naïve — “quoted” it's 42 a_b c\u0301a"
     enc = prep.load_tokenizer(prep.build_tokenizer([text], 2048))
     assert [enc.decode([i]) for i in enc.encode_ordinary(text)] == re.findall(prep.PATTERN, text)
+
+
+def test_a_text_without_spaces_does_not_become_one_token():
+    description = prep.build_tokenizer(["acgt" * 5000 + " word word"], 2048)
+    assert max(map(len, description["tokens"])) <= 32 and " word" in description["tokens"]
+    assert len(prep.load_tokenizer(description).encode_ordinary("acgt" * 5000)) > 600
 
 
 def test_vocab_size_257_is_bytes():
@@ -148,15 +155,15 @@ def test_split_is_by_document_and_by_seed():
 
 
 def test_documents_are_read_in_parts_as_they_are(tmp_path, monkeypatch):
-    """Whatever the size of the parts that a file is read in: documents come out whole, <|endoftext|> across a border is
-    found, newlines stay as they are, a byte order mark goes, and empty documents are none."""
-    text = "\ufeffone\r\nüber" + prep.EOT + "two\n\n 2" + prep.EOT + "\n" + prep.EOT + "three"
+    """Whatever the size of the parts that a file is read in: documents come out whole, newlines stay as they are, a byte order mark goes, and empty documents are none."""
+    text = "\ufeffone\r\nüber" + prep.EOT + "two\n\n 2\r" + prep.EOT + "\n" + prep.EOT + "x" + prep.EOT + "y\nthree"
     (tmp_path / "a.txt").write_bytes(text.encode())
-    whole = list(prep.documents([tmp_path / "a.txt"]))
-    assert whole == ["one\r\nüber", "two\n\n 2", "three"]
-    for size in (1, 3, 7):
-        monkeypatch.setattr(prep, "chunks", lambda path: (text[1:][i : i + size] for i in range(0, len(text), size)))
-        assert list(prep.documents([tmp_path / "a.txt"])) == whole
+    chunks = prep.chunks
+    for size in (2**22, 12, 1):
+        monkeypatch.setattr(prep, "chunks", lambda path: chunks(path, size))
+        assert "".join(prep.chunks(tmp_path / "a.txt")) == text[1:]
+        assert list(prep.documents([tmp_path / "a.txt"])) == ["one\r\nüber", "two\n\n 2", "x", "y\nthree"]
+    assert len(list(prep.chunks(tmp_path / "a.txt"))) > 4
 
 
 def test_long_documents_are_encoded_in_parts(monkeypatch):
@@ -315,20 +322,25 @@ def test_samples_in_three_modes(trained):
     assert first == second
 
 
-def test_show_drafts_marks_every_token_by_its_origin(trained, monkeypatch):
-    """The text is the same without the marks; colours are ANSI escapes, and none with NO_COLOR."""
+def test_show_drafts_marks_every_token_by_its_origin(trained, monkeypatch, capsys):
+    """The text is the same without the marks; colours, on a terminal, are ANSI escapes, and none with NO_COLOR."""
     def sample(*args):
         out = run(trained, "sample.py", "--seed", 3, "--max_new_tokens", 30, *args)
         return out.rsplit("\n\n", 1)[0]  # without the summary
 
-    plain = sample()
-    legend, coloured = sample("--show_drafts").split("\n\n", 1)
-    assert "draft 7 accepted" in legend and "bonus" in legend and coloured.count("\x1b[0m") == 30
-    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == plain
-    monkeypatch.setenv("NO_COLOR", "1")
     legend, marked = sample("--show_drafts").split("\n\n", 1)
-    assert "\x1b" not in legend and "\x1b[0m" not in marked and re.sub(r"\[[1-7cbp]\]", "", marked) == plain
-    assert len(re.findall(r"\[[1-7cbp]\]", marked)) == 30
+    assert "[7]draft 7 accepted" in legend and "[b]bonus" in legend and "\x1b[0m" not in legend + marked
+    assert re.sub(r"\[[1-7cbp]\]", "", marked) == sample() and len(re.findall(r"\[[1-7cbp]\]", marked)) == 30
+
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr(sys, "argv", "sample.py --show_drafts --max_new_tokens 30 --seed 3".split())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for no_color, n_coloured in (("", 30 + 10), ("1", 0)):  # the tokens, and the legend's ten names
+        monkeypatch.setenv("NO_COLOR", no_color)
+        sampler.main()
+        out = capsys.readouterr().out
+        assert out.count("\x1b[0m") == n_coloured
+    assert re.sub(r"\[[1-7cbp]\]", "", out.split("\n\n", 1)[1]).startswith(sample())
 
 
 def test_bench_ends_with_one_json_object(trained):
@@ -421,9 +433,10 @@ def test_bench_finds_where_texts_part():
     assert (part["prompt"], part["token"]) == (1, 1) and part["logit_gap"] == (logits[-1] - logits[-2]).item()
 
 
-@pytest.mark.parametrize("script", ["prepare_tinystories.py", "train.py", "sample.py", "bench_speculative.py"])
-def test_scripts_explain_themselves(script, tmp_path):
-    assert "--seed" in run(tmp_path, script, "--help")
+@pytest.mark.parametrize("script", ["prepare_tinystories", "train", "sample", "bench_speculative", "plot"])
+def test_help_knows_every_flag_that_the_readme_uses(script, tmp_path):
+    flags = set(re.findall(r"--\w+", " ".join(re.findall(rf"python {script}\.py([^\n&`]*)", readme()))))
+    assert flags and flags <= set(re.findall(r"--\w+", run(tmp_path, f"{script}.py", "--help")))
 
 
 # -----------------------------------------------------------------------------
@@ -454,13 +467,3 @@ def test_readme_examples_run(trained, monkeypatch, capsys):
         exec(block, names)
     assert len(blocks) == 2 and "product" in names
     assert torch.equal(names["product"], torch.full((2, 2), 0.25)) and torch.equal(names["mixture"], torch.eye(2) / 2)
-
-
-def test_readme_names_only_flags_that_exist():
-    """Every --flag of a command in the README is known to its script."""
-    commands = re.findall(r"python (\w+)\.py([^\n&`]*)", readme())
-    assert len(commands) > 15
-    for script, args in commands:
-        code = "".join((HERE / f"{name}.py").read_text(encoding="utf-8") for name in {script, "sample"})
-        known = set(re.findall(r'"(--\w+)"', code)) | {f"--{f.name}" for f in trainer.fields(trainer.TrainConfig)}
-        assert set(re.findall(r"--\w+", args)) <= known, (script, args)

@@ -12,6 +12,7 @@ that sample.py, bench_speculative.py and --resume need, and with it out_dir/log.
 import argparse
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -32,7 +33,7 @@ def flag(default, text, check=None):
     return field(default=default, metadata={"help": text, "check": check})
 
 
-count, amount, share = number(int, 1), number(float, 0), number(float, 0, 1, above=True)
+count, amount, share = number(int, 1, 10**6), number(float, 0), number(float, 0, 1, above=True)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class TrainConfig:
     weight_decay: float = flag(0.1, "AdamW's, on the trunk's matrices and embeddings", amount)
     beta2: float = flag(0.99, "AdamW's", number(float, 0, 0.99999))
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is off", amount)
-    max_iters: int = flag(1000, "steps", count)
+    max_iters: int = flag(1000, "steps", number(int, 1, 10**9))
     max_seconds: float = flag(0.0, "time limit; 0 is none. The learning rate decays by the limit that is nearer", amount)
     # reports
     eval_interval: int = flag(250, "steps between evaluations, each of which writes the checkpoint", count)
@@ -110,7 +111,7 @@ def parse_args():
     parser.add_argument("--resume", action="store_true",
                         help="go on with the checkpoint in out_dir and its settings; of the flags, only "
                              f"{', '.join(CHANGEABLE)} may differ")
-    known = argparse.ArgumentParser(add_help=False)  # --help has to wait until all flags are there
+    known = ArgumentParser(None, add_help=False)  # --help has to wait until all flags are there
     known.add_argument("--preset", default="laptop")
     preset = PRESETS.get(known.parse_known_args()[0].preset, PRESETS["laptop"])
     for f in fields(TrainConfig):
@@ -278,6 +279,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.windows = torch.Generator().manual_seed(cfg.seed)  # draws the training windows
         self.iter_num, self.seconds, self.log = 0, 0.0, []
+        self.is_new = True  # until its first checkpoint
 
     @property
     def progress(self):
@@ -292,21 +294,24 @@ class Run:
         return {"windows": self.windows.get_state(), "cpu": torch.get_rng_state(), **rest}
 
     def save(self):
-        """Write ckpt.pt and log.jsonl, each under a temporary name first, then renamed."""
-        out_dir = Path(self.cfg.out_dir)
-        state = {**self.model.checkpoint(), "train_config": asdict(self.cfg), "meta": self.meta,
-                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                 "random": self.random_states(), "iter_num": self.iter_num, "seconds": self.seconds, "log": self.log}
-        with replacing(out_dir / "ckpt.pt") as file:
-            torch.save(state, file)
-        self.save_log()
-
-    def save_log(self):
-        with replacing(Path(self.cfg.out_dir) / "log.jsonl") as file:
+        """Write ckpt.pt and log.jsonl. What an earlier run left is kept as ckpt.old.pt; its log is in there, too."""
+        stop_if_diverged(self, sum(p.detach().sum() for p in self.model.parameters()).item())
+        path = Path(self.cfg.out_dir) / "ckpt.pt"
+        if self.is_new and path.exists():
+            with replacing(path.with_name("ckpt.old.pt")) as file, open(path, "rb") as old:
+                shutil.copyfileobj(old, file)
+        self.is_new = False
+        with replacing(path) as file:
+            torch.save({**self.model.checkpoint(), "train_config": asdict(self.cfg), "meta": self.meta,
+                        "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                        "random": self.random_states(), "iter_num": self.iter_num, "seconds": self.seconds,
+                        "log": self.log}, file)
+        with replacing(path.with_name("log.jsonl")) as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in self.log)
 
     def restore(self, ckpt):
         """Take over all that `save` wrote but the model, which is loaded by then."""
+        self.is_new = False
         self.optimizer.load_state_dict(ckpt["optimizer"])
         if ckpt["scaler"]:
             self.scaler.load_state_dict(ckpt["scaler"])
@@ -322,9 +327,9 @@ def resume_config(path, given):
     model, ckpt = load_model(path)
     try:
         old = TrainConfig(**ckpt["train_config"])
-        ckpt["optimizer"], ckpt["random"]["windows"], ckpt["log"], ckpt["meta"]["tokenizer"]
+        ckpt["meta"]["tokenizer"], ckpt["meta"]["splits"]
     except (KeyError, TypeError):
-        sys.exit(f"{path} holds no state of a training run to go on from; --init_from starts a new run with its weights.")
+        sys.exit(f"{path} holds no state of training to go on from; --init_from {path} starts a new run with its weights.")
     for name, value in given.items():
         if name not in CHANGEABLE and value != getattr(old, name):
             sys.exit(f"--resume goes on with {name} = {getattr(old, name)}, not {value}; leave --{name} away, or start "
@@ -396,7 +401,11 @@ def set_up(cfg, resume, given):
         check_tokenizer(ckpt, meta, path)
         if ckpt["meta"]["splits"] != meta["splits"]:
             sys.exit(f"The data in {cfg.data_dir} is not what {path} was trained on; --init_from starts a new run.")
-        run.restore(ckpt)
+        try:
+            run.restore(ckpt)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+            sys.exit(f"{path} holds no state of training that fits ({type(e).__name__}); --init_from {path} starts a new "
+                     "run with its weights.")
     batches = Windows(Path(cfg.data_dir) / "train.bin", cfg, device).random(run.windows)
     val_data = Windows(Path(cfg.data_dir) / "val.bin", cfg, device)
     Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
@@ -421,17 +430,15 @@ def log_validation(run, val_data, context):
     """Evaluate, append it to the log, write the checkpoint; returns what to print."""
     val = evaluate(run.model, val_data, run.cfg, context)
     run.log.append({"iter": run.iter_num, "seconds": run.seconds, "val": val})
-    stop_if_diverged(run, val["joint"] + val["next"])
     run.save()
     return f"step {run.iter_num}: validation next {val['next']:.4f}, joint {val['joint']:.4f} nats/token"
 
 
-def stop_if_diverged(run, loss):
-    """A run that cannot recover must not overwrite the checkpoint that is still good."""
-    if not math.isfinite(loss):
-        run.save_log()
-        sys.exit(f"The loss is {loss} at step {run.iter_num}: training has diverged. Start again with a lower --lr; "
-                 f"log.jsonl in {run.cfg.out_dir} shows how it came, ckpt.pt there is older and as it was.")
+def stop_if_diverged(run, value):
+    """A run that cannot recover must not overwrite a checkpoint that is still good."""
+    if not math.isfinite(value):
+        sys.exit(f"Training has diverged: the loss or the weights are {value} at step {run.iter_num}. Start again with a "
+                 f"lower --lr; what was saved in {run.cfg.out_dir} before is as it was.")
 
 
 def train(cfg, resume=False, given={}):
@@ -464,11 +471,13 @@ def train(cfg, resume=False, given={}):
         print(f"\nstopped after step {run.iter_num}, which is saved; to go on: python train.py --resume --out_dir "
               f"{cfg.out_dir}", file=sys.stderr)
         sys.exit(130)
-    if run.iter_num == first:
-        print(f"All {first} steps were done already; a larger --max_iters trains on.")
     for line in [line for line in run.log if "val" in line][-1:]:
         report(line["val"], run.meta)
-    print(f"\nwrote {Path(cfg.out_dir) / 'ckpt.pt'} after {run.iter_num} steps, {run.seconds:.0f} s")
+    if run.iter_num == first:
+        print(f"\nThis run was complete after {first} steps and {run.seconds:.0f} s (--max_iters {cfg.max_iters}, "
+              f"--max_seconds {cfg.max_seconds:g}); larger ones train on.")
+    else:
+        print(f"\nwrote {Path(cfg.out_dir) / 'ckpt.pt'} after {run.iter_num} steps, {run.seconds:.0f} s")
 
 
 def main():
