@@ -53,7 +53,7 @@ class Server(ThreadingHTTPServer):
 def answer(data=DATA, status=None, ranges=True, if_range=True, cut=None, stall=None, linger=False, chunked=False,
            etag='"one"', **headers):
     """An answer with `data`, or the range asked for. cut: hang up after so many bytes of body; stall: wait there, for
-    2 s at most (-1: before the headers); linger: do not close the connection; headers override: Content_Range="..."."""
+    20 s at most (-1: before the headers); linger: do not close the connection; headers override: Content_Range="..."."""
     def send(h):
         first, last, code = 0, len(data) - 1, 200
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", h.headers.get("Range", "")) if ranges else None
@@ -68,7 +68,7 @@ def answer(data=DATA, status=None, ranges=True, if_range=True, cut=None, stall=N
         out |= {name.replace("_", "-"): value for name, value in headers.items()}
         body = data[first : first + int(out["Content-Length"] or last - first + 1)]
         if stall == -1:
-            h.server.released.wait(2)
+            h.server.released.wait(20)
         h.send_response(status or code)
         for name, value in out.items():
             if value is not None:
@@ -77,12 +77,12 @@ def answer(data=DATA, status=None, ranges=True, if_range=True, cut=None, stall=N
         steps = sorted({0, stall or 0, cut or 0, len(body)})
         for begin, end in zip(steps, steps[1:]):
             if begin == stall:
-                h.server.released.wait(2)
+                h.server.released.wait(20)
             if cut is not None and begin >= cut:
                 return
             h.wfile.write(b"%x\r\n%b\r\n" % (end - begin, body[begin:end]) if chunked else body[begin:end])
         if linger:
-            h.server.released.wait(2)
+            h.server.released.wait(20)
         if chunked and cut is None:
             h.wfile.write(b"0\r\n\r\n")
     return send
@@ -208,7 +208,7 @@ def test_a_connection_that_stays_open_is_not_waited_for(server, path):
     server.script = [answer(linger=True)]
     start = time.monotonic()
     assert fetch(server, path).read_bytes() == DATA
-    assert time.monotonic() - start < 1.9 and len(server.log) == 1
+    assert time.monotonic() - start < 10 and len(server.log) == 1
 
 
 def test_the_bar_starts_at_the_resumed_offset(server, path, monkeypatch):
@@ -253,7 +253,7 @@ def test_a_broken_chunked_body_is_resumed(server, path):
 def test_a_stalled_server_is_left_and_asked_again(server, path, stall):
     """Guards against a missing time-out, before the headers and in the middle of the body."""
     server.script = [answer(stall=stall), answer()]
-    assert fetch(server, path, timeout=0.3).read_bytes() == DATA
+    assert fetch(server, path, timeout=1).read_bytes() == DATA
     assert server.asked()[1] == (None if stall == -1 else "bytes=100000-")
 
 
