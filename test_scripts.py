@@ -1,13 +1,16 @@
 """The tokenizer, the toy's grammar, and the scripts from text to bench, run as a user runs them."""
 
 import hashlib
+import http.server
 import io
 import json
 import random
 import re
 import subprocess
 import sys
+import threading
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -369,6 +372,35 @@ def test_marginal_target_and_text_files_end_to_end(trained):
     out = run(trained, "bench_speculative.py", "--rounds", 5, "--max_new_tokens", 8, "--out_dir", "out/text")
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert [row["mode"] for row in rows] == ["plain", "speculative", "lm_head_only"] * 2
+
+
+def test_tinystories_is_downloaded_and_prepared(tmp_path, monkeypatch):
+    """Without flags the script fetches both files of the data set, here from a server on this machine: train.txt becomes
+    train.bin and valid.txt val.bin; --max_mb takes the first stories."""
+    for split, n in (("train", 60_000), ("valid", 40)):
+        text = f"\n{prep.EOT}\n".join(f"Story {i} of {split}." for i in range(n))
+        (tmp_path / f"TinyStoriesV2-GPT4-{split}.txt").write_text(text)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(prep, "TINYSTORIES", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("no_proxy", "*")
+    for args, n_train in (([], 60_000), (["--max_mb", "1"], None)):
+        monkeypatch.setattr(sys, "argv", ["prepare_tinystories.py", "--data_dir", str(tmp_path / "data"), *args])
+        prep.main()
+        meta = json.loads((tmp_path / "data/meta.json").read_text())
+        n_train = n_train or (tmp_path / "TinyStoriesV2-GPT4-train.txt").read_bytes()[:10**6].count(prep.EOT.encode())
+        # the last of the 40 has no mark behind it; of the first megabyte, what stands behind the last mark is left out
+        n_val = 39 if args else 40
+        assert [meta["splits"][split]["documents"] for split in ("train", "val")] == [n_train, n_val]
+    server.shutdown()
+    enc = prep.load_tokenizer(meta["tokenizer"])
+    ids = np.fromfile(tmp_path / "data/val.bin", dtype=np.uint16)
+    assert enc.decode(ids).startswith(f"Story 0 of valid.{prep.EOT}Story 1 of valid.{prep.EOT}")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
 
 
 def test_max_seconds_ends_a_run_and_its_learning_rate_decay(trained):
