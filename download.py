@@ -57,7 +57,8 @@ def download(url, path, max_bytes=None, timeout=30, retries=5):
                 size = _size(part)
                 failures, best, ranges = (0, size, True) if size > best else (failures + 1, best, ranges)
                 if failures >= retries:
-                    raise _failure(url, f"{what}. What was fetched is kept: run the command again to go on.") from None
+                    raise _failure(url, f"{what}. What was fetched is kept: run the command again to go on, or "
+                                   "download the file elsewhere and pass it with --input.") from None
                 wait = wait or min(2 ** max(failures - 1, 0), 30)
                 print(f"{path.name}: {what}; trying again in {wait} s", file=sys.stderr)
                 sleep(wait)
