@@ -252,13 +252,13 @@ def documents(files):
 def split_documents(read, seed):
     """Two functions that yield the train and the val documents of read(), which yields them all.
 
-    val is a random VAL_SHARE of the documents; a single document is cut in two at a line's end.
+    val is a random VAL_SHARE of the documents; a single document is cut in two, at a line's end if one is near.
     """
     n = sum(1 for _ in read())
     if n == 1:
         text = next(read())
         cut = int(len(text) * (1 - VAL_SHARE))
-        cut = text.find("\n", cut) + 1 or cut
+        cut = text.find("\n", cut, (cut + len(text)) // 2) + 1 or cut
         return lambda: iter([text[:cut]]), lambda: iter([text[cut:]])
     val = set(random.Random(seed).sample(range(n), max(1, round(n * VAL_SHARE))))
     return (lambda: (text for i, text in enumerate(read()) if i not in val),

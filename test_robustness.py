@@ -106,6 +106,7 @@ BAD = [
     ("train", "--data_dir data/gone", "data/gone/train.bin is not the file of"),
     ("train", "--block_size 100000", "take more text or a smaller --block_size"),
     ("train", "--n_embd 10 --n_head 3", "n_embd 10 is not divisible by n_head 3"),
+    ("train", "--freeze_trunk --n_future 1", "n_future = 1 has none"),
     ("train", "--block_size 1", "block_size must be at least 2"),
     ("train", "--lr nan", "--lr: must be at least 0, not nan"),
     ("train", "--lr -1", "--lr: must be at least 0, not -1"),
@@ -278,6 +279,15 @@ def test_the_gpu_preset_runs_reduced_on_a_cpu(home, monkeypatch):
 # interruptions
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Both signals interrupt, also where the tests run as a shell's background job, which ignores Ctrl-C."""
+    before = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
 def without_times(log):
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in log]
 
@@ -314,7 +324,7 @@ def test_interrupted_run_goes_on_bit_identically(how, home, monkeypatch, capsys)
     assert len(steps) == 24
     assert_same_run(f"out/broken{how}/ckpt.pt", "out/toy/ckpt.pt")
     assert Path(out[1], "log.jsonl").read_text().count("\n") == 12 + 3
-    assert signal.getsignal(how) in (signal.default_int_handler, signal.SIG_DFL)
+    assert signal.getsignal(how) is signal.default_int_handler
     assert call("train", ["--resume", *out]) == (0, "") and "complete after 24 steps" in capsys.readouterr().out
 
 
@@ -401,6 +411,14 @@ def test_files_that_belong_together_change_together(tmp_path, monkeypatch):
             file.write(b"new")
     assert renamed == [("a", False), ("b", False), ("c", False)]
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys("abc", "new")
+
+
+def test_a_background_job_goes_on_ignoring_ctrl_c(home, monkeypatch):
+    monkeypatch.chdir(home)
+    step = train.optimizer_step
+    monkeypatch.setattr(train, "optimizer_step", lambda *args: signal.raise_signal(signal.SIGINT) or step(*args))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert call("train", f"{SMALL} --max_iters 2 --out_dir out/background") == (0, "")
 
 
 def test_a_larger_max_iters_trains_on(home, monkeypatch):

@@ -155,6 +155,8 @@ def test_split_is_by_document_and_by_seed():
     assert split(documents, 0) == [train, val] != split(documents, 1)
     train, val = split(["line\n" * 100], 0)
     assert train[0] + val[0] == "line\n" * 100 and len(val[0]) == 20  # 5 %, from a line's end on
+    train, val = split(["x" * 990 + "\nlast line"], 0)
+    assert len(val[0]) == 50  # no line ends near the place of the cut
 
 
 def test_documents_are_read_in_parts_as_they_are(tmp_path, monkeypatch):

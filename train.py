@@ -342,19 +342,23 @@ def resume_config(path, given):
 def stop_signals():
     """A list that is empty until Ctrl-C or SIGTERM, which then end the run after its step; a second one ends it at once.
     """
-    caught, signals = [], (signal.SIGINT, signal.SIGTERM)
+    caught, before = [], {}
 
     def note(number, frame):
         caught.append(number)
-        for s in signals:
-            signal.signal(s, before[s])
+        restore()
 
-    before = {s: signal.signal(s, note) for s in signals}
+    def restore():
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+    for s in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(s) not in (signal.SIG_IGN, None):  # a shell's background job is not to hear of Ctrl-C
+            before[s] = signal.signal(s, note)
     try:
         yield caught
     finally:
-        for s in signals:
-            signal.signal(s, before[s])
+        restore()
 
 
 # -----------------------------------------------------------------------------
@@ -392,6 +396,8 @@ def set_up(cfg, resume, given):
     dtype = pick_dtype(cfg.dtype, device)
     model = (model or build_model(cfg, meta)).to(device)
     if cfg.freeze_trunk:
+        if model.cp_head is None:
+            sys.exit("--freeze_trunk trains the head alone, and n_future = 1 has none; take a larger --n_future.")
         for name, p in model.named_parameters():
             p.requires_grad_(name.startswith("cp_head."))
     # --init_from brings its own block_size, n_layer, ...: what is built is what gets used, logged and saved
