@@ -45,6 +45,18 @@ def call(script, args):
     return 0, ""
 
 
+@pytest.fixture(autouse=True)
+def as_a_script_finds_it():
+    """What a script sets for its process, sample.py's choice of kernels, does not reach the next one; and both signals
+    interrupt, also where the tests run as a shell's background job, which ignores Ctrl-C."""
+    before = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    torch.backends.mkldnn.enabled = True
+    yield
+    torch.backends.mkldnn.enabled = True
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with toy data, a trained model, a plain one, one in nanoGPT's own format, and other people's files."""
@@ -277,15 +289,6 @@ def test_the_gpu_preset_runs_reduced_on_a_cpu(home, monkeypatch):
 
 # -----------------------------------------------------------------------------
 # interruptions
-
-
-@pytest.fixture(autouse=True)
-def ctrl_c():
-    """Both signals interrupt, also where the tests run as a shell's background job, which ignores Ctrl-C."""
-    before = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for s, handler in before.items():
-        signal.signal(s, handler)
 
 
 def without_times(log):
