@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import sys
+import warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -136,7 +137,9 @@ def load_model(path, **head):
     if not path.is_file():
         sys.exit(f"There is no checkpoint {path}; train one first: python train.py --out_dir {path.parent}")
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign file torch has more to say than our one line
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)
         ckpt["model"], ckpt["model_args"]
     except Exception as e:  # a pickle that asks for code, half a file, another format: torch raises many kinds
         sys.exit(f"{path} is not a checkpoint of plain tensors with 'model' and 'model_args', or it is damaged "
