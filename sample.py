@@ -106,7 +106,7 @@ def main():
     mode = args.mode or ("speculative" if model.cp_head else "plain")
     if mode == "speculative" and not model.cp_head:
         sys.exit(f"{args.out_dir} has n_future = 1: there is no head to draft from; take --mode plain.")
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
+    colour = sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
     if args.show_drafts:
         print(legend(model.config.n_future - 1 if mode == "speculative" else 0, colour) + "\n")
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(args.seed)
