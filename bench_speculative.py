@@ -149,7 +149,7 @@ def describe(bench, args):
     return {
         "out_dir": args.out_dir, "device": str(device), "hardware": hardware(device), "torch": torch.__version__,
         "dtype": args.dtype, "threads": torch.get_num_threads(), "trunk_parameters": trunk, "head_parameters": head,
-        "n_future": config.n_future, "rank": config.rank, "factors": config.factors, "target": config.target,
+        "n_future": config.n_future, "rank": config.rank, "factors": config.factors, "context": config.context, "target": config.target,
         "vocab_size": config.n_token, "prompts": len(bench.prompts), "tokens_per_prompt": bench.n_tokens,
         "rounds": args.rounds, "seed": args.seed,
     }

@@ -128,8 +128,8 @@ def pick_device(name):
         sys.exit(f"--device {name} cannot be used here ({str(e).splitlines()[0]}); try cpu")
 
 
-def load_model(path, **head):
-    """(model, checkpoint dict) of a file that train.py or nanoGPT's train.py wrote; `head` as in GPT.from_checkpoint.
+def load_model(path, fresh_head=False, **head):
+    """(model, checkpoint dict) of a file that train.py or nanoGPT's train.py wrote; options as in GPT.from_checkpoint.
 
     Only plain tensors and plain Python are read (weights_only), so a foreign file cannot run code.
     """
@@ -145,7 +145,7 @@ def load_model(path, **head):
         sys.exit(f"{path} is not a checkpoint of plain tensors with 'model' and 'model_args', or it is damaged "
                  f"({type(e).__name__}); nothing in it was run. Train anew or take another file.")
     try:
-        return GPT.from_checkpoint(ckpt, **head), ckpt
+        return GPT.from_checkpoint(ckpt, fresh_head, **head), ckpt
     except Exception as e:
         reason = " ".join(str(e).split())[:300]
         sys.exit(f"{path} holds no model that fits: {reason or type(e).__name__}")

@@ -110,11 +110,12 @@ def draft(model, e, token, to_probs, generator):
     q_s = sum_a b_a P_a^(s) is the exact conditional of equation (1), and x_s is drawn from just that row.
     e (C,) is the hidden state of the token before x_1.
     """
-    log_w, log_p = model.cp_log_probs(e)  # (r,), (n, r, V)
-    log_b, x, drafted, q = log_w.unsqueeze(-1), token, [], []
-    for log_p_before, p_s in zip(log_p.unbind(), log_p[1:].exp().unbind()):
-        log_b = log_b + log_p_before.index_select(-1, x)  # (r, 1)
-        q.append(to_probs((log_b.softmax(0).T @ p_s).log()))  # (1, n_token)
+    log_w, factor = model.cp_factors(e)  # (r,), P_a^(s)
+    log_b, log_p, x, drafted, q = log_w.unsqueeze(-1), factor(1, None), token, [], []
+    for s in range(2, model.config.n_future + 1):
+        log_b = log_b + log_p.index_select(-1, x)  # (r, 1)
+        log_p = factor(s, x)  # (r, V)
+        q.append(to_probs((log_b.softmax(0).T @ log_p.exp()).log()))  # (1, n_token)
         x = draw(q[-1], generator)  # (1,)
         drafted.append(x)
     return torch.cat(drafted), torch.cat((*q, torch.zeros_like(q[0])))

@@ -6,6 +6,9 @@ each of which is a product of n softmax heads on the same hidden state e of posi
 
     P(x_{t+1}, ..., x_{t+n} | x_{<=t}) = sum_a w_a(e) * prod_s P_a^(s)(x_{t+s} | e)                    (1)
 
+With context "previous", which is ours and not the paper's, each factor also sees the token before its own,
+P_a^(s)(x_{t+s} | x_{t+s-1}, e): a mixture of Markov chains. See `CPHead.previous_term`.
+
 Shapes use the field's names: B batch, T time, C = n_embd, V = vocab_size, n = n_future, r = rank.
 Probabilities are computed in float32 or wider, whatever the dtype of the model.
 """
@@ -33,6 +36,7 @@ class GPTConfig:
     n_future: int = 1  # n, tokens predicted at once; 1 is plain nanoGPT without a head
     rank: int = 1  # r, components of the mixture; 1 is independent heads
     factors: str = "reduced"  # P_a^(s): "reduced" softmax(W M_a^(s) e), W the LM head; "full" softmax(W_a^(s) e)
+    context: str = "none"  # what P_a^(s) sees beside e: "none" (the paper); "previous" the token before its own, too
     target: str = "marginal"  # next-token law: "marginal" sum_a w_a P_a^(1) (the paper); "lm_head" the trunk's own
     n_token: int = 0  # ids below this are real tokens, the rest is padding; 0 means all of them
 
@@ -49,6 +53,10 @@ class GPTConfig:
             raise ValueError(f"n_token {self.n_token} is not in 1..vocab_size {self.vocab_size}")
         if self.factors not in ("full", "reduced"):
             raise ValueError(f"factors must be full or reduced, not {self.factors!r}")
+        if self.context not in ("none", "previous"):
+            raise ValueError(f"context must be none or previous, not {self.context!r}")
+        if self.context == "previous" and self.factors != "reduced":
+            raise ValueError("context previous needs factors reduced")
         if self.target not in ("marginal", "lm_head"):
             raise ValueError(f"target must be marginal or lm_head, not {self.target!r}")
 
@@ -147,12 +155,15 @@ class CPHead(nn.Module):
     def __init__(self, config):
         super().__init__()
         n, r, C = config.n_future, config.rank, config.n_embd
-        self.reduced = config.factors == "reduced"
+        self.reduced, self.sees_previous = config.factors == "reduced", config.context == "previous"
         self.mix = nn.Linear(C, r)
         if self.reduced:  # M_a^(s), a C x C map in front of the shared unembedding: the identity and noise
             self.factors = nn.Parameter(torch.eye(C) + 0.02 * torch.randn(n, r, C, C))
         else:  # W_a^(s), an unembedding of its own
             self.factors = nn.Parameter(0.02 * torch.randn(n, r, config.vocab_size, C))
+        if self.sees_previous:  # G and U of equation (4) for s = 2..n; U = 0 is the head without context
+            self.gate = nn.Parameter(torch.randn(n - 1, C, C) / C**0.5)
+            self.out = nn.Parameter(torch.zeros(n - 1, C, C))
 
     def log_weights(self, e):
         """log w: e (..., C) -> (..., r)."""
@@ -168,11 +179,29 @@ class CPHead(nn.Module):
         """log P_a^(s) of the gold tokens alone: e (N, C), targets (N, n) -> (N, n, r)."""
         n, r, C = *self.factors.shape[:2], e.size(-1)
         if self.reduced:  # all maps first, then N n r rows of one product with W
-            h = F.linear(e, self.factors.flatten(0, 2)).view(-1, C)
-            return gold_log_prob(h, unembed, targets.repeat_interleave(r, dim=1).flatten(), len(e)).view(-1, n, r)
+            h = F.linear(e, self.factors.flatten(0, 2)).view(-1, n, r, C)
+            if self.sees_previous:
+                term = self.previous_term(self.gates(e), targets.T[:-1], unembed, self.out)
+                h = h + F.pad(term, (0, 0, 0, 0, 1, 0)).transpose(0, 1).unsqueeze(2)  # (N, n, 1, C), 0 where s = 1
+            gold = gold_log_prob(h.view(-1, C), unembed, targets.repeat_interleave(r, dim=1).flatten(), len(e))
+            return gold.view(-1, n, r)
         factors = self.factors.flatten(0, 1).unbind()  # unbind, not indexing: its backward fills one gradient
         gold = [gold_log_prob(e, factors[s * r + a], targets[:, s], len(e)) for s in range(n) for a in range(r)]
         return torch.stack(gold, dim=-1).unflatten(-1, (n, r))
+
+    def gates(self, e):
+        """G^(s) e of equation (4), s = 2..n: e (N, C) -> (n - 1, N, C)."""
+        return F.linear(e, self.gate.flatten(0, 1)).unflatten(-1, self.gate.shape[:2]).transpose(0, 1)
+
+    def previous_term(self, gate, token, unembed, U):
+        """What the token before adds to every component's vector in front of the unembedding W, ours:
+
+            h_a^(s) = M_a^(s) e + U^(s) (norm(W[x_{s-1}]) * G^(s) e)                                           (4)
+
+        In the logits that is a table of token pairs of rank C, whose C parts are weighted by what e says.
+        gate (..., N, C), one position's of `gates` or all; token (..., N); U (..., C, C) -> (..., N, C).
+        """
+        return (F.layer_norm(F.embedding(token, unembed), unembed.shape[1:]) * gate) @ U
 
 
 def gold_log_prob(x, weight, y, n_positions):
@@ -275,9 +304,25 @@ class GPT(nn.Module):
         log_p = self.cp_head.log_probs(e, self.lm_head.weight, slice(0, 1)).squeeze(-3)  # (..., r, V)
         return torch.logsumexp(log_w + log_p, dim=-2)  # log sum_a w_a P_a^(1)
 
-    def cp_log_probs(self, e):
-        """All of equation (1) at one hidden state: e (C,) -> log w (r,), log P_a^(s) (n, r, V)."""
-        return self.cp_head.log_weights(e), self.cp_head.log_probs(e, self.lm_head.weight, slice(None))
+    def cp_factors(self, e):
+        """All of equation (1) at one hidden state: e (C,) -> log w (r,) and a function factor.
+
+        factor(s, previous) is log P_a^(s) (r, V), s = 1..n, given the token x_{s-1} = previous (1,), which has no
+        effect at s = 1 and without context.
+        """
+        head, W = self.cp_head, self.lm_head.weight
+        log_p = head.log_probs(e, W, slice(None)).unbind()  # n of (r, V)
+        if not head.sees_previous:
+            return head.log_weights(e), lambda s, previous: log_p[s - 1]
+        gates, U = head.gates(e.unsqueeze(0)).unbind(), head.out.unbind()
+
+        def factor(s, previous):
+            if s == 1:
+                return log_p[0]
+            term = head.previous_term(gates[s - 2], previous, W, U[s - 2])  # (1, C)
+            return F.log_softmax(log_p[s - 1] + fp32(F.linear(term, W)), dim=-1)
+
+        return head.log_weights(e), factor
 
     def forward(self, idx):
         """Next-token logits at every position: idx (B, T) -> (B, T, V)."""
@@ -326,11 +371,12 @@ class GPT(nn.Module):
         return {"model": self.state_dict(), "model_args": asdict(self.config)}
 
     @classmethod
-    def from_checkpoint(cls, ckpt, **head):
+    def from_checkpoint(cls, ckpt, fresh_head=False, **head):
         """The model of a checkpoint dict, ours or one of nanoGPT's train.py, loaded strictly.
 
-        `head` overrides fields of GPTConfig (n_future, rank, factors, target, dropout, n_token). Where they ask for
-        another head than the checkpoint's, that one is left out and a fresh one is put on the trunk.
+        `head` overrides fields of GPTConfig (n_future, rank, factors, context, target, dropout, n_token). Where they
+        ask for another head than the checkpoint's, or with fresh_head, that one is left out and a fresh one is put on
+        the trunk. If only the context is another, the rest of the head stays: with "previous" the new part is 0 yet.
         """
         known = {f.name for f in fields(GPTConfig)}
         old = GPTConfig(**{k: v for k, v in ckpt["model_args"].items() if k in known})
@@ -338,8 +384,10 @@ class GPT(nn.Module):
         # nanoGPT saves a compiled model's names with a prefix, and old versions saved the causal mask
         state = {k.removeprefix("_orig_mod."): v for k, v in ckpt["model"].items() if not k.endswith(".attn.bias")}
         model = cls(config)
-        if any(getattr(old, k) != getattr(config, k) for k in ("n_future", "rank", "factors")):
-            fresh = {k: v for k, v in model.state_dict().items() if k.startswith("cp_head.")}
-            state = {k: v for k, v in state.items() if not k.startswith("cp_head.")} | fresh
+        fresh = {k: v for k, v in model.state_dict().items() if k.startswith("cp_head.")}
+        fits = not fresh_head and all(getattr(old, k) == getattr(config, k) for k in ("n_future", "rank", "factors"))
+        if not fits or old.context != config.context:
+            kept = {k: v for k, v in state.items() if not k.startswith("cp_head.") or fits and k in fresh}
+            state = fresh | kept
         model.load_state_dict(state)
         return model

@@ -21,20 +21,26 @@ def tiny_model(seed=0, scale=2.0, **config):
     return model
 
 
-VARIANTS = list(itertools.product(["reduced", "full"], ["marginal", "lm_head"]))
-variants = pytest.mark.parametrize("factors,target", VARIANTS)
+HEADS = [("reduced", "none"), ("full", "none"), ("reduced", "previous")]
+VARIANTS = [dict(factors=f, context=c, target=t) for t in ("marginal", "lm_head") for f, c in HEADS]
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()))
+heads = pytest.mark.parametrize("factors,context", HEADS)
 
 
 def joint_table(model, e):
     """Equation (1) written out: P(x_1, ..., x_n) for every combination of tokens, (V,) * n."""
-    head, r, n = model.cp_head, model.config.rank, model.config.n_future
+    head, W, r, n = model.cp_head, model.lm_head.weight, model.config.rank, model.config.n_future
     w = torch.softmax(head.mix(e), -1)
     table = 0
     for a in range(r):
         term = w[a]
         for s in range(n):
             A = head.factors[s, a]
-            logits = model.lm_head.weight @ (A @ e) if model.config.factors == "reduced" else A @ e
+            logits = W @ (A @ e) if model.config.factors == "reduced" else A @ e
+            if s > 0 and model.config.context == "previous":  # a row for each previous token, equation (4)
+                G, U = head.gate[s - 1], head.out[s - 1].T
+                norm = (W - W.mean(1, keepdim=True)) / (W.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+                logits = torch.stack([logits + W @ U @ (x * (G @ e)) for x in norm])
             term = term.unsqueeze(-1) * torch.softmax(logits, -1)
         table = table + term
     return table
@@ -45,32 +51,34 @@ def joint_table(model, e):
 
 
 @variants
-def test_joint_sums_to_one_and_log_probs_match_the_formula(factors, target):
-    """cp_log_probs gives the w and P of equation (1), and their joint is a distribution over V^n windows."""
-    model = tiny_model(factors=factors, target=target)
+def test_joint_sums_to_one_and_factors_match_the_formula(variant):
+    """cp_factors gives the w and P of equation (1), and their joint is a distribution over V^n windows."""
+    model = tiny_model(**variant)
     e = torch.randn(8, dtype=torch.float64)
     table = joint_table(model, e)
     assert table.sum().item() == pytest.approx(1, abs=1e-12)
-    log_w, log_p = model.cp_log_probs(e)
+    log_w, factor = model.cp_factors(e)
     for window in itertools.product(range(5), repeat=3):
-        terms = log_w + sum(log_p[s, :, x] for s, x in enumerate(window))
+        x = torch.tensor(window).split(1)
+        terms = log_w + sum(factor(s, x[s - 2] if s > 1 else None)[:, x[s - 1].item()] for s in (1, 2, 3))
         assert terms.exp().sum().item() == pytest.approx(table[window].item(), abs=1e-12)
 
 
 @variants
-def test_target_is_the_marginal_of_the_joint_or_the_lm_head(factors, target):
+def test_target_is_the_marginal_of_the_joint_or_the_lm_head(variant):
     """target "marginal" is the joint summed over x_2..x_n; target "lm_head" is the trunk's own softmax."""
-    model = tiny_model(factors=factors, target=target)
+    model = tiny_model(**variant)
     e = torch.randn(8, dtype=torch.float64)
-    expected = joint_table(model, e).sum((1, 2)) if target == "marginal" else torch.softmax(model.lm_head(e), -1)
+    marginal = variant["target"] == "marginal"
+    expected = joint_table(model, e).sum((1, 2)) if marginal else torch.softmax(model.lm_head(e), -1)
     torch.testing.assert_close(model.target_logits(e).softmax(-1), expected, rtol=0, atol=1e-12)
 
 
 @variants
-def test_loss_and_its_gradient_equal_brute_force(factors, target):
+def test_loss_and_its_gradient_equal_brute_force(variant):
     """-log P of each window, read off the full table, has the value and the gradient of GPT.loss, and so do its
     parts: the bug guarded is a chunked or recomputed loss that drops a term (the weights', say)."""
-    model = tiny_model(factors=factors, target=target).train()
+    model, marginal = tiny_model(**variant).train(), variant["target"] == "marginal"
     idx, targets = torch.randint(5, (2, 4)), torch.randint(5, (2, 4, 3))
     loss, parts = model.loss(idx, targets, joint_weight=0.7, balance_weight=0.3)
     grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
@@ -84,26 +92,27 @@ def test_loss_and_its_gradient_equal_brute_force(factors, target):
     w = torch.softmax(model.cp_head.mix(hidden.flatten(0, 1)), -1)
     balance = 2 * sum((w.argmax(-1) == a).double().mean() * w[:, a].mean() for a in range(2))
     cross_entropy = F.cross_entropy(model.lm_head(hidden).flatten(0, 1), x[0])
-    expected = joint + 0.3 * balance if target == "marginal" else cross_entropy + 0.7 * joint + 0.3 * balance
+    expected = joint + 0.3 * balance if marginal else cross_entropy + 0.7 * joint + 0.3 * balance
     expected_grads = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
 
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
     for a, b in zip(grads, expected_grads):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     torch.testing.assert_close(parts["joint"], joint.detach())
-    torch.testing.assert_close(parts["next"], (-first.log().mean() if target == "marginal" else cross_entropy).detach())
+    torch.testing.assert_close(parts["next"], (-first.log().mean() if marginal else cross_entropy).detach())
     offsets = torch.stack((-first.log().mean(), (first / second).log().mean())).detach()
     torch.testing.assert_close(parts["offset"][:2], offsets)
     assert parts["offset"].mean().item() == pytest.approx(joint.item(), abs=1e-12)
     torch.testing.assert_close(parts["balance"], balance.detach())
 
 
-@pytest.mark.parametrize("factors", ["reduced", "full"])
-def test_gradcheck_of_the_joint_loss(factors):
+@heads
+def test_gradcheck_of_the_joint_loss(factors, context):
     """Finite differences agree with the recomputed backward pass, for the hidden state, w, the factors and W."""
     torch.manual_seed(0)
-    head = CPHead(GPTConfig(vocab_size=4, n_embd=3, n_head=1, n_future=2, rank=2, factors=factors)).double()
-    targets, names = torch.randint(4, (5, 2)), [name for name, _ in head.named_parameters()]
+    config = GPTConfig(vocab_size=4, n_embd=3, n_head=1, n_future=3, rank=2, factors=factors, context=context)
+    head = CPHead(config).double()
+    targets, names = torch.randint(4, (5, 3)), [name for name, _ in head.named_parameters()]
 
     # functional_call runs head.forward on the given parameters, so that gradcheck can vary them
     head.forward = lambda e, unembed: joint_log_probs(head.log_weights(e), head.gold_log_probs(e, targets, unembed))
@@ -173,11 +182,69 @@ def test_heads_share_no_storage(factors):
     """Changing one factor changes that factor's probabilities alone. Guards [Block()] * n (Medusa PR 133)."""
     model = tiny_model(factors=factors)
     e = torch.randn(8, dtype=torch.float64)
-    before = model.cp_log_probs(e)[1]
+
+    def log_probs():
+        _, factor = model.cp_factors(e)
+        return torch.stack([factor(s, None) for s in (1, 2, 3)])
+
+    before = log_probs()
     with torch.no_grad():
         model.cp_head.factors[1, 0] += torch.randn_like(model.cp_head.factors[1, 0])
-    changed = (model.cp_log_probs(e)[1] != before).any(-1)
+    changed = (log_probs() != before).any(-1)
     assert changed.tolist() == [[False, False], [True, False], [False, False]]
+
+
+def test_zero_term_is_the_head_without_context():
+    """U = 0, the start of training: equation (4) is that of the paper, to the bit, in float32 and in every direction:
+    loss, gradients and draft rows. Guards a term that has another effect than U's, like a norm of the sum."""
+    plain = tiny_model(n_future=4).float()
+    seeing = GPT.from_checkpoint(plain.checkpoint(), context="previous").eval()
+    idx, targets, e = torch.randint(5, (2, 8)), torch.randint(5, (2, 8, 4)), torch.randn(8)
+    losses = [model.loss(idx, targets, balance_weight=0.1)[0] for model in (plain, seeing)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    for name, p in plain.named_parameters():
+        assert torch.equal(p.grad, seeing.get_parameter(name).grad), name
+    (log_w, P), (log_w_seeing, P_seeing) = plain.cp_factors(e), seeing.cp_factors(e)
+    assert torch.equal(log_w, log_w_seeing)
+    for s, x in itertools.product((1, 2, 3, 4), range(5)):
+        torch.testing.assert_close(P(s, None), P_seeing(s, torch.tensor([x])), rtol=0, atol=1e-6)
+    assert (seeing.cp_head.out.grad != 0).any()  # and it can leave its start
+
+
+def test_head_without_context_extends_and_a_head_with_it_shrinks():
+    """from_checkpoint keeps all of the head that both have, the mixture included, and adds or drops the rest; with
+    fresh_head, or another rank, nothing of it is kept."""
+    plain = tiny_model().float()
+    seeing = GPT.from_checkpoint(plain.checkpoint(), context="previous")
+    for p in seeing.cp_head.parameters():
+        torch.nn.init.normal_(p)
+    back = GPT.from_checkpoint(seeing.checkpoint(), context="none")
+    assert back.config == plain.config
+    for name, p in back.cp_head.named_parameters():
+        assert torch.equal(p, seeing.cp_head.get_parameter(name)), name
+    for options in (dict(fresh_head=True), dict(rank=3), dict(rank=3, context="none")):
+        other = GPT.from_checkpoint(seeing.checkpoint(), **options)
+        assert not torch.equal(other.cp_head.factors[:, :1], seeing.cp_head.factors[:, :1])
+        assert other.config.context == "none" or not other.cp_head.out.any()
+        assert torch.equal(other.lm_head.weight, seeing.lm_head.weight)
+
+
+def test_no_product_and_no_small_rank_can_do_what_the_previous_token_does():
+    """A cycle of V tokens that starts anywhere: x_2 = x_1 + 1. A product over e, which knows nothing of x_1, puts 1/V
+    on it at best, a mixture of r of them r/V; one component that sees x_1 is sure."""
+    V = 6
+    model = tiny_model(vocab_size=V, n_embd=V, n_head=1, n_future=2, rank=1, context="previous")
+    eye, head = torch.eye(V, dtype=torch.float64), model.cp_head
+    with torch.no_grad():
+        model.lm_head.weight.copy_(eye)
+        head.factors.zero_()
+        head.gate[0], head.out[0] = 1.0, 40 * eye.roll(1, 1)
+    _, factor = model.cp_factors(torch.full((V,), 1 / V, dtype=torch.float64))
+    for x in range(V):
+        assert factor(1, None)[0, x].exp().item() == pytest.approx(1 / V)
+        assert factor(2, torch.tensor([x]))[0, (x + 1) % V].exp() > 0.999
 
 
 @pytest.mark.parametrize("factors", ["reduced", "full"])
@@ -200,9 +267,10 @@ def test_low_precision_models_have_float32_probabilities():
     """A bfloat16 model computes its log-probabilities in float32; a float64 one keeps float64."""
     bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
     for dtype, expected in ((bf16, fp32), (fp32, fp32), (fp64, fp64)):
-        model = tiny_model().to(dtype)
+        model, x = tiny_model(context="previous").to(dtype), torch.tensor([1])
         e = torch.randn(8, dtype=dtype)
-        assert {t.dtype for t in (*model.cp_log_probs(e), model.target_logits(e))} == {expected}
+        log_w, factor = model.cp_factors(e)
+        assert {t.dtype for t in (log_w, factor(1, None), factor(2, x), model.target_logits(e))} == {expected}
 
 
 # -----------------------------------------------------------------------------
@@ -275,9 +343,9 @@ def test_foreign_state_does_not_load():
 
 
 @variants
-def test_checkpoint_round_trip(factors, target):
+def test_checkpoint_round_trip(variant):
     """What GPT.checkpoint writes, from_checkpoint reads: same config, same bits."""
-    model = tiny_model(factors=factors, target=target).float()
+    model = tiny_model(**variant).float()
     other = GPT.from_checkpoint(model.checkpoint()).eval()
     idx = torch.randint(5, (1, 6))
     assert other.config == model.config and torch.equal(other(idx), model(idx))
@@ -326,6 +394,7 @@ def test_loss_goes_through_logits_in_chunks(factors):
 
 def test_bad_config_is_refused():
     for bad in (dict(n_embd=10, n_head=3), dict(n_future=0), dict(rank=0), dict(factors="tucker"), dict(target="x"),
+                dict(context="next"), dict(context="previous", factors="full"),
                 dict(block_size=1), dict(vocab_size=5, n_token=6)):
         with pytest.raises(ValueError):
             GPTConfig(**bad)

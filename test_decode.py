@@ -3,7 +3,7 @@
 Three kinds of proof. Enumeration: `exact_law` runs the real decoder through every possible outcome of its random
 choices and adds up their probabilities, in float64, to 1e-12. Chi-square: many runs with real random numbers, on the
 seam that enumeration replaces. Greedy equality: token for token, over many random models. The first two must also
-REJECT decoders that are wrong on purpose: the chi-square test all four, enumeration the three that come to an end.
+REJECT decoders that are wrong on purpose: the chi-square test all five, enumeration the four that come to an end.
 """
 
 import itertools
@@ -85,16 +85,16 @@ def chi_square_p_value(samples, law):
 
 
 # -----------------------------------------------------------------------------
-# four decoders that are wrong; each is a bug of a real project or paper
+# five decoders that are wrong; the first four are bugs of real projects or papers
 
 
 def argmax_draft(model, e, token, to_probs, generator):
     """Drafts the most probable token but verifies as if it had been drawn from q (jaymody/speculative-sampling #3)."""
-    log_w, log_p = model.cp_log_probs(e)
-    log_b, x, drafted, q = log_w, token, [], []
-    for s in range(1, len(log_p)):
-        log_b = log_b + log_p[s - 1][:, x].squeeze(-1)
-        q.append(to_probs((log_b.softmax(0) @ log_p[s].exp()).log()))
+    log_b, factor = model.cp_factors(e)
+    log_p, x, drafted, q = factor(1, None), token, [], []
+    for s in range(2, model.config.n_future + 1):
+        log_b, log_p = log_b + log_p[:, x].squeeze(-1), factor(s, x)
+        q.append(to_probs((log_b.softmax(0) @ log_p.exp()).log()))
         x = q[-1].argmax(-1, keepdim=True)
         drafted.append(x)
     return torch.cat(drafted), torch.stack((*q, torch.zeros_like(q[0])))
@@ -102,15 +102,26 @@ def argmax_draft(model, e, token, to_probs, generator):
 
 def prior_component_draft(model, e, token, to_probs, generator):
     """Draws one component from w, and the drafts from it, but verifies against the rows of the posterior."""
-    log_w, log_p = model.cp_log_probs(e)
-    a = decode.draw(log_w.exp().unsqueeze(0), generator)
-    log_b, x, drafted, q = log_w, token, [], []
-    for s in range(1, len(log_p)):
-        log_b = log_b + log_p[s - 1][:, x].squeeze(-1)
-        q.append(to_probs((log_b.softmax(0) @ log_p[s].exp()).log()))
-        x = decode.draw(log_p[s].exp()[a], generator)
+    log_b, factor = model.cp_factors(e)
+    a = decode.draw(log_b.exp().unsqueeze(0), generator)
+    log_p, x, drafted, q = factor(1, None), token, [], []
+    for s in range(2, model.config.n_future + 1):
+        log_b, log_p = log_b + log_p[:, x].squeeze(-1), factor(s, x)
+        q.append(to_probs((log_b.softmax(0) @ log_p.exp()).log()))
+        x = decode.draw(log_p.exp()[a], generator)
         drafted.append(x)
     return torch.cat(drafted), torch.stack((*q, torch.zeros_like(q[0])))
+
+
+def blind_rows_draft(model, e, token, to_probs, generator, draft=decode.draft):
+    """Drafts see the token before them, but are verified as if all of them had seen x_1: wrong where they did not."""
+    drafted, q = draft(model, e, token, to_probs, generator)
+    log_b, factor = model.cp_factors(e)
+    log_p, blind = factor(1, None), []
+    for s, x in enumerate((token, *drafted[:-1].split(1)), 2):
+        log_b, log_p = log_b + log_p[:, x].squeeze(-1), factor(s, token)
+        blind.append(to_probs((log_b.softmax(0) @ log_p.exp()).log()))
+    return drafted, torch.stack((*blind, q[-1]))
 
 
 def residual_from_p(p, q):
@@ -141,7 +152,8 @@ def rolled_back(cache, T):
 
 
 WRONG = {"argmax_draft": ("draft", argmax_draft), "prior_component": ("draft", prior_component_draft),
-         "residual_from_p": ("residual", residual_from_p), "no_residual": ("speculative_step", step_without_residual)}
+         "residual_from_p": ("residual", residual_from_p), "no_residual": ("speculative_step", step_without_residual),
+         "blind_rows": ("draft", blind_rows_draft)}
 
 
 # -----------------------------------------------------------------------------
@@ -267,9 +279,9 @@ def test_residual_never_comes_out_empty():
 
 
 @variants
-def test_draft_rows_are_the_conditionals_of_the_joint(factors, target, monkeypatch):
+def test_draft_rows_are_the_conditionals_of_the_joint(variant, monkeypatch):
     """q_s is P(x_s | x_1..x_{s-1}) of equation (1), and the drafts' law is the joint's conditional given x_1."""
-    model = tiny_model(factors=factors, target=target, vocab_size=3)
+    model = tiny_model(**variant, vocab_size=3)
     e = torch.randn(8, dtype=torch.float64)
     table, rows = joint_table(model, e).detach(), {}
 
@@ -291,15 +303,16 @@ def test_draft_rows_are_the_conditionals_of_the_joint(factors, target, monkeypat
 # -----------------------------------------------------------------------------
 # the decoders, exactly
 
+CONTEXTS = ["none", "previous"]
 SMALL = [dict(vocab_size=3, n_future=2, n_layer=1), dict(vocab_size=2, n_future=3, n_layer=1)]
 
 
 @variants
 @pytest.mark.parametrize("config", SMALL, ids=["V3n2", "V2n3"])
-def test_speculative_law_is_the_oracle_law_by_enumeration(config, factors, target, monkeypatch):
+def test_speculative_law_is_the_oracle_law_by_enumeration(config, variant, monkeypatch):
     """Every path of the real decoder through 3 tokens, that is through several steps, rejections and bonus draws: total
     variation to the autoregressive law below 1e-12."""
-    model = tiny_model(factors=factors, target=target, **config)
+    model = tiny_model(**variant, **config)
     law = exact_law(lambda choose: generate_speculative(model, [0, 1], 3), monkeypatch)
     assert total_variation(law, oracle_law(model, [0, 1], 3)) < 1e-12
 
@@ -330,19 +343,28 @@ def test_other_decoders_by_enumeration(monkeypatch):
         assert total_variation(law, oracle_law(model, [0, 1], 5)) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["argmax_draft", "prior_component", "residual_from_p"])
-def test_enumeration_rejects_wrong_decoders(name, monkeypatch):
+def wrong_decoders(*names):
+    """Each of them on a model that shows its bug; the two that see no previous token have no rows to get wrong."""
+    return pytest.mark.parametrize("name,context", [(name, context) for name in names for context in CONTEXTS
+                                                    if name != "blind_rows" or context == "previous"])
+
+
+@wrong_decoders("argmax_draft", "prior_component", "residual_from_p", "blind_rows")
+def test_enumeration_rejects_wrong_decoders(name, context, monkeypatch):
     """Negative controls: each bug moves the law by more than 1 % on the very model that the chi-square test uses."""
-    model = chi_square_model()
+    model = chi_square_model(context)
     monkeypatch.setattr(decode, *WRONG[name])
-    law = exact_law(lambda choose: generate_speculative(model, [0, 1], 2), monkeypatch)
-    assert total_variation(law, oracle_law(model, [0, 1], 2)) > 0.01
+    law = exact_law(lambda choose: generate_speculative(model, [0, 1], 3), monkeypatch)
+    assert total_variation(law, oracle_law(model, [0, 1], 3)) > 0.01
 
 
-def chi_square_model():
+def chi_square_model(context):
     """Two components that differ and a target that neither of them matches: plenty of rejections."""
-    model = tiny_model(vocab_size=3, n_future=3, n_layer=1, rank=2, factors="full", target="lm_head")
+    model = tiny_model(vocab_size=3, n_future=3, n_layer=1, rank=2, target="lm_head", context=context,
+                       factors="full" if context == "none" else "reduced")
     model.cp_head.factors.data *= 10
+    if context == "previous":
+        model.cp_head.out.data *= 5
     return model
 
 
@@ -354,17 +376,18 @@ def sampled(decoder, model, length, N):
 LENGTH, N_SAMPLES = 3, 4000
 
 
-@pytest.mark.parametrize("decoder", [generate, generate_cached, generate_speculative])
-def test_sampled_texts_follow_the_oracle_law(decoder):
+@pytest.mark.parametrize("decoder,context", [(generate, "none"), (generate_cached, "none"),
+                                             (generate_speculative, "none"), (generate_speculative, "previous")])
+def test_sampled_texts_follow_the_oracle_law(decoder, context):
     """Chi-square of 4,000 texts of 3 tokens, with real random numbers. Chance of a false alarm: 1e-9."""
-    model = chi_square_model()
+    model = chi_square_model(context)
     assert chi_square_p_value(sampled(decoder, model, LENGTH, N_SAMPLES), oracle_law(model, [0, 1], LENGTH)) > 1e-9
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_chi_square_rejects_wrong_decoders(name, monkeypatch):
-    """Negative controls: the same test, with the same number of texts, rejects all four wrong decoders."""
-    model = chi_square_model()
+@wrong_decoders(*WRONG)
+def test_chi_square_rejects_wrong_decoders(name, context, monkeypatch):
+    """Negative controls: the same test, with the same number of texts, rejects all five wrong decoders."""
+    model = chi_square_model(context)
     monkeypatch.setattr(decode, *WRONG[name])
     samples = sampled(generate_speculative, model, LENGTH, N_SAMPLES)
     assert chi_square_p_value(samples, oracle_law(model, [0, 1], LENGTH)) < 1e-9
@@ -380,9 +403,8 @@ def test_greedy_texts_are_the_oracles(seed):
     past the block. Guards the first token lost between prefill and loop (litgpt #2307) and every off-by-one."""
     rng = torch.Generator().manual_seed(seed)
     n, rank, block_size = (int(torch.randint(*lohi, (), generator=rng)) for lohi in ((2, 6), (1, 5), (2, 14)))
-    factors, target = VARIANTS[seed % 4]
-    model = tiny_model(seed, n_future=n, rank=rank, block_size=block_size, vocab_size=11, n_token=9, factors=factors,
-                       target=target)
+    model = tiny_model(seed, n_future=n, rank=rank, block_size=block_size, vocab_size=11, n_token=9,
+                       **VARIANTS[seed % len(VARIANTS)])
     for T in (1, 2, block_size - 1 or 1, block_size, block_size + 1, 2 * block_size + 3):
         prompt = torch.randint(9, (T,), generator=rng).tolist()
         expected = list(generate(model, prompt, 3 * block_size, temperature=0))

@@ -47,6 +47,7 @@ class TrainConfig:
     compile: bool = flag(False, "torch.compile the loss (needs a C++ compiler)")
     seed: int = flag(1337, "seed of the initial weights, the batches and dropout", number(int, 0, 2**63 - 1))
     init_from: str = flag("", "checkpoint to start from, ours or nanoGPT's; its trunk keeps its shape")
+    fresh_head: bool = flag(False, "leave the head of init_from out even if it fits: to compare heads on one trunk")
     freeze_trunk: bool = flag(False, "train the head alone")
     # model
     block_size: int = flag(256, "context length in tokens", count)
@@ -59,6 +60,8 @@ class TrainConfig:
     rank: int = flag(4, "r, components of the CP head; 1 is independent heads", count)
     factors: str = flag("reduced", "reduced: a map per factor before the shared unembedding; full: an unembedding each",
                         ("reduced", "full"))
+    context: str = flag("none", "what a factor sees beside the trunk: none (the paper) or the previous token of its window",
+                        ("none", "previous"))
     target: str = flag("marginal", "next-token law: marginal of the CP head (the paper) or the trunk's lm_head",
                        ("marginal", "lm_head"))
     # loss and optimizer
@@ -195,9 +198,10 @@ class Windows:
 
 def build_model(cfg, meta):
     """A fresh model, or the trunk of --init_from with the head that cfg asks for."""
-    head = dict(n_future=cfg.n_future, rank=cfg.rank, factors=cfg.factors, target=cfg.target, dropout=cfg.dropout)
+    head = dict(n_future=cfg.n_future, rank=cfg.rank, factors=cfg.factors, context=cfg.context, target=cfg.target,
+                dropout=cfg.dropout)
     if cfg.init_from:
-        model, ckpt = load_model(cfg.init_from, **head, n_token=meta["vocab_size"])
+        model, ckpt = load_model(cfg.init_from, cfg.fresh_head, **head, n_token=meta["vocab_size"])
         check_tokenizer(ckpt, meta, cfg.init_from)
         return model
     try:
