@@ -107,7 +107,8 @@ def draft(model, e, token, to_probs, generator):
     """Draw x_2, ..., x_n from the CP joint at e given x_1 = token: -> drafted (n - 1,), q (n, V), see `verify`.
 
     The drafted prefix says which component it came from: with b_a ~ w_a prod_{j<s} P_a^(j)(x_j), the row
-    q_s = sum_a b_a P_a^(s) is the exact conditional of equation (1), and x_s is drawn from just that row.
+    q_s = sum_a b_a P_a^(s) is the exact conditional of equation (1), and x_s is drawn from just that row. Where the
+    factors see their previous token, P_a^(j)(x_j) is P_a^(j)(x_j | x_{j-1}), and all else stays.
     e (C,) is the hidden state of the token before x_1.
     """
     log_w, factor = model.cp_factors(e)  # (r,), P_a^(s)
@@ -115,7 +116,8 @@ def draft(model, e, token, to_probs, generator):
     for s in range(2, model.config.n_future + 1):
         log_b = log_b + log_p.index_select(-1, x)  # (r, 1)
         log_p = factor(s, x)  # (r, V)
-        q.append(to_probs((log_b.softmax(0).T @ log_p.exp()).log()))  # (1, n_token)
+        mixed = (log_b.softmax(0).T @ log_p.exp()).log() if len(log_p) > 1 else log_p  # (1, V); r = 1 has no mixture
+        q.append(to_probs(mixed))  # (1, n_token)
         x = draw(q[-1], generator)  # (1,)
         drafted.append(x)
     return torch.cat(drafted), torch.cat((*q, torch.zeros_like(q[0])))

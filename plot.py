@@ -1,9 +1,11 @@
-"""Draw the losses of one or several runs.
+"""Draw the losses of one or several runs, or the benches of several heads.
 
     python plot.py out/toy --output loss.png
     python plot.py out/laptop_r1 out/laptop_r4 --x seconds --output loss.png
+    python plot.py --ranks bench_r1.txt bench_r4.txt --output ranks.png
 
 Left: the losses in train.py's log.jsonl, of training and of validation. Right: the last validation's loss by offset.
+With --ranks the files hold what bench_speculative.py printed, and their heads are drawn over the rank.
 `bench_speculative.py --plot FILE` draws its own figure with draw_bench. Only this file needs matplotlib.
 """
 
@@ -66,6 +68,12 @@ def new_figure(width, height, width_ratios=(1,)):
         panel.grid(alpha=0.25)
         panel.set_axisbelow(True)
     return figure, panels
+
+
+def say(figure, title, card):
+    """Write what was measured, on what, above the panels; the hardware's name may be long."""
+    hardware = textwrap.shorten(card["hardware"], 80, placeholder=" ...")
+    figure.suptitle(title.format(**card | {"hardware": hardware}), fontsize=10)
 
 
 def draw_runs(names, logs, x="iter"):
@@ -146,9 +154,51 @@ def draw_bench(card, rows):
     for panel in (acceptance, steps):
         panel.locator_params("x", integer=True, nbins=12)
     figure.legend(*acceptance.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
-    title = "{hardware}, {device}, {dtype}, threads = {threads}, n = {n_future}, r = {rank}"
-    hardware = textwrap.shorten(card["hardware"], 80, placeholder=" ...")
-    figure.suptitle(title.format(**card | {"hardware": hardware}), fontsize=10)
+    say(figure, "{hardware}, {device}, {dtype}, threads = {threads}, n = {n_future}, r = {rank}, context {context}", card)
+    return figure
+
+
+def read_bench(path):
+    """The JSON object, a dict of card and rows, at the end of the file that bench_speculative.py's output went to.
+
+    SystemExit with one line if there is no such file or it does not end so.
+    """
+    try:
+        bench = json.loads(Path(path).read_text(encoding="utf-8").splitlines()[-1])
+        bench["card"]["rank"], bench["card"]["context"], bench["rows"][0]["mode"]
+    except (ValueError, KeyError, TypeError, IndexError):
+        sys.exit(f"{path} does not end with the JSON object of bench_speculative.py")
+    return bench
+
+
+def draw_ranks(benches):
+    """The Figure of several heads, a colour per context and a line per temperature over the rank r.
+
+    benches: what read_bench returns. Left: the tokens that a speculative step writes. Right: its speed-up over plain
+    decoding in the same bench, which is what is left of them when the head's own cost is paid.
+    """
+    figure, panels = new_figure(9, 4, (1, 1))
+    points = {}  # (context, temperature): [(rank, tokens per step, speed-up)]
+    for bench in benches:
+        for row in bench["rows"]:
+            if row["mode"] == "speculative":
+                line = points.setdefault((bench["card"]["context"], row["temperature"]), [])
+                line.append((bench["card"]["rank"], row["tokens_per_step"], row["speedup"]))
+    contexts, temperatures = (sorted(set(keys)) for keys in zip(*points))
+    for (context, temperature), line in sorted(points.items()):
+        style = dict(color=PALETTE[contexts.index(context)], ls="-" if temperature == temperatures[0] else "--",
+                     marker="o", ms=5, label=f"context {context}, temperature {temperature:g}")
+        ranks, tokens, speedups = zip(*sorted(line))
+        panels[0].plot(ranks, tokens, **style)
+        panels[1].plot(ranks, speedups, **style)
+    all_ranks = sorted({bench["card"]["rank"] for bench in benches})
+    for panel, title in zip(panels, ("tokens per step", "speed-up over plain decoding")):
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(all_ranks, all_ranks)
+        panel.minorticks_off()
+        panel.set(xlabel="rank r", title=title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    say(figure, "{hardware}, {device}, {dtype}, n = {n_future}, V = {vocab_size}", benches[0]["card"])
     return figure
 
 
@@ -169,15 +219,21 @@ def save(figure, path):
 
 def main():
     parser = ArgumentParser(__doc__)
-    parser.add_argument("runs", nargs="+", help=f"out_dir of train.py, or a log.jsonl; at most {len(PALETTE)}")
+    parser.add_argument("runs", nargs="+", help=f"out_dir of train.py, or a log.jsonl; at most {len(PALETTE)}. With "
+                                                "--ranks: outputs of bench_speculative.py")
     parser.add_argument("--output", required=True, help=f"the picture: {', '.join(FORMATS)}")
     parser.add_argument("--x", choices=X_AXES, default="iter", help="x axis: steps, or the time of training (iter)")
+    parser.add_argument("--ranks", action="store_true", help="draw the heads of several benches over their rank")
     args = parser.parse_args()
-    if len(args.runs) > len(PALETTE):
+    if not args.ranks and len(args.runs) > len(PALETTE):
         parser.error(f"at most {len(PALETTE)} runs, as many as there are colours")
     check_plot(args.output)
-    names = [Path(run).parent.name if Path(run).is_file() else Path(run).resolve().name for run in args.runs]
-    save(draw_runs(names, [read_log(run) for run in args.runs], args.x), args.output)
+    if args.ranks:
+        figure = draw_ranks([read_bench(run) for run in args.runs])
+    else:
+        names = [Path(run).parent.name if Path(run).is_file() else Path(run).resolve().name for run in args.runs]
+        figure = draw_runs(names, [read_log(run) for run in args.runs], args.x)
+    save(figure, args.output)
     print(f"wrote {args.output}")
 
 

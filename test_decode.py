@@ -304,11 +304,12 @@ def test_draft_rows_are_the_conditionals_of_the_joint(variant, monkeypatch):
 # the decoders, exactly
 
 CONTEXTS = ["none", "previous"]
-SMALL = [dict(vocab_size=3, n_future=2, n_layer=1), dict(vocab_size=2, n_future=3, n_layer=1)]
+SMALL = [dict(vocab_size=3, n_future=2, n_layer=1), dict(vocab_size=2, n_future=3, n_layer=1),
+         dict(vocab_size=2, n_future=3, n_layer=1, rank=1)]
 
 
 @variants
-@pytest.mark.parametrize("config", SMALL, ids=["V3n2", "V2n3"])
+@pytest.mark.parametrize("config", SMALL, ids=["V3n2", "V2n3", "V2n3r1"])
 def test_speculative_law_is_the_oracle_law_by_enumeration(config, variant, monkeypatch):
     """Every path of the real decoder through 3 tokens, that is through several steps, rejections and bonus draws: total
     variation to the autoregressive law below 1e-12."""

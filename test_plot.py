@@ -9,7 +9,8 @@ import pytest
 import plot
 
 BLUE, RED = plot.PALETTE[:2]
-CARD = {"hardware": "A CPU, 2 cores", "device": "cpu", "dtype": "float32", "threads": 1, "n_future": 3, "rank": 2}
+CARD = {"hardware": "A CPU, 2 cores", "device": "cpu", "dtype": "float32", "threads": 1, "n_future": 3, "rank": 2,
+        "context": "none", "vocab_size": 50}
 
 
 @pytest.fixture(scope="session")
@@ -223,11 +224,57 @@ def test_bench_histogram_is_in_shares_at_the_number_of_tokens():
 def test_bench_says_what_was_measured_on_what():
     """In one line that fits, however long the hardware's name is; one legend names both temperatures."""
     figure = plot.draw_bench(CARD, ROWS)
-    assert figure.get_suptitle() == "A CPU, 2 cores, cpu, float32, threads = 1, n = 3, r = 2"
+    assert figure.get_suptitle() == "A CPU, 2 cores, cpu, float32, threads = 1, n = 3, r = 2, context none"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["temperature 0", "temperature 1"]
     figure = plot.draw_bench(CARD | {"hardware": "A CPU with a long name " * 20}, ROWS)
-    assert "\n" not in figure.get_suptitle() and figure.get_suptitle().endswith("r = 2")
+    assert "\n" not in figure.get_suptitle() and figure.get_suptitle().endswith("r = 2, context none")
     assert_text_fits(figure)
+
+
+# -----------------------------------------------------------------------------
+# benches over the rank
+
+
+def bench(rank, context, *rows):
+    return {"card": CARD | {"rank": rank, "context": context}, "rows": list(rows)}
+
+
+def ranks_row(temperature, tokens, speedup, mode="speculative"):
+    return row(mode, temperature, speedup) | {"tokens_per_step": tokens}
+
+
+BENCHES = [bench(4, "none", ranks_row(0.0, 2.0, 1.5), ranks_row(1.0, 1.8, 1.2), ranks_row(0.0, 1.0, 1.0, "plain")),
+           bench(1, "none", ranks_row(0.0, 1.7, 1.4), ranks_row(1.0, 1.6, 1.1)),
+           bench(1, "previous", ranks_row(0.0, 3.0, 2.5))]
+
+
+@draws
+def test_ranks_have_a_colour_per_context_and_a_line_per_temperature():
+    """Points in the order of the rank, not of the files; plain decoding, and what was not measured, is left out."""
+    figure = plot.draw_ranks(BENCHES)
+    tokens, speedups = figure.axes
+    assert lines(tokens) == [(BLUE, "o", [1, 4], [1.7, 2.0]), (BLUE, "o", [1, 4], [1.6, 1.8]), (RED, "o", [1], [3.0])]
+    assert [y for *_, y in lines(speedups)] == [[1.4, 1.5], [1.1, 1.2], [2.5]]
+    assert [line.get_linestyle() for line in tokens.lines] == ["-", "--", "-"]
+    assert [label.get_text() for label in tokens.get_xticklabels()] == ["1", "4"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "context none, temperature 0", "context none, temperature 1", "context previous, temperature 0"]
+    assert figure.get_suptitle() == "A CPU, 2 cores, cpu, float32, n = 3, V = 50"
+    assert_text_fits(figure)
+
+
+@draws
+def test_ranks_are_read_from_what_the_bench_printed(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{i}.txt" for i in range(3)]
+    for path, one in zip(paths, BENCHES):
+        path.write_text("a table\n" + json.dumps(one) + "\n")
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--ranks", *map(str, paths), "--output", str(tmp_path / "x.png")])
+    plot.main()
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+    for text in ("", "a table\n", "{}\n", json.dumps({"card": {}, "rows": []})):
+        paths[0].write_text(text)
+        with pytest.raises(SystemExit, match=r"^\S+0\.txt does not end with the JSON object of bench_speculative\.py$"):
+            plot.main()
 
 
 # -----------------------------------------------------------------------------

@@ -422,7 +422,7 @@ def set_up(cfg, resume, given):
     trunk, head = model.n_params()
     print(f"device {device}, {str(dtype).removeprefix('torch.')}; trunk {trunk / 1e6:.2f}M and head {head / 1e6:.2f}M "
           f"parameters; {cfg.batch_size * cfg.grad_accum * cfg.block_size:,} tokens per step; n = {cfg.n_future}, "
-          f"r = {cfg.rank}")
+          f"r = {cfg.rank}, context {cfg.context}")
     return run, batches, val_data, torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
