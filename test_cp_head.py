@@ -231,9 +231,9 @@ def test_head_without_context_extends_and_a_head_with_it_shrinks():
         assert torch.equal(other.lm_head.weight, seeing.lm_head.weight)
 
 
-def test_no_product_and_no_small_rank_can_do_what_the_previous_token_does():
-    """A cycle of V tokens that starts anywhere: x_2 = x_1 + 1. A product over e, which knows nothing of x_1, puts 1/V
-    on it at best, a mixture of r of them r/V; one component that sees x_1 is sure."""
+def test_one_component_that_sees_its_previous_token_is_sure_where_no_product_can_be():
+    """A cycle of V tokens that starts anywhere: x_1 is uniform, x_2 = x_1 + 1. Without x_1 a factor has 1/V for it at
+    best; equation (4) can be sure of it with rank 1."""
     V = 6
     model = tiny_model(vocab_size=V, n_embd=V, n_head=1, n_future=2, rank=1, context="previous")
     eye, head = torch.eye(V, dtype=torch.float64), model.cp_head

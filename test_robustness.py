@@ -134,6 +134,8 @@ BAD = [
     ("train", "--seed -1", "--seed: must be at least 0"),
     ("train", "--dtype float8", "invalid choice: 'float8'"),
     ("train", "--factors tucker", "invalid choice: 'tucker'"),
+    ("train", "--context next", "invalid choice: 'next'"),
+    ("train", "--context previous --factors full", "context previous needs factors reduced"),
     ("train", "--device toaster", "--device toaster cannot be used here"),
     ("train", "--device meta", "--device meta cannot be used here"),
     ("train", "--preset huge", "invalid choice: 'huge'"),

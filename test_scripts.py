@@ -431,6 +431,25 @@ def test_heads_on_a_frozen_trunk_leave_it_as_it_was(trained):
     assert (tuned["cp_head.factors"] - eye).abs().mean() > 1e-3
 
 
+def test_a_trained_head_learns_to_see_its_previous_token(trained):
+    """--context previous with --init_from keeps the trained factors and trains the new part; --fresh_head keeps
+    nothing. Its greedy text is plain decoding's, and it goes through the bench, resume and bfloat16 as any other."""
+    see = ["--preset", "toy", "--rank", 2, *SMALL, "--init_from", "out/toy/ckpt.pt", "--freeze_trunk", "--lr", 1e-4,
+           "--context", "previous"]
+    assert "context previous" in run(trained, "train.py", *see, "--out_dir", "seeing")
+    run(trained, "train.py", *see, "--fresh_head", "--seed", 1, "--dtype", "bfloat16", "--out_dir", "fresh")
+    old, seeing, fresh = (torch.load(trained / out_dir / "ckpt.pt", weights_only=True)["model"]["cp_head.factors"]
+                          for out_dir in ("out/toy", "seeing", "fresh"))
+    assert 0 < (old - seeing).abs().max() < 0.01 < 0.02 < (old - fresh).abs().max()
+    assert torch.load(trained / "seeing/ckpt.pt", weights_only=True)["model"]["cp_head.out"].any()
+    run(trained, "train.py", "--resume", "--out_dir", "seeing", "--max_iters", 10)
+    greedy = [run(trained, "sample.py", "--out_dir", "seeing", "--temperature", 0, "--mode", mode, "--max_new_tokens", 60)
+              for mode in ("speculative", "oracle")]
+    assert greedy[0].splitlines()[:-1] == greedy[1].splitlines()[:-1]  # but for the line of statistics
+    out = run(trained, "bench_speculative.py", "--rounds", 5, "--max_new_tokens", 8, "--out_dir", "seeing")
+    assert json.loads(out.splitlines()[-1])["card"]["context"] == "previous"
+
+
 def test_plain_model_samples_and_has_nothing_to_bench(trained):
     run(trained, "train.py", "--preset", "toy", "--n_future", 1, *SMALL, "--out_dir", "plain1", "--grad_accum", 2,
         "--max_seconds", 60)
