@@ -3,7 +3,7 @@
     generate              no cache, no speculation; obviously right. Everything else is tested against it.
     generate_cached       the same with a KV cache: one token per forward pass.
     generate_speculative  drafts n - 1 tokens from the CP head and verifies them with one forward pass of n
-                          tokens (arXiv 2410.17765 for the head, 2211.17192 and 2302.01318 for the accept rule).
+                          tokens (arXiv 2410.17765 for the head, 2403.10444 for the accept rule).
 
 All three yield token ids one by one, at batch size 1, and draw from the same distribution; at temperature 0
 they yield the same tokens. All randomness passes through `draw` and `coin` and one torch.Generator.
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch.nn import functional as F
 
 from model import KVCache, fp32
 
@@ -66,37 +67,43 @@ def coin(p, generator):
 # verification: exact for any q, as long as q is what the drafts were drawn from
 
 
-def accept_probability(p, q, drafted):
-    """min(1, p(x) / q(x)) of each draft x: p, q (n, V), drafted (n - 1,) -> (n - 1, 1). 0 where q is 0."""
-    x = drafted.unsqueeze(-1)
-    p_x, q_x = p.gather(-1, x), q.gather(-1, x)
-    return torch.where(q_x > 0, p_x / q_x, 0.0)  # above 1 is certain, too
+def keep_probability(p, q, drafted):
+    """k_i, the probability that the first i drafts are kept, i = 0..n - 1: p, q (n, V), drafted (n - 1,) -> (n, 1).
 
-
-def residual(p, q):
-    """max(p - q, 0) (..., V), unnormalised: what p still owes where q fell short of it.
-
-    It is empty only where p = q, when nothing gets rejected; if rounding leaves it so, it falls back to p.
+    k_0 = 1, k_i = min(1, k_{i-1} p(x) / q(x)) with x the i-th draft: one that p likes better than q does makes up for
+    the one before it. In logarithms that is a walk that starts at 0, pushed down wherever it would get above 0.
     """
-    rest = (p - q).relu()
+    x = drafted.unsqueeze(-1)
+    p_x, q_x = p[:-1].gather(-1, x), q[:-1].gather(-1, x)
+    steps = torch.where(q_x > 0, p_x / q_x, 0.0).log()  # -inf: never kept
+    walk = F.pad(steps.cumsum(0), (0, 0, 1, 0))  # (n, 1)
+    return (walk - walk.cummax(0).values).exp()
+
+
+def correction(rest, p):
+    """Rows to draw the token behind the accepted drafts from: rest, unnormalised, or p where rounding left it empty."""
     return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
 
 
 def verify(p, q, drafted, generator):
-    """Accept a prefix of the drafts and draw the token behind it, so that every token follows p.
+    """Accept a prefix of the drafts and draw the token behind it, so that every token follows p (arXiv 2403.10444).
 
     drafted (n - 1,) were drawn from the rows of q (n, V); p (n, V) are the target's rows for the same places. An
     all-zero row of q says "nothing was drafted here": it is never accepted, and the token in its place is drawn from
     p. The last row is always such a one: it is the place behind the drafts, where the bonus token goes.
     Returns how many drafts are accepted (1,) and the token behind them (1,).
 
-    Left to right, draft x is kept with probability min(1, p(x) / q(x)). So x comes out of a draft with
-    probability min(p(x), q(x)), and out of the residual draw with what is missing, max(p(x) - q(x), 0).
+    Behind i kept drafts, token x comes out of the next draft and is kept with probability min(k_i p(x), q(x)). What is
+    missing to k_i p(x) is max(k_i p(x) - q(x), 0), so the next token is drawn from that if the text stops there. It
+    stops with the right probability, the sum of what is missing, if the longest prefix wins of those that pass a coin
+    of owed / (owed + 1 - k_i). README.md has the proof.
     """
-    kept = coin(accept_probability(p, q, drafted), generator)  # (n - 1, 1)
-    n_accepted = kept.long().cumprod(0).sum(0)  # (1,); a rejection ends the prefix
-    p_k, q_k = p.index_select(0, n_accepted), q.index_select(0, n_accepted)  # (1, V)
-    return n_accepted, draw(residual(p_k, q_k), generator)
+    k = keep_probability(p, q, drafted)  # (n, 1)
+    rest = (k * p - q).relu()  # (n, V)
+    owed = rest.sum(-1, keepdim=True)  # (n, 1)
+    passed = coin(torch.where(owed > 0, owed / (owed + 1 - k), 0.0)[1:], generator)  # (n - 1, 1)
+    n_accepted = (passed * torch.arange(1, len(p), device=p.device).unsqueeze(-1)).amax(0)  # (1,); 0 if none passed
+    return n_accepted, draw(correction(rest.index_select(0, n_accepted), p.index_select(0, n_accepted)), generator)
 
 
 # -----------------------------------------------------------------------------

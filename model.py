@@ -7,7 +7,7 @@ each of which is a product of n softmax heads on the same hidden state e of posi
     P(x_{t+1}, ..., x_{t+n} | x_{<=t}) = sum_a w_a(e) * prod_s P_a^(s)(x_{t+s} | e)                    (1)
 
 With context "previous", which is ours and not the paper's, each factor also sees the token before its own,
-P_a^(s)(x_{t+s} | x_{t+s-1}, e): a mixture of Markov chains. See `CPHead.previous_term`.
+P_a^(s)(x_{t+s} | x_{t+s-1}, e): a mixture of Markov chains. See `CPHead.previous_term`, equation (4).
 
 Shapes use the field's names: B batch, T time, C = n_embd, V = vocab_size, n = n_future, r = rank.
 Probabilities are computed in float32 or wider, whatever the dtype of the model.

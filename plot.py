@@ -114,7 +114,7 @@ def draw_runs(names, logs, x="iter"):
 def draw_bench(card, rows):
     """The Figure of a bench, a colour per temperature; card and rows as in the JSON object that the bench prints.
 
-    Three panels: the speed-ups of all modes over plain decoding, with the bound, equation (3) of the README; of mode
+    Three panels: the speed-ups of all modes over plain decoding, with the bound, equation (5) of the README; of mode
     speculative, the share of drafts accepted by position, with a gap where no step got that far, and the share of the
     steps that yielded 1, 2, ... tokens.
     """
@@ -127,7 +127,7 @@ def draw_bench(card, rows):
         color = colors[row["temperature"]]
         bars = [(row["mode"], row["speedup"], dict(color=color))]
         if row.get("bound"):
-            bars.append(("bound (3)", row["bound"], dict(facecolor="white", edgecolor=color, hatch="///")))
+            bars.append(("bound (5)", row["bound"], dict(facecolor="white", edgecolor=color, hatch="///")))
         for label, length, style in bars:
             bar = speed.barh(len(labels), length, height=0.7, **style)
             speed.bar_label(bar, fmt="%.2fx", padding=4, fontsize=9, bbox=dict(color="white", pad=1))

@@ -191,7 +191,7 @@ def test_bench_bars_are_the_speedups_and_bounds():
     speed = figure.axes[0]
     labels = [label.get_text() for label in speed.get_yticklabels()]
     assert list(zip(labels, [bar.get_width() for bar in speed.patches])) == [
-        ("speculative", 2.5), ("bound (3)", 3.5), ("graph", 4.0), ("speculative", 1.5), ("bound (3)", 2.0)]
+        ("speculative", 2.5), ("bound (5)", 3.5), ("graph", 4.0), ("speculative", 1.5), ("bound (5)", 2.0)]
     assert [bar.get_y() + bar.get_height() / 2 for bar in speed.patches] == pytest.approx(list(speed.get_yticks()))
     assert [text.get_text() for text in speed.texts] == ["2.50x", "3.50x", "4.00x", "1.50x", "2.00x"]
     assert speed.yaxis_inverted() and [x for _, _, x, _ in lines(speed)] == [[1, 1]]

@@ -465,7 +465,7 @@ def test_bfloat16_autocast_trains(trained):
 
 
 def test_bench_arithmetic(monkeypatch):
-    """Speed-up: the median of the rounds' ratios. Bound, equation (3): tokens per step * plain step / forward pass."""
+    """Speed-up: the median of the rounds' ratios. Bound, equation (5): tokens per step * plain step / forward pass."""
     rounds = {"plain": [1.0, 2.0, 4.0], "speculative": [0.5, 0.5, 0.5], "forward": [0.8, 0.8, 1.0]}
     stats = {"plain": Stats(3, 3), "speculative": Stats(2, 5, offered=[2, 0], accepted=[1, 0])}
     bench = Bench(tiny_model(target="lm_head"), [[1]], 4, 0)
@@ -504,7 +504,7 @@ def test_readme_quotes_the_code_as_it_is():
     """Every line of a block that begins with a file's name stands in that file, and so does the code in the table of the
     proof. Guards a README that drifts away from its code."""
     quotes = [block.splitlines() for block in re.findall(r"```python\n# (\w+\.py\n.*?)```", readme(), re.S)]
-    quotes.append(["decode.py", *re.findall(r"^\|[^|]+\| `([^`]+)` \|$", readme().split("the argument, for")[1], re.M)])
+    quotes.append(["decode.py", *re.findall(r"^\|[^|]+\| `([^`]+)` \|$", readme().split("| the argument |")[1], re.M)])
     assert len(quotes) >= 3 and len(quotes[-1]) > 5
     for name, *lines in quotes:
         code = (HERE / name).read_text(encoding="utf-8")
