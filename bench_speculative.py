@@ -1,6 +1,7 @@
 """How much faster is speculative decoding than the fastest plain decoding of the same model?
 
     python bench_speculative.py --out_dir out/toy
+    python bench_speculative.py --out_dir out/toy --peers    beside Hugging Face's transformers, with the same weights
 
 Plain and speculative decoding continue the same prompts for the same number of tokens (no stop token), in turn, round
 after round; speeds are medians over the rounds, and a speed-up is the median of the rounds' own ratios. The last line
@@ -15,12 +16,13 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from common import ArgumentParser, number, run_script
-from decode import Stats, generate_cached, generate_speculative, new_cache, window_ids
+from decode import Stats, draft, generate, generate_cached, generate_speculative, new_cache, verify, warp, window_ids
 from plot import check_plot, draw_bench, save
 from sample import add_model_flags, load, prompt_ids
 
@@ -51,11 +53,63 @@ def timed(function, device):
     return time.perf_counter() - start, result
 
 
+# -----------------------------------------------------------------------------
+# other people's decoders on the same weights
+
+
+def to_transformers(model):
+    """The same GPT as a Hugging Face GPT2LMHeadModel: the same law of the next token, to rounding.
+
+    SystemExit with one line without transformers, or where the target is not the LM head.
+    """
+    if model.config.target != "lm_head":
+        sys.exit("--peers needs a model with target lm_head: others know nothing of the CP head's marginal.")
+    try:
+        import transformers
+    except ImportError:
+        sys.exit("--peers needs transformers: python -m pip install transformers")
+    transformers.logging.set_verbosity_error()
+    c = model.config
+    peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=c.n_token, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        activation_function="gelu", bos_token_id=None, eos_token_id=None))
+    peer = peer.to(device=model.lm_head.weight.device, dtype=model.lm_head.weight.dtype).eval()
+    ours, state = model.state_dict(), peer.state_dict()
+    with torch.no_grad():
+        for name, theirs in state.items():
+            tensor = ours.get(name)
+            if tensor is None:  # a bias that our model is without
+                theirs.zero_()
+            elif any(name.endswith(f"{layer}.weight") for layer in ("c_attn", "c_proj", "c_fc")):
+                theirs.copy_(tensor.T)  # they are stored as inputs x outputs
+            else:
+                theirs.copy_(tensor[: len(theirs)])  # without the rows of the vocabulary that are no tokens
+    return peer
+
+
+def transformers_generate(peer, prompt, max_new_tokens, *, temperature, generator, stats, **options):
+    """peer.generate in the form of our decoders; its randomness is torch's own, so the generator only seeds it."""
+    torch.manual_seed(generator.initial_seed())
+    sampling = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
+    idx = torch.tensor([prompt], device=peer.device)
+    return peer.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=max_new_tokens, **sampling,
+                         **options)[0, len(prompt) :].tolist()
+
+
+# -----------------------------------------------------------------------------
+# the measurement
+
+
 class Bench:
-    def __init__(self, model, prompts, n_tokens, seed):
+    def __init__(self, model, prompts, n_tokens, seed, peers=False):
         self.model, self.prompts, self.n_tokens, self.seed = model, prompts, n_tokens, seed
         self.device = model.lm_head.weight.device
         self.modes = {"plain": (generate_cached, model), "speculative": (generate_speculative, model)}
+        if peers:
+            peer = to_transformers(model)
+            lookup = partial(transformers_generate, prompt_lookup_num_tokens=10)
+            self.modes |= {"no_cache": (generate, model), "transformers": (transformers_generate, peer),
+                           "transformers_prompt_lookup": (lookup, peer)}
         if model.config.target == "marginal":  # plain decoding pays for r heads here; what would the trunk alone cost?
             lm_head_only = copy.copy(model)
             lm_head_only.config = replace(model.config, target="lm_head")
@@ -84,9 +138,9 @@ class Bench:
     def rounds(self, temperature, n_rounds):
         """Seconds per token of every round, the Stats of all rounds together, and the first round's texts, by mode.
 
-        Under "forward" the seconds stand that a forward pass of n tokens and their target rows took in that round.
+        Under "parts" stands what part_seconds found in that round.
         """
-        seconds, stats, texts = {m: [] for m in (*self.modes, "forward")}, {m: Stats() for m in self.modes}, {}
+        seconds, stats, texts = {m: [] for m in (*self.modes, "parts")}, {m: Stats() for m in self.modes}, {}
         for mode in self.modes:  # warm up
             self.decode(mode, temperature, self.seed, prompts=self.prompts[:1])
         for i in range(n_rounds):
@@ -94,25 +148,35 @@ class Bench:
                 spent, text = timed(lambda: self.decode(mode, temperature, self.seed + i, stats[mode]), self.device)
                 seconds[mode].append(spent / sum(map(len, text)))
                 texts.setdefault(mode, text)
-            seconds["forward"].append(self.forward_seconds(self.model.config.n_future))
+            seconds["parts"].append(self.part_seconds(temperature))
         return seconds, stats, texts
 
     @torch.inference_mode()
-    def forward_seconds(self, n_tokens, repeats=100):
-        """Mean seconds of a cached forward pass of n tokens with their target rows, in the middle of the block."""
-        cache, tokens = new_cache(self.model), torch.zeros(1, n_tokens, dtype=torch.long, device=self.device)
+    def part_seconds(self, temperature, repeats=100):
+        """Mean seconds of the parts of a speculative step, each repeated by itself in the middle of the block.
 
-        def forwards():
-            for _ in range(repeats):
-                cache.length = self.model.config.block_size // 2
-                self.model.target_logits(self.model.hidden(tokens, cache)[0])
+        trunk: a forward pass of n tokens; targets: their logits; draft; verify: from the logits to the new tokens.
+        """
+        model, cache, tokens = self.model, new_cache(self.model), self.model.lm_head.weight.new_zeros(1, dtype=torch.long)
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        to_probs = partial(warp, temperature=temperature, n_token=model.config.n_token)
 
-        return timed(forwards, self.device)[0] / repeats
+        def trunk():
+            cache.length = model.config.block_size // 2
+            return model.hidden(tokens.expand(1, model.config.n_future), cache)[0]  # (n, C)
+
+        hidden = trunk()
+        logits, (drafted, q) = model.target_logits(hidden), draft(model, hidden[0], tokens, to_probs, generator)
+        parts = {"trunk": trunk, "targets": lambda: model.target_logits(hidden),
+                 "draft": lambda: draft(model, hidden[0], tokens, to_probs, generator),
+                 "verify": lambda: verify(to_probs(logits), q, drafted, generator)}
+        return {name: timed(lambda: [part() for _ in range(repeats)], self.device)[0] / repeats
+                for name, part in parts.items()}
 
     @torch.inference_mode()
-    def first_difference(self, texts):
+    def first_difference(self, texts, mode="speculative"):
         """Where greedy texts first part, and the gap between the two largest logits there; None where none part."""
-        for i, (prompt, plain, fast) in enumerate(zip(self.prompts, texts["plain"], texts["speculative"])):
+        for i, (prompt, plain, fast) in enumerate(zip(self.prompts, texts["plain"], texts[mode])):
             for k, (a, b) in enumerate(zip(plain, fast)):
                 if a != b:
                     logits = self.model(window_ids(prompt + plain[:k], self.model))[0, -1]
@@ -124,21 +188,24 @@ class Bench:
         """One row of the table per mode, and the first round's texts."""
         seconds, stats, texts = self.rounds(temperature, n_rounds)
 
-        def times_faster_than_plain(mode):
-            return statistics.median(plain / own for plain, own in zip(seconds["plain"], seconds[mode]))
+        def times_faster_than_plain(own):
+            return statistics.median(plain / mine for plain, mine in zip(seconds["plain"], own))
 
         rows = []
         for mode in self.modes:
             per_token, s = statistics.median(seconds[mode]), stats[mode]
+            per_step = s.tokens_per_step if s.steps else None  # transformers does not tell
             rows.append({
                 "mode": mode, "temperature": temperature, "tokens_per_second": 1 / per_token,
-                "tokens_per_step": s.tokens_per_step, "step_ms": 1e3 * per_token * s.tokens_per_step,
-                "speedup": times_faster_than_plain(mode), "bound": None,
+                "tokens_per_step": per_step, "step_ms": per_step and 1e3 * per_token * per_step,
+                "speedup": times_faster_than_plain(seconds[mode]), "bound": None,
                 "acceptance": [a if a == a else None for a in s.acceptance], "histogram": s.histogram,
             })
-            if mode == "speculative":  # as if drafting, verifying and the host were free
-                rows[-1]["forward_ms"] = 1e3 * statistics.median(seconds["forward"])
-                rows[-1]["bound"] = s.tokens_per_step * times_faster_than_plain("forward")
+            if mode == "speculative":
+                parts = {part: 1e3 * statistics.median(p[part] for p in seconds["parts"]) for part in seconds["parts"][0]}
+                rows[-1]["parts_ms"] = {**parts, "host": rows[-1]["step_ms"] - sum(parts.values())}
+                forward = [p["trunk"] + p["targets"] for p in seconds["parts"]]  # as if all else were free
+                rows[-1]["bound"] = s.tokens_per_step * times_faster_than_plain(forward)
         return rows, texts
 
 
@@ -164,16 +231,18 @@ def print_card(card):
 
 
 def print_table(rows):
-    print(f"\n{'mode':12} temp  tokens/s speed-up  bound tok/step  acceptance by position")
+    print(f"\n{'mode':26} temp  tokens/s speed-up  bound tok/step  acceptance by position")
     for row in rows:
         acceptance = " ".join("-" if a is None else f"{a:.2f}" for a in row["acceptance"])
         bound = f"{row['bound']:.2f}x" if row["bound"] else ""
-        print(f"{row['mode']:12} {row['temperature']:4.1f} {row['tokens_per_second']:9.0f} {row['speedup']:7.2f}x "
-              f"{bound:>6} {row['tokens_per_step']:8.2f}  {acceptance}")
+        per_step = f"{row['tokens_per_step']:.2f}" if row["tokens_per_step"] else ""
+        print(f"{row['mode']:26} {row['temperature']:4.1f} {row['tokens_per_second']:9.0f} {row['speedup']:7.2f}x "
+              f"{bound:>6} {per_step:>8}  {acceptance}")
         if row["mode"] == "speculative":
             shares = (f"{k}:{h / sum(row['histogram']):.0%}" for k, h in enumerate(row["histogram"]) if k)
-            print(f"{'':18}steps by tokens: {' '.join(shares)}")
-            print(f"{'':18}a step {row['step_ms']:.2f} ms; the forward pass and its targets {row['forward_ms']:.2f} ms")
+            print(f"{'':32}steps by tokens: {' '.join(shares)}")
+            parts = " + ".join(f"{part} {ms:.2f}" for part, ms in row["parts_ms"].items())
+            print(f"{'':32}a step {row['step_ms']:.2f} ms = {parts}")
 
 
 def parse_args():
@@ -186,6 +255,8 @@ def parse_args():
                              "most 256)")
     parser.add_argument("--threads", type=number(int, 1, 1024),
                         help="CPU threads (the number that is best for plain decoding)")
+    parser.add_argument("--peers", action="store_true",
+                        help="also time decoding without a cache, and Hugging Face's transformers on the same weights")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the speed-ups, the acceptance and the histogram")
     return parser.parse_args()
 
@@ -199,7 +270,7 @@ def main():
         sys.exit(f"{args.out_dir} has n_future = 1: there is no head to draft from, so nothing to compare.")
     prompts = [prompt_ids(enc, text) for text in ckpt["meta"]["prompts"]]
     n_tokens = args.max_new_tokens or max(2, min(256, model.config.block_size - max(map(len, prompts))))
-    bench = Bench(model, prompts, n_tokens, args.seed)
+    bench = Bench(model, prompts, n_tokens, args.seed, args.peers)
     torch.set_num_threads(args.threads or bench.best_threads())
     card = describe(bench, args)
     print_card(card)
@@ -207,10 +278,13 @@ def main():
     greedy, texts = bench.rows(0.0, args.rounds)
     sampled, _ = bench.rows(1.0, args.rounds)
     print_table(greedy + sampled)
-    part = card["first_difference"] = bench.first_difference(texts)
-    print("\ntemperature 0: " + ("both texts are the same, token for token" if part is None else
-          f"texts part at token {part['token']} of prompt {part['prompt']}; the two top logits differ by "
-          f"{part['logit_gap']:.1e} there"))
+    parts = {mode: bench.first_difference(texts, mode) for mode in texts if mode not in ("plain", "lm_head_only")}
+    card["first_difference"] = parts["speculative"]
+    print()
+    for mode, part in parts.items():
+        print(f"temperature 0, {mode}: " + ("the text of plain decoding, token for token" if part is None else
+              f"texts part at token {part['token']} of prompt {part['prompt']}; the two top logits differ by "
+              f"{part['logit_gap']:.1e} there"))
     print(json.dumps({"card": card, "rows": greedy + sampled}), flush=True)
     if args.plot:
         save(draw_bench(card, greedy + sampled), args.plot)

@@ -20,7 +20,7 @@ import torch
 import prepare_tinystories as prep
 import sample as sampler
 import train as trainer
-from bench_speculative import Bench
+from bench_speculative import Bench, print_table, to_transformers
 from decode import Stats
 from test_cp_head import tiny_model
 
@@ -466,7 +466,8 @@ def test_bfloat16_autocast_trains(trained):
 
 def test_bench_arithmetic(monkeypatch):
     """Speed-up: the median of the rounds' ratios. Bound, equation (5): tokens per step * plain step / forward pass."""
-    rounds = {"plain": [1.0, 2.0, 4.0], "speculative": [0.5, 0.5, 0.5], "forward": [0.8, 0.8, 1.0]}
+    parts = [dict(trunk=trunk, targets=0.2, draft=0.1, verify=0.05) for trunk in (0.6, 0.6, 0.8)]
+    rounds = {"plain": [1.0, 2.0, 4.0], "speculative": [0.5, 0.5, 0.5], "parts": parts}
     stats = {"plain": Stats(3, 3), "speculative": Stats(2, 5, offered=[2, 0], accepted=[1, 0])}
     bench = Bench(tiny_model(target="lm_head"), [[1]], 4, 0)
     monkeypatch.setattr(bench, "rounds", lambda temperature, n_rounds: (rounds, stats, {}))
@@ -474,6 +475,44 @@ def test_bench_arithmetic(monkeypatch):
     assert (plain["speedup"], plain["bound"], plain["tokens_per_second"]) == (1.0, None, 0.5)
     assert fast["speedup"] == 4.0 and fast["bound"] == 2.5 * 2.5 and fast["tokens_per_second"] == 2.0
     assert fast["acceptance"] == [0.5, None] and fast["step_ms"] == 1250
+    assert fast["parts_ms"] == pytest.approx({"trunk": 600, "targets": 200, "draft": 100, "verify": 50, "host": 300})
+
+
+def test_bench_times_the_parts_of_a_step():
+    """All parts run on a small block, and take time."""
+    for temperature in (0.0, 1.0):
+        parts = Bench(tiny_model(block_size=2, n_future=4), [[1]], 2, 0).part_seconds(temperature, repeats=2)
+        assert list(parts) == ["trunk", "targets", "draft", "verify"] and min(parts.values()) > 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_peers_have_our_weights(bias):
+    """transformers' GPT-2 gives our logits, without the padded tokens, and its greedy text is ours, with and without its
+    prompt lookup."""
+    pytest.importorskip("transformers")
+    model = tiny_model(target="lm_head", vocab_size=12, n_token=9, block_size=32, bias=bias)
+    peer, idx = to_transformers(model), torch.randint(9, (2, 10))
+    with torch.no_grad():
+        torch.testing.assert_close(peer(idx).logits, model(idx)[..., :9], rtol=0, atol=1e-12)
+    bench = Bench(model, [[1, 2], [3]], 20, 0, peers=True)
+    assert list(bench.modes) == ["plain", "speculative", "no_cache", "transformers", "transformers_prompt_lookup"]
+    texts = {mode: bench.decode(mode, 0.0, 0) for mode in bench.modes}
+    assert all(bench.first_difference(texts, mode) is None for mode in bench.modes)
+    for temperature, mode in ((1.0, "transformers"), (1.0, "transformers_prompt_lookup")):
+        assert [len(text) for text in bench.decode(mode, temperature, 0)] == [20, 20]
+    rows = {row["mode"]: row for row in bench.rows(1.0, 1)[0]}
+    assert rows["transformers"]["tokens_per_step"] is None and rows["transformers"]["speedup"] > 0
+    print_table(list(rows.values()))
+    json.dumps(list(rows.values()), allow_nan=False)
+
+
+def test_peers_are_refused_in_one_line(monkeypatch):
+    """Without transformers, and for a target that no other decoder knows."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit, match="^--peers needs transformers: python -m pip install transformers$"):
+        to_transformers(tiny_model(target="lm_head"))
+    with pytest.raises(SystemExit, match="^--peers needs a model with target lm_head"):
+        to_transformers(tiny_model(target="marginal"))
 
 
 def test_bench_finds_where_texts_part():
