@@ -6,7 +6,8 @@
                           tokens (arXiv 2410.17765 for the head, 2403.10444 for the accept rule).
 
 All three yield token ids one by one, at batch size 1, and draw from the same distribution; at temperature 0
-they yield the same tokens. All randomness passes through `draw` and `coin` and one torch.Generator.
+they yield the same tokens. All randomness passes through `draw` and `coin` and one torch.Generator, or through a
+`Coupling` in its place: then they yield the same tokens at any temperature.
 """
 
 from dataclasses import dataclass, field
@@ -52,6 +53,8 @@ def draw(p, generator):
     Inverse transform sampling, without a sync. The sums are in float64 (except on mps, which has none), so that
     rounding neither quantises the tail nor lets a token of probability 0 through.
     """
+    if isinstance(generator, Coupling):
+        return generator.draw(p)
     wide = torch.float32 if p.device.type == "mps" else torch.float64
     cdf = p.cumsum(-1, dtype=wide)
     u = torch.rand(*p.shape[:-1], 1, generator=generator, dtype=wide, device=p.device) * cdf[..., -1:]
@@ -61,6 +64,42 @@ def draw(p, generator):
 def coin(p, generator):
     """True with probability p, elementwise."""
     return torch.rand(p.shape, generator=generator, dtype=p.dtype, device=p.device) < p
+
+
+class Coupling:
+    """In place of a torch.Generator: random numbers that belong to the place in the text (Gumbel coupling).
+
+    The token at place t is argmax_x p(x) / E_t(x), where the exponential noise E_t depends on the seed and on t alone.
+    That is a draw from p, so the text is a function of the seed and of the model's law, whatever was drafted: all
+    decoders write the same one. A draft is kept where it is that token, which happens less often than `verify` allows.
+    One object serves one text.
+    """
+
+    def __init__(self, seed, device="cpu"):
+        self.seed, self.place, self.generator = seed, 0, torch.Generator(device)
+
+    def argmax(self, p):
+        """The tokens at the places from self.place on: p (T, V) -> (T,)."""
+        tokens = []
+        for t, row in enumerate(p, self.place):
+            self.generator.manual_seed((1_000_003 * self.seed + t) % 2**63)
+            noise = torch.empty_like(row, dtype=torch.float64).exponential_(generator=self.generator)
+            tokens.append((row / noise).argmax(-1, keepdim=True))
+        return torch.cat(tokens)
+
+    def draw(self, p):
+        token = self.argmax(p)
+        self.place += len(token)
+        return token
+
+    def verify(self, p, q, drafted):
+        """Like `verify`, for drafts that were drawn with self."""
+        self.place -= len(drafted)
+        tokens = self.argmax(p)
+        kept = (tokens[:-1] == drafted) & (q[:-1].sum(-1) > 0)
+        n_accepted = kept.long().cumprod(0).sum(0, keepdim=True)
+        self.place += n_accepted.item() + 1
+        return n_accepted, tokens.index_select(0, n_accepted)
 
 
 # -----------------------------------------------------------------------------
@@ -98,6 +137,8 @@ def verify(p, q, drafted, generator):
     stops with the right probability, the sum of what is missing, if the longest prefix wins of those that pass a coin
     of owed / (owed + 1 - k_i). README.md has the proof.
     """
+    if isinstance(generator, Coupling):
+        return generator.verify(p, q, drafted)
     k = keep_probability(p, q, drafted)  # (n, 1)
     rest = (k * p - q).relu()  # (n, V)
     owed = rest.sum(-1, keepdim=True)  # (n, 1)
@@ -211,7 +252,7 @@ def run(blocks, model, prompt, max_new_tokens, *, temperature=1.0, top_k=None, t
     """What all decoders share; yields up to max_new_tokens token ids that continue prompt, a non-empty list of ids.
 
     temperature >= 0 (0 is greedy), top_k >= 1, top_p in (0, 1]: see `warp`. stop_token: the id that ends the text;
-    it is yielded. generator: a torch.Generator on the model's device. stats: a Stats to count in.
+    it is yielded. generator: a torch.Generator on the model's device, or a new Coupling. stats: a Stats to count in.
 
     blocks(model, tokens, to_probs, generator) yields (new tokens, number of drafts or None for the prefill) for
     ever. This is the one place where text ends, so no decoder can overshoot or miss a stop token inside a block.

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from common import ArgumentParser, load_model, number, pick_device, run_script, utf8
-from decode import Stats, generate, generate_cached, generate_speculative
+from decode import Coupling, Stats, generate, generate_cached, generate_speculative
 from prepare_tinystories import TextStream, load_tokenizer
 
 MODES = {"speculative": generate_speculative, "plain": generate_cached, "oracle": generate}
@@ -92,6 +92,9 @@ def parse_args():
     parser.add_argument("--top_k", type=number(int, 1), help="draw from the k most probable tokens only")
     parser.add_argument("--top_p", type=number(float, 1e-6, 1),
                         help="draw from the smallest set of tokens of this probability only")
+    parser.add_argument("--coupled", action="store_true",
+                        help="tie the random numbers to the place in the text: every mode writes the same text, of the "
+                             "same law, and keeps fewer drafts")
     parser.add_argument("--show_drafts", action="store_true",
                         help="colour each token by where it came from (marks, not colours, in a pipe or with NO_COLOR)")
     args = parser.parse_args()
@@ -109,11 +112,14 @@ def main():
     colour = sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
     if args.show_drafts:
         print(legend(model.config.n_future - 1 if mode == "speculative" else 0, colour) + "\n")
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(args.seed)
+    device = model.lm_head.weight.device
+    generator = torch.Generator(device).manual_seed(args.seed)
     stats, n_tokens, start = Stats(), 0, time.perf_counter()
     options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop_token=enc.eot_token,
                    generator=generator, stats=stats)
-    for _ in range(args.num_samples):
+    for i in range(args.num_samples):
+        if args.coupled:
+            options["generator"] = Coupling(args.seed + i, device)
         print(args.prompt, end="", flush=True)
         stream = TextStream(enc)
         for token in MODES[mode](model, prompt_ids(enc, args.prompt), args.max_new_tokens, **options):

@@ -8,6 +8,7 @@ REJECT decoders that are wrong on purpose: the chi-square test all five, enumera
 
 import itertools
 from collections import Counter, defaultdict
+from unittest import mock
 
 import pytest
 import torch
@@ -453,6 +454,31 @@ def test_greedy_texts_are_the_oracles(seed):
         for decoder in (generate_cached, generate_speculative):
             for length in (0, 1, 2, n, n + 1, 3 * block_size):
                 assert list(decoder(model, prompt, length, temperature=0)) == expected[:length]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_coupled_texts_are_the_same_whatever_decodes(seed):
+    """With a Coupling all decoders write one text at any temperature, token for token, past the block and with a head
+    that drafts badly; another seed writes another."""
+    model = tiny_model(seed, n_future=2 + seed % 4, rank=1 + seed % 3, block_size=9, vocab_size=11, n_token=9,
+                       **VARIANTS[seed % len(VARIANTS)])
+    options = dict(temperature=(0.5, 1.0, 2.0)[seed % 3], top_k=(None, 4)[seed % 2], top_p=(None, 0.9)[seed // 6])
+    texts = [list(decoder(model, [3, 1], 40, generator=decode.Coupling(s), **options))
+             for s in (seed, seed + 1) for decoder in (generate, generate_cached, generate_speculative)]
+    assert texts[0] == texts[1] == texts[2] != texts[3] == texts[4] == texts[5]
+
+
+def test_coupled_texts_follow_the_oracle_law():
+    """A text per seed: chi-square of 4,000 of them. Chance of a false alarm: 1e-9. Guards noise that repeats itself
+    from place to place or from seed to seed."""
+    model = chi_square_model("previous")
+    texts = [tuple(generate_speculative(model, [0, 1], LENGTH, generator=decode.Coupling(s))) for s in range(N_SAMPLES)]
+    assert chi_square_p_value(texts, oracle_law(model, [0, 1], LENGTH)) > 1e-9
+    frozen = mock.patch.object(decode.Coupling, "place", property(lambda self: 0, lambda self, place: None),
+                               create=True)
+    with frozen:  # negative control: the same noise at every place
+        texts = [tuple(generate(model, [0, 1], LENGTH, generator=decode.Coupling(s))) for s in range(N_SAMPLES)]
+    assert chi_square_p_value(texts, oracle_law(model, [0, 1], LENGTH)) < 1e-9
 
 
 def test_window_is_a_function_of_the_position():

@@ -450,6 +450,14 @@ def test_a_trained_head_learns_to_see_its_previous_token(trained):
     assert json.loads(out.splitlines()[-1])["card"]["context"] == "previous"
 
 
+def test_coupled_modes_write_the_same_texts(trained):
+    """--coupled at temperature 1, in float64: all samples of the three modes agree; without it they do not."""
+    coupled, free = ([run(trained, "sample.py", "--dtype", "float64", "--num_samples", 2, "--max_new_tokens", 25, "--mode",
+                          mode, *flags).splitlines()[:-1] for mode in ("speculative", "plain", "oracle")]
+                     for flags in (["--coupled"], []))
+    assert coupled[0] == coupled[1] == coupled[2] and free[0] != free[1] and coupled[0][0] != coupled[0][2]
+
+
 def test_plain_model_samples_and_has_nothing_to_bench(trained):
     run(trained, "train.py", "--preset", "toy", "--n_future", 1, *SMALL, "--out_dir", "plain1", "--grad_accum", 2,
         "--max_seconds", 60)
