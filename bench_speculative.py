@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -57,6 +58,9 @@ def timed(function, device):
 # other people's decoders on the same weights
 
 
+LOOKUP = 10  # tokens that prompt lookup drafts at most
+
+
 def to_transformers(model):
     """The same GPT as a Hugging Face GPT2LMHeadModel: the same law of the next token, to rounding.
 
@@ -71,7 +75,7 @@ def to_transformers(model):
     transformers.logging.set_verbosity_error()
     c = model.config
     peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=c.n_token, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        vocab_size=c.n_token, n_positions=c.block_size + LOOKUP, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
         activation_function="gelu", bos_token_id=None, eos_token_id=None))
     peer = peer.to(device=model.lm_head.weight.device, dtype=model.lm_head.weight.dtype).eval()
     ours, state = model.state_dict(), peer.state_dict()
@@ -83,7 +87,9 @@ def to_transformers(model):
             elif any(name.endswith(f"{layer}.weight") for layer in ("c_attn", "c_proj", "c_fc")):
                 theirs.copy_(tensor.T)  # they are stored as inputs x outputs
             else:
-                theirs.copy_(tensor[: len(theirs)])  # without the rows of the vocabulary that are no tokens
+                rows = min(len(theirs), len(tensor))  # without the rows of the vocabulary that are no tokens; the
+                theirs[rows:].zero_()  # positions behind the block are for guesses of the lookup that get thrown away
+                theirs[:rows].copy_(tensor[:rows])
     return peer
 
 
@@ -107,7 +113,7 @@ class Bench:
         self.modes = {"plain": (generate_cached, model), "speculative": (generate_speculative, model)}
         if peers:
             peer = to_transformers(model)
-            lookup = partial(transformers_generate, prompt_lookup_num_tokens=10)
+            lookup = partial(transformers_generate, prompt_lookup_num_tokens=LOOKUP)
             self.modes |= {"no_cache": (generate, model), "transformers": (transformers_generate, peer),
                            "transformers_prompt_lookup": (lookup, peer)}
         if model.config.target == "marginal":  # plain decoding pays for r heads here; what would the trunk alone cost?
@@ -157,7 +163,8 @@ class Bench:
 
         trunk: a forward pass of n tokens; targets: their logits; draft; verify: from the logits to the new tokens.
         """
-        model, cache, tokens = self.model, new_cache(self.model), self.model.lm_head.weight.new_zeros(1, dtype=torch.long)
+        model, cache = self.model, new_cache(self.model)
+        tokens = torch.zeros(1, dtype=torch.long, device=self.device)
         generator = torch.Generator(self.device).manual_seed(self.seed)
         to_probs = partial(warp, temperature=temperature, n_token=model.config.n_token)
 
@@ -202,8 +209,9 @@ class Bench:
                 "acceptance": [a if a == a else None for a in s.acceptance], "histogram": s.histogram,
             })
             if mode == "speculative":
-                parts = {part: 1e3 * statistics.median(p[part] for p in seconds["parts"]) for part in seconds["parts"][0]}
-                rows[-1]["parts_ms"] = {**parts, "host": rows[-1]["step_ms"] - sum(parts.values())}
+                by_name = {name: [p[name] for p in seconds["parts"]] for name in seconds["parts"][0]}
+                parts = {name: 1e3 * statistics.median(values) for name, values in by_name.items()}
+                rows[-1]["parts_ms"] = {**parts, "rest": rows[-1]["step_ms"] - sum(parts.values())}
                 forward = [p["trunk"] + p["targets"] for p in seconds["parts"]]  # as if all else were free
                 rows[-1]["bound"] = s.tokens_per_step * times_faster_than_plain(forward)
         return rows, texts
@@ -216,9 +224,10 @@ def describe(bench, args):
     return {
         "out_dir": args.out_dir, "device": str(device), "hardware": hardware(device), "torch": torch.__version__,
         "dtype": args.dtype, "threads": torch.get_num_threads(), "trunk_parameters": trunk, "head_parameters": head,
-        "n_future": config.n_future, "rank": config.rank, "factors": config.factors, "context": config.context, "target": config.target,
-        "vocab_size": config.n_token, "prompts": len(bench.prompts), "tokens_per_prompt": bench.n_tokens,
-        "rounds": args.rounds, "seed": args.seed,
+        "n_future": config.n_future, "rank": config.rank, "factors": config.factors, "context": config.context,
+        "target": config.target, "vocab_size": config.n_token, "prompts": len(bench.prompts),
+        "tokens_per_prompt": bench.n_tokens, "rounds": args.rounds, "seed": args.seed,
+        **({"transformers": version("transformers"), "prompt_lookup_tokens": LOOKUP} if args.peers else {}),
     }
 
 
@@ -269,7 +278,10 @@ def main():
     if model.cp_head is None:
         sys.exit(f"{args.out_dir} has n_future = 1: there is no head to draft from, so nothing to compare.")
     prompts = [prompt_ids(enc, text) for text in ckpt["meta"]["prompts"]]
-    n_tokens = args.max_new_tokens or max(2, min(256, model.config.block_size - max(map(len, prompts))))
+    room = model.config.block_size - max(map(len, prompts))
+    n_tokens = args.max_new_tokens or max(2, min(256, room))
+    if args.peers and n_tokens > room:
+        sys.exit(f"--peers: transformers has no window that moves on, so --max_new_tokens must be at most {room}.")
     bench = Bench(model, prompts, n_tokens, args.seed, args.peers)
     torch.set_num_threads(args.threads or bench.best_threads())
     card = describe(bench, args)
@@ -278,10 +290,10 @@ def main():
     greedy, texts = bench.rows(0.0, args.rounds)
     sampled, _ = bench.rows(1.0, args.rounds)
     print_table(greedy + sampled)
-    parts = {mode: bench.first_difference(texts, mode) for mode in texts if mode not in ("plain", "lm_head_only")}
-    card["first_difference"] = parts["speculative"]
+    card["first_difference"] = {mode: bench.first_difference(texts, mode) for mode in texts
+                                if mode not in ("plain", "lm_head_only")}
     print()
-    for mode, part in parts.items():
+    for mode, part in card["first_difference"].items():
         print(f"temperature 0, {mode}: " + ("the text of plain decoding, token for token" if part is None else
               f"texts part at token {part['token']} of prompt {part['prompt']}; the two top logits differ by "
               f"{part['logit_gap']:.1e} there"))

@@ -73,8 +73,8 @@ def run_script(main):
     except (MemoryError, RuntimeError) as e:  # torch has words for it, and on a CPU no class of its own
         if not isinstance(e, MemoryError) and not re.search("out of memory|not enough memory|allocate memory", str(e)):
             raise
-        sys.exit(f"Out of memory ({' '.join(str(e).split())[:200]}). A smaller model, --batch_size or --block_size needs "
-                 "less.")
+        sys.exit(f"Out of memory ({' '.join(str(e).split())[:200]}). A smaller model, --batch_size or --block_size "
+                 "needs less.")
 
 
 # -----------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch.nn import functional as F
 
 from model import KVCache, fp32
 
@@ -110,18 +109,19 @@ def keep_probability(p, q, drafted):
     """k_i, the probability that the first i drafts are kept, i = 0..n - 1: p, q (n, V), drafted (n - 1,) -> (n, 1).
 
     k_0 = 1, k_i = min(1, k_{i-1} p(x) / q(x)) with x the i-th draft: one that p likes better than q does makes up for
-    the one before it. In logarithms that is a walk that starts at 0, pushed down wherever it would get above 0.
+    the one before it.
     """
     x = drafted.unsqueeze(-1)
     p_x, q_x = p[:-1].gather(-1, x), q[:-1].gather(-1, x)
-    steps = torch.where(q_x > 0, p_x / q_x, 0.0).log()  # -inf: never kept
-    walk = F.pad(steps.cumsum(0), (0, 0, 1, 0))  # (n, 1)
-    return (walk - walk.cummax(0).values).exp()
+    k = [torch.ones_like(p[0, :1])]
+    for ratio in torch.where(q_x > 0, p_x / q_x, 0.0).clamp(max=1e30).unbind():  # (1,) each; inf * 0 would be NaN
+        k.append((k[-1] * ratio).clamp(max=1.0))
+    return torch.stack(k)
 
 
-def correction(rest, p):
-    """Rows to draw the token behind the accepted drafts from: rest, unnormalised, or p where rounding left it empty."""
-    return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+def missing(k, p, q):
+    """max(k_i p - q, 0): what the next token behind i kept drafts still lacks, if the draft alone yields it. (n, V)"""
+    return (k * p - q).relu()
 
 
 def verify(p, q, drafted, generator):
@@ -133,18 +133,19 @@ def verify(p, q, drafted, generator):
     Returns how many drafts are accepted (1,) and the token behind them (1,).
 
     Behind i kept drafts, token x comes out of the next draft and is kept with probability min(k_i p(x), q(x)). What is
-    missing to k_i p(x) is max(k_i p(x) - q(x), 0), so the next token is drawn from that if the text stops there. It
-    stops with the right probability, the sum of what is missing, if the longest prefix wins of those that pass a coin
-    of owed / (owed + 1 - k_i). README.md has the proof.
+    missing to k_i p(x) is max(k_i p(x) - q(x), 0), so the token is drawn from that where no further draft is accepted.
+    That happens as often as it must, m = sum max(k_i p - q, 0), if i drafts are accepted with probability m / (m + 1 -
+    k_i) where no more of them are. README.md has the proof.
     """
     if isinstance(generator, Coupling):
         return generator.verify(p, q, drafted)
     k = keep_probability(p, q, drafted)  # (n, 1)
-    rest = (k * p - q).relu()  # (n, V)
-    owed = rest.sum(-1, keepdim=True)  # (n, 1)
-    passed = coin(torch.where(owed > 0, owed / (owed + 1 - k), 0.0)[1:], generator)  # (n - 1, 1)
-    n_accepted = (passed * torch.arange(1, len(p), device=p.device).unsqueeze(-1)).amax(0)  # (1,); 0 if none passed
-    return n_accepted, draw(correction(rest.index_select(0, n_accepted), p.index_select(0, n_accepted)), generator)
+    rest = missing(k, p, q)
+    m = rest.sum(-1, keepdim=True)  # (n, 1)
+    heads = coin(torch.where(m > 0, m / (m + 1 - k), 0.0)[1:], generator)  # (n - 1, 1)
+    n_accepted = (heads * torch.arange(1, len(p), device=p.device).unsqueeze(-1)).amax(0)  # (1,), the last of the heads
+    rest = torch.where(m > 0, rest, p).index_select(0, n_accepted)  # p: rounding may have left the row empty
+    return n_accepted, draw(rest, generator)
 
 
 # -----------------------------------------------------------------------------
@@ -162,10 +163,12 @@ def draft(model, e, token, to_probs, generator):
     log_w, factor = model.cp_factors(e)  # (r,), P_a^(s)
     log_b, log_p, x, drafted, q = log_w.unsqueeze(-1), factor(1, None), token, [], []
     for s in range(2, model.config.n_future + 1):
-        log_b = log_b + log_p.index_select(-1, x)  # (r, 1)
-        log_p = factor(s, x)  # (r, V)
-        mixed = (log_b.softmax(0).T @ log_p.exp()).log() if len(log_p) > 1 else log_p  # (1, V); r = 1 has no mixture
-        q.append(to_probs(mixed))  # (1, n_token)
+        before, log_p = log_p, factor(s, x)  # (r, V)
+        log_q = log_p
+        if len(log_p) > 1:  # r = 1 is its own mixture
+            log_b = log_b + before.index_select(-1, x)  # (r, 1)
+            log_q = (log_b.softmax(0).T @ log_p.exp()).log()
+        q.append(to_probs(log_q))  # (1, n_token)
         x = draw(q[-1], generator)  # (1,)
         drafted.append(x)
     return torch.cat(drafted), torch.cat((*q, torch.zeros_like(q[0])))
@@ -211,7 +214,7 @@ class Stats:
 
     steps: int = 0  # forward passes
     tokens: int = 0  # tokens that they yielded
-    offered: list = field(default_factory=list)  # [k]: steps that tested draft k (all drafts before it were accepted)
+    offered: list = field(default_factory=list)  # [k]: steps that had draft k and accepted all before it
     accepted: list = field(default_factory=list)  # [k]: steps that accepted draft k
     histogram: list = field(default_factory=list)  # [k]: steps that yielded k tokens
     origins: list = field(default_factory=list)  # of every token, the prefill's included: see `count`

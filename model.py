@@ -6,7 +6,7 @@ each of which is a product of n softmax heads on the same hidden state e of posi
 
     P(x_{t+1}, ..., x_{t+n} | x_{<=t}) = sum_a w_a(e) * prod_s P_a^(s)(x_{t+s} | e)                    (1)
 
-With context "previous", which is ours and not the paper's, each factor also sees the token before its own,
+With context "previous", which is not the paper's, each factor also sees the token before its own,
 P_a^(s)(x_{t+s} | x_{t+s-1}, e): a mixture of Markov chains. See `CPHead.previous_term`, equation (4).
 
 Shapes use the field's names: B batch, T time, C = n_embd, V = vocab_size, n = n_future, r = rank.
@@ -169,11 +169,11 @@ class CPHead(nn.Module):
         """log w: e (..., C) -> (..., r)."""
         return F.log_softmax(fp32(self.mix(e)), dim=-1)
 
-    def log_probs(self, e, unembed, positions):
-        """log P_a^(s) of a slice of positions, every component and token: e (..., C) -> (..., n', r, V)."""
+    def logits(self, e, unembed, positions):
+        """log P_a^(s), up to a constant, of a slice of positions, without context: e (..., C) -> (..., n', r, V)."""
         A = self.factors[positions]  # (n', r, C or V, C)
         h = F.linear(e, A.flatten(0, 2)).unflatten(-1, A.shape[:3])  # (..., n', r, C or V)
-        return F.log_softmax(fp32(F.linear(h, unembed) if self.reduced else h), dim=-1)
+        return fp32(F.linear(h, unembed) if self.reduced else h)  # logits of P_a^(s)
 
     def gold_log_probs(self, e, targets, unembed):
         """log P_a^(s) of the gold tokens alone: e (N, C), targets (N, n) -> (N, n, r)."""
@@ -194,14 +194,14 @@ class CPHead(nn.Module):
         return F.linear(e, self.gate.flatten(0, 1)).unflatten(-1, self.gate.shape[:2]).transpose(0, 1)
 
     def previous_term(self, gate, token, unembed, U):
-        """What the token before adds to every component's vector in front of the unembedding W, ours:
+        """What the token before adds to every component's vector in front of the unembedding W:
 
             h_a^(s) = M_a^(s) e + U^(s) (norm(W[x_{s-1}]) * G^(s) e)                                           (4)
 
         In the logits that is a table of token pairs of rank C, whose C parts are weighted by what e says.
         gate (..., N, C), one position's of `gates` or all; token (..., N); U (..., C, C) -> (..., N, C).
         """
-        return (F.layer_norm(F.embedding(token, unembed), unembed.shape[1:]) * gate) @ U
+        return (F.layer_norm(F.embedding(token, unembed), unembed.shape[1:]) * gate) @ U.mT
 
 
 def gold_log_prob(x, weight, y, n_positions):
@@ -301,7 +301,7 @@ class GPT(nn.Module):
         if self.cp_head is None or self.config.target == "lm_head":
             return fp32(self.lm_head(e))
         log_w = self.cp_head.log_weights(e).unsqueeze(-1)  # (..., r, 1)
-        log_p = self.cp_head.log_probs(e, self.lm_head.weight, slice(0, 1)).squeeze(-3)  # (..., r, V)
+        log_p = self.cp_head.logits(e, self.lm_head.weight, slice(0, 1)).squeeze(-3).log_softmax(-1)  # (..., r, V)
         return torch.logsumexp(log_w + log_p, dim=-2)  # log sum_a w_a P_a^(1)
 
     def cp_factors(self, e):
@@ -311,16 +311,17 @@ class GPT(nn.Module):
         effect at s = 1 and without context.
         """
         head, W = self.cp_head, self.lm_head.weight
-        log_p = head.log_probs(e, W, slice(None)).unbind()  # n of (r, V)
+        logits = head.logits(e, W, slice(None))  # (n, r, V)
         if not head.sees_previous:
+            log_p = logits.log_softmax(-1).unbind()
             return head.log_weights(e), lambda s, previous: log_p[s - 1]
-        gates, U = head.gates(e.unsqueeze(0)).unbind(), head.out.unbind()
+        logits, gates, U = logits.unbind(), head.gates(e.unsqueeze(0)).unbind(), head.out.unbind()
 
         def factor(s, previous):
             if s == 1:
-                return log_p[0]
+                return logits[0].log_softmax(-1)
             term = head.previous_term(gates[s - 2], previous, W, U[s - 2])  # (1, C)
-            return F.log_softmax(log_p[s - 1] + fp32(F.linear(term, W)), dim=-1)
+            return (logits[s - 1] + fp32(F.linear(term, W))).log_softmax(-1)
 
         return head.log_weights(e), factor
 
@@ -385,9 +386,10 @@ class GPT(nn.Module):
         state = {k.removeprefix("_orig_mod."): v for k, v in ckpt["model"].items() if not k.endswith(".attn.bias")}
         model = cls(config)
         fresh = {k: v for k, v in model.state_dict().items() if k.startswith("cp_head.")}
-        fits = not fresh_head and all(getattr(old, k) == getattr(config, k) for k in ("n_future", "rank", "factors"))
-        if not fits or old.context != config.context:
-            kept = {k: v for k, v in state.items() if not k.startswith("cp_head.") or fits and k in fresh}
-            state = fresh | kept
+        if fresh_head or any(getattr(old, k) != getattr(config, k) for k in ("n_future", "rank", "factors")):
+            state = {k: v for k, v in state.items() if not k.startswith("cp_head.")} | fresh
+        elif old.context != config.context:  # add or drop just what the context needs
+            needs = ("cp_head.gate", "cp_head.out")
+            state = {k: v for k, v in state.items() if k not in needs} | {k: fresh[k] for k in needs if k in fresh}
         model.load_state_dict(state)
         return model

@@ -154,7 +154,8 @@ def draw_bench(card, rows):
     for panel in (acceptance, steps):
         panel.locator_params("x", integer=True, nbins=12)
     figure.legend(*acceptance.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
-    say(figure, "{hardware}, {device}, {dtype}, threads = {threads}, n = {n_future}, r = {rank}, context {context}", card)
+    what = "{hardware}, {device}, {dtype}, threads = {threads}, n = {n_future}, r = {rank}, context {context}"
+    say(figure, what, card)
     return figure
 
 
@@ -165,10 +166,18 @@ def read_bench(path):
     """
     try:
         bench = json.loads(Path(path).read_text(encoding="utf-8").splitlines()[-1])
-        bench["card"]["rank"], bench["card"]["context"], bench["rows"][0]["mode"]
+        [bench["card"][key] for key in ("rank", "context", *SAME)]
+        [row["tokens_per_step"] + row["speedup"] + row["temperature"] for row in speculative_rows(bench)][0]
     except (ValueError, KeyError, TypeError, IndexError):
-        sys.exit(f"{path} does not end with the JSON object of bench_speculative.py")
+        sys.exit(f"{path} does not end with the JSON object of this version's bench_speculative.py")
     return bench
+
+
+SAME = ("hardware", "device", "dtype", "n_future", "vocab_size", "target", "factors")  # what heads to compare share
+
+
+def speculative_rows(bench):
+    return [row for row in bench["rows"] if row["mode"] == "speculative"]
 
 
 def draw_ranks(benches):
@@ -176,14 +185,18 @@ def draw_ranks(benches):
 
     benches: what read_bench returns. Left: the tokens that a speculative step writes. Right: its speed-up over plain
     decoding in the same bench, which is what is left of them when the head's own cost is paid.
+    SystemExit with one line where the benches are of different hardware or models.
     """
+    for key in SAME:
+        values = sorted({str(bench["card"][key]) for bench in benches})
+        if len(values) > 1:
+            sys.exit(f"--ranks: the benches differ in {key} ({', '.join(values)}); draw them apart")
     figure, panels = new_figure(9, 4, (1, 1))
     points = {}  # (context, temperature): [(rank, tokens per step, speed-up)]
     for bench in benches:
-        for row in bench["rows"]:
-            if row["mode"] == "speculative":
-                line = points.setdefault((bench["card"]["context"], row["temperature"]), [])
-                line.append((bench["card"]["rank"], row["tokens_per_step"], row["speedup"]))
+        for row in speculative_rows(bench):
+            line = points.setdefault((bench["card"]["context"], row["temperature"]), [])
+            line.append((bench["card"]["rank"], row["tokens_per_step"], row["speedup"]))
     contexts, temperatures = (sorted(set(keys)) for keys in zip(*points))
     for (context, temperature), line in sorted(points.items()):
         style = dict(color=PALETTE[contexts.index(context)], ls="-" if temperature == temperatures[0] else "--",
@@ -222,9 +235,11 @@ def main():
     parser.add_argument("runs", nargs="+", help=f"out_dir of train.py, or a log.jsonl; at most {len(PALETTE)}. With "
                                                 "--ranks: outputs of bench_speculative.py")
     parser.add_argument("--output", required=True, help=f"the picture: {', '.join(FORMATS)}")
-    parser.add_argument("--x", choices=X_AXES, default="iter", help="x axis: steps, or the time of training (iter)")
+    parser.add_argument("--x", choices=X_AXES, help="x axis: steps, or the time of training (iter)")
     parser.add_argument("--ranks", action="store_true", help="draw the heads of several benches over their rank")
     args = parser.parse_args()
+    if args.ranks and args.x:
+        parser.error("argument --x: with --ranks the x axis is the rank")
     if not args.ranks and len(args.runs) > len(PALETTE):
         parser.error(f"at most {len(PALETTE)} runs, as many as there are colours")
     check_plot(args.output)
@@ -232,7 +247,7 @@ def main():
         figure = draw_ranks([read_bench(run) for run in args.runs])
     else:
         names = [Path(run).parent.name if Path(run).is_file() else Path(run).resolve().name for run in args.runs]
-        figure = draw_runs(names, [read_log(run) for run in args.runs], args.x)
+        figure = draw_runs(names, [read_log(run) for run in args.runs], args.x or "iter")
     save(figure, args.output)
     print(f"wrote {args.output}")
 

@@ -237,7 +237,7 @@ def chunks(path, size=2**22):
 def documents(files):
     """The documents of files, one by one; no more than one of them and a chunk is in memory."""
     for file in files:
-        parts = []  # of the document that has not ended yet; an EOT has no newline in it, so no chunk ends inside of one
+        parts = []  # of the document that has not ended yet; an EOT has no newline in it, so no chunk ends inside one
         for chunk in chunks(file):
             first, *rest = chunk.split(EOT)
             parts.append(first)
@@ -368,7 +368,8 @@ def parse_args():
     parser = ArgumentParser(__doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--toy", action="store_true", help="synthetic stories from the grammar in this file")
-    source.add_argument("--input", nargs="+", type=Path, metavar="PATH", help="text files, or folders of text files, in utf-8")
+    source.add_argument("--input", nargs="+", type=Path, metavar="PATH",
+                        help="text files, or folders of text files, in utf-8")
     parser.add_argument("--data_dir", type=Path, help="where to write (data/tinystories, data/toy or data/text)")
     parser.add_argument("--tokenizer", choices=["pieces", "gpt2"], default="pieces",
                         help="pieces: bytes and the corpus's frequent whole pieces, offline; gpt2: GPT-2's BPE")

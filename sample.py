@@ -32,7 +32,8 @@ def load(out_dir, device="auto", dtype="float32"):
         sys.exit("mps has no float64; take --device cpu.")
     model, ckpt = load_model(path)
     if "meta" not in ckpt:
-        sys.exit(f"{path} holds no tokenizer (a checkpoint of nanoGPT?); train.py --init_from {path} makes one that does.")
+        sys.exit(f"{path} holds no tokenizer (a checkpoint of nanoGPT?); train.py --init_from {path} makes one that "
+                 "does.")
     try:
         enc, _ = load_tokenizer(ckpt["meta"]["tokenizer"]), ckpt["meta"]["prompts"]
     except Exception as e:  # tiktoken's own kinds among them

@@ -38,7 +38,7 @@ def joint_table(model, e):
             A = head.factors[s, a]
             logits = W @ (A @ e) if model.config.factors == "reduced" else A @ e
             if s > 0 and model.config.context == "previous":  # a row for each previous token, equation (4)
-                G, U = head.gate[s - 1], head.out[s - 1].T
+                G, U = head.gate[s - 1], head.out[s - 1]
                 norm = (W - W.mean(1, keepdim=True)) / (W.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
                 logits = torch.stack([logits + W @ U @ (x * (G @ e)) for x in norm])
             term = term.unsqueeze(-1) * torch.softmax(logits, -1)
@@ -209,7 +209,7 @@ def test_zero_term_is_the_head_without_context():
     (log_w, P), (log_w_seeing, P_seeing) = plain.cp_factors(e), seeing.cp_factors(e)
     assert torch.equal(log_w, log_w_seeing)
     for s, x in itertools.product((1, 2, 3, 4), range(5)):
-        torch.testing.assert_close(P(s, None), P_seeing(s, torch.tensor([x])), rtol=0, atol=1e-6)
+        assert torch.equal(P(s, None), P_seeing(s, torch.tensor([x])))
     assert (seeing.cp_head.out.grad != 0).any()  # and it can leave its start
 
 
@@ -229,6 +229,16 @@ def test_head_without_context_extends_and_a_head_with_it_shrinks():
         assert not torch.equal(other.cp_head.factors[:, :1], seeing.cp_head.factors[:, :1])
         assert other.config.context == "none" or not other.cp_head.out.any()
         assert torch.equal(other.lm_head.weight, seeing.lm_head.weight)
+    for name in ("cp_head.factors", "cp_head.mix.weight"):  # strict all the same
+        state = {k: v for k, v in plain.state_dict().items() if k != name}
+        with pytest.raises(RuntimeError, match=name):
+            GPT.from_checkpoint({**plain.checkpoint(), "model": state}, context="previous")
+    with pytest.raises(RuntimeError, match="cp_head.extra"):
+        state = {**seeing.state_dict(), "cp_head.extra": torch.zeros(1)}
+        GPT.from_checkpoint({**seeing.checkpoint(), "model": state}, context="none")
+    headless = GPT.from_checkpoint(seeing.checkpoint(), n_future=1, rank=1)
+    grown = GPT.from_checkpoint(headless.checkpoint(), fresh_head=True, n_future=3, context="previous")
+    assert grown.cp_head.sees_previous
 
 
 def test_one_component_that_sees_its_previous_token_is_sure_where_no_product_can_be():
@@ -240,7 +250,7 @@ def test_one_component_that_sees_its_previous_token_is_sure_where_no_product_can
     with torch.no_grad():
         model.lm_head.weight.copy_(eye)
         head.factors.zero_()
-        head.gate[0], head.out[0] = 1.0, 40 * eye.roll(1, 1)
+        head.gate[0], head.out[0] = 1.0, 40 * eye.roll(1, 0)
     _, factor = model.cp_factors(torch.full((V,), 1 / V, dtype=torch.float64))
     for x in range(V):
         assert factor(1, None)[0, x].exp().item() == pytest.approx(1 / V)
@@ -387,7 +397,8 @@ def test_loss_goes_through_logits_in_chunks(factors):
     with Watch():
         gold = head.gold_log_probs(e, targets, W)
         gold.sum().backward()
-    expected = head.log_probs(e, W, slice(None)).gather(-1, targets[:, :, None, None].expand(N, 3, 2, 1)).squeeze(-1)
+    log_p = head.logits(e, W, slice(None)).log_softmax(-1)
+    expected = log_p.gather(-1, targets[:, :, None, None].expand(N, 3, 2, 1)).squeeze(-1)
     torch.testing.assert_close(gold, expected, rtol=0, atol=1e-12)
     assert N * V <= largest < 3 * N * V < head.factors.shape[0] * head.factors.shape[1] * N * V
 

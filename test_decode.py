@@ -3,7 +3,7 @@
 Three kinds of proof. Enumeration: `exact_law` runs the real decoder through every possible outcome of its random
 choices and adds up their probabilities, in float64, to 1e-12. Chi-square: many runs with real random numbers, on the
 seam that enumeration replaces. Greedy equality: token for token, over many random models. The first two must also
-REJECT decoders that are wrong on purpose: the chi-square test all five, enumeration the four that come to an end.
+REJECT decoders that are wrong on purpose: the chi-square test all six, enumeration the five that come to an end.
 """
 
 import itertools
@@ -86,7 +86,7 @@ def chi_square_p_value(samples, law):
 
 
 # -----------------------------------------------------------------------------
-# five decoders that are wrong; the first four are bugs of real projects or papers
+# decoders that are wrong; four of them are bugs of real projects or papers
 
 
 def argmax_draft(model, e, token, to_probs, generator):
@@ -125,9 +125,14 @@ def blind_rows_draft(model, e, token, to_probs, generator, draft=decode.draft):
     return drafted, torch.stack((*blind, q[-1]))
 
 
-def correction_from_p(rest, p):
+def missing_from_p(k, p, q):
     """Redraws from p after a rejection (Medusa's nucleus path)."""
-    return p
+    return k * p
+
+
+def missing_without_k(k, p, q):
+    """Redraws from max(p - q, 0), the residual of token by token verification, behind kept drafts, too."""
+    return (p - q).relu()
 
 
 def step_without_residual(model, cache, e, token, max_drafts, to_probs, generator):
@@ -154,8 +159,8 @@ def rolled_back(cache, T):
 
 
 WRONG = {"argmax_draft": ("draft", argmax_draft), "prior_component": ("draft", prior_component_draft),
-         "correction_from_p": ("correction", correction_from_p), "no_residual": ("speculative_step", step_without_residual),
-         "blind_rows": ("draft", blind_rows_draft)}
+         "missing_from_p": ("missing", missing_from_p), "missing_without_k": ("missing", missing_without_k),
+         "no_residual": ("speculative_step", step_without_residual), "blind_rows": ("draft", blind_rows_draft)}
 
 
 # -----------------------------------------------------------------------------
@@ -202,15 +207,19 @@ def test_draw_follows_the_row_and_never_takes_a_zero():
 # verify
 
 
-def random_laws(kind, seed):
-    """A target and a draft law over three tokens of three, conditional on those before: p[k], q[k] (3,) * k + (3,)."""
+def random_laws(kind, seed, V=3, n=3, scale=2.0):
+    """A target over n tokens and a draft law over n - 1, given those before: p[k], q[k] of shape (V,) * (k + 1)."""
     torch.manual_seed(seed)
-    p = [torch.softmax(2 * torch.randn((3,) * (k + 1), dtype=torch.float64), -1) for k in range(3)]
-    q = [torch.softmax(2 * torch.randn((3,) * (k + 1), dtype=torch.float64), -1) for k in range(2)]
+    if kind == "flat":  # four tokens that nobody is sure of: what is missing has several tokens, whatever the rule
+        V, scale = 4, 1.0
+    if kind == "deep":
+        V, n = 2, 5
+    p = [torch.softmax(scale * torch.randn((V,) * (k + 1), dtype=torch.float64), -1) for k in range(n)]
+    q = [torch.softmax(scale * torch.randn((V,) * (k + 1), dtype=torch.float64), -1) for k in range(n - 1)]
     if kind == "equal":
-        q = p[:2]
+        q = p[:-1]
     if kind == "greedy":
-        p, q = ([torch.nn.functional.one_hot(t.argmax(-1), 3).double() for t in law] for law in (p, q))
+        p, q = ([torch.nn.functional.one_hot(t.argmax(-1), V).double() for t in law] for law in (p, q))
     if kind == "zeros":  # supports that overlap in part
         p[0][0], q[0][1], p[1][..., 2] = 0, 0, 0
         p, q = ([t / t.sum(-1, keepdim=True) for t in law] for law in (p, q))
@@ -219,16 +228,28 @@ def random_laws(kind, seed):
     return p, q
 
 
+def rows_along(law, drafted):
+    """The rows of law[0], law[1], ... for the places of a draft, each given the drafts before it."""
+    return torch.stack([t[tuple(drafted[:k])] for k, t in enumerate(law)])
+
+
+def drafted_from(q, choose):
+    drafted = []
+    for t in q:
+        row = t[tuple(drafted)]
+        drafted.append(choose(row) if row.sum() else 0)
+    return drafted
+
+
 def verified_law(p, q, monkeypatch):
-    """The exact law of three tokens when two are drafted from q and verified, and what is missing is drawn from p."""
+    """The exact law of n tokens when n - 1 are drafted from q and verified, and what is missing is drawn from p."""
     def run(choose):
-        x1 = choose(q[0])
-        x2 = choose(q[1][x1]) if q[1].sum() else 0
-        rows_p = torch.stack((p[0], p[1][x1], p[2][x1, x2]))
-        rows_q = torch.stack((q[0], q[1][x1], torch.zeros(3)))
-        n_accepted, token = verify(rows_p, rows_q, torch.tensor([x1, x2]), None)
-        text = [x1, x2][: n_accepted.item()] + [token.item()]
-        while len(text) < 3:
+        drafted = drafted_from(q, choose)
+        rows_p = rows_along(p, drafted)
+        rows_q = torch.cat((rows_along(q, drafted), torch.zeros_like(rows_p[:1])))
+        n_accepted, token = verify(rows_p, rows_q, torch.tensor(drafted), None)
+        text = drafted[: n_accepted.item()] + [token.item()]
+        while len(text) < len(p):
             text.append(choose(p[len(text)][tuple(text)]))
         return text
 
@@ -236,56 +257,78 @@ def verified_law(p, q, monkeypatch):
 
 
 def law_of(p):
-    return {x: (p[0][x[0]] * p[1][x[:2]] * p[2][x]).item() for x in itertools.product(range(3), repeat=3)}
+    joint = p[0]
+    for t in p[1:]:
+        joint = joint.unsqueeze(-1) * t
+    return {x: joint[x].item() for x in itertools.product(range(len(p[0])), repeat=len(p))}
 
 
-@pytest.mark.parametrize("kind", ["random", "equal", "greedy", "zeros", "no second draft"])
+@pytest.mark.parametrize("kind", ["random", "equal", "greedy", "zeros", "no second draft", "flat", "deep"])
 def test_verify_is_exact_by_enumeration(kind, monkeypatch):
     """Whatever q is, what verify lets through and draws has the law p, to 1e-12: guards a wrong residual (softmax of
     it, transformers PR 28508; redrawn from p, Medusa), one-hot rows (litgpt), and rows without a draft."""
-    for seed in range(5):
+    for seed in range(2 if kind in ("flat", "deep") else 5):
         p, q = random_laws(kind, seed)
         assert total_variation(verified_law(p, q, monkeypatch), law_of(p)) < 1e-12
 
 
-def greedy_keep_probability(p, q, drafted):
+def token_keep_probability(p, q, drafted):
     """As if every draft was judged by its own min(1, p / q), but with the coins of block verification."""
     x = drafted.unsqueeze(-1)
     ratio = torch.where(q[:-1].gather(-1, x) > 0, p[:-1].gather(-1, x) / q[:-1].gather(-1, x), 0.0)
     return torch.cat((torch.ones(1, 1), ratio.clamp(max=1).cumprod(0)))
 
 
-@pytest.mark.parametrize("name,wrong", [("correction", correction_from_p), ("keep_probability", greedy_keep_probability)])
+RULES = [("missing", missing_from_p), ("missing", missing_without_k), ("keep_probability", token_keep_probability)]
+
+
+@pytest.mark.parametrize("name,wrong", RULES, ids=lambda x: getattr(x, "__name__", ""))
 def test_verify_enumeration_rejects_a_wrong_rule(name, wrong, monkeypatch):
-    """Negative controls: the same check sees the correction drawn from p, and keep probabilities of another rule."""
-    p, q = random_laws("random", 0)
+    """Negative controls: the same check sees a correction drawn from p, the residual max(p - q, 0) of token by token
+    verification, and that rule's keep probabilities."""
+    p, q = random_laws("flat", 0)
     monkeypatch.setattr(decode, name, wrong)
-    assert total_variation(verified_law(p, q, monkeypatch), law_of(p)) > 0.01
+    assert total_variation(verified_law(p, q, monkeypatch), law_of(p)) > 0.005
 
 
-def expected_kept(p, q, rule, monkeypatch):
-    """The mean number of drafts that are accepted, of two: by verify, or one by one with min(1, p / q)."""
-    mean = 0.0
-    for x1, x2 in itertools.product(range(3), repeat=2):
-        rows_p, rows_q = torch.stack((p[0], p[1][x1], p[2][x1, x2])), torch.stack((q[0], q[1][x1], torch.zeros(3)))
-        if rule == "verify":
-            law = exact_law(lambda choose: verify(rows_p, rows_q, torch.tensor([x1, x2]), None)[0].tolist(), monkeypatch)
-            kept = sum(k * probability for (k,), probability in law.items())
-        else:
-            first, second = min(1, p[0][x1] / q[0][x1]), min(1, p[1][x1, x2] / q[1][x1, x2])
-            kept = first + first * second
-        mean += (q[0][x1] * q[1][x1, x2] * kept).item()
-    return mean
+@pytest.mark.parametrize("kind", ["random", "flat", "zeros", "deep"])
+def test_drafts_are_kept_as_often_as_the_recurrence_says(kind, monkeypatch):
+    """P(i or more drafts are accepted | the first i) = k_i, k_i = min(1, k_{i-1} p / q): an accept rule that is exact
+    but stingy would pass every other test. On average it keeps no fewer than judging the drafts one by one."""
+    p, q = random_laws(kind, 0)
+    gain = 0.0
+    for drafted in itertools.product(range(len(p[0])), repeat=len(q)):
+        rows_p, rows_q = rows_along(p, drafted), rows_along(q, drafted)
+        weight = rows_q.gather(-1, torch.tensor(drafted).unsqueeze(-1)).prod().item()
+        k, one_by_one = [1.0], [1.0]
+        for i, x in enumerate(drafted):
+            ratio = (rows_p[i, x] / rows_q[i, x]).item() if rows_q[i, x] > 0 else 0.0
+            k.append(min(1.0, k[-1] * ratio))
+            one_by_one.append(one_by_one[-1] * min(1.0, ratio))
+        rows_q = torch.cat((rows_q, torch.zeros_like(rows_p[:1])))
+        assert decode.keep_probability(rows_p, rows_q, torch.tensor(drafted)).flatten().tolist() == pytest.approx(k)
+        gain += weight * (sum(k) - sum(one_by_one))
 
+    def first(i):
+        """The law of the first i drafts where i or more are accepted."""
+        def run(choose):
+            drafted = drafted_from(q, choose)
+            rows_p = rows_along(p, drafted)
+            rows_q = torch.cat((rows_along(q, drafted), torch.zeros_like(rows_p[:1])))
+            n_accepted, _ = verify(rows_p, rows_q, torch.tensor(drafted), None)
+            return [n_accepted.item() >= i, *drafted[:i]]
+        return {text[1:]: w for text, w in exact_law(run, monkeypatch).items() if text[0]}
 
-def test_verify_accepts_no_less_than_one_by_one(monkeypatch):
-    """Block verification keeps as many drafts on average as judging them one by one, and more if there are several: an
-    accept rule that is exact but stingy would pass every other test."""
-    gains = []
-    for seed in range(5):
-        p, q = random_laws("random", seed)
-        gains.append(expected_kept(p, q, "verify", monkeypatch) - expected_kept(p, q, "one by one", monkeypatch))
-    assert min(gains) > -1e-12 and max(gains) > 0.01
+    for i in range(1, len(p)):
+        law, expected = first(i), {}
+        for drafted in itertools.product(range(len(p[0])), repeat=i):
+            rows_p, rows_q = rows_along(p[:i], drafted), rows_along(q[:i], drafted)
+            x = torch.tensor(drafted).unsqueeze(-1)
+            rows_p, rows_q = (torch.cat((rows, torch.zeros_like(rows[:1]))) for rows in (rows_p, rows_q))
+            k = decode.keep_probability(rows_p, rows_q, torch.tensor(drafted))[i]
+            expected[drafted] = (rows_q[:-1].gather(-1, x).prod() * k).item()
+        assert total_variation(law, expected) < 1e-12
+    assert gain > 0.001
 
 
 def test_verify_follows_p_with_real_random_numbers():
@@ -302,16 +345,27 @@ def test_verify_follows_p_with_real_random_numbers():
     assert chi_square_p_value(bonus, dict(enumerate(p[1].tolist()))) > 1e-9
 
 
-def test_verify_never_draws_from_an_empty_row():
-    """p = q leaves nothing to correct: all drafts are kept, and where rounding made a coin fail all the same, the token
-    is drawn from p, not from NaN."""
-    p = torch.tensor([[0.3, 0.7], [0.6, 0.4]])
+def test_verify_never_draws_from_an_empty_row(monkeypatch):
+    """p = q leaves nothing to correct, and all drafts are kept. Where rounding lets a coin fail all the same, the token
+    is drawn from p: from an empty row it would be the id V, which is none."""
+    p, drafted = torch.tensor([[0.3, 0.7, 0.0], [0.6, 0.4, 0.0]]), torch.tensor([1])
+    q = torch.stack((p[0], torch.zeros(3)))
     for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
-        n_accepted, token = verify(p, torch.stack((p[0], torch.zeros(2))), torch.tensor([1]), generator)
+        n_accepted, token = verify(p, q, drafted, torch.Generator().manual_seed(seed))
         assert n_accepted.item() == 1 and token.item() in (0, 1)
-    assert torch.equal(decode.correction(torch.zeros(1, 2), p[:1]), p[:1])
-    assert torch.equal(decode.correction(torch.tensor([[0.0, 0.2]]), p[:1]), torch.tensor([[0.0, 0.2]]))
+    monkeypatch.setattr(decode, "coin", lambda p, generator: torch.zeros_like(p, dtype=torch.bool))
+    tokens = [verify(p, q, drafted, torch.Generator().manual_seed(seed))[1].item() for seed in range(20)]
+    assert set(tokens) == {0, 1}
+
+
+def test_verify_survives_tiny_probabilities():
+    """p / q may overflow, and then meet a 0: no NaN, and nothing of probability 0 comes out."""
+    p = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    q = torch.tensor([[1.0, 0.0], [1e-40, 1.0], [0.0, 0.0]])
+    k = decode.keep_probability(p, q, torch.tensor([0, 0]))
+    assert k.flatten().tolist() == [1.0, 0.0, 0.0]
+    n_accepted, token = verify(p, q, torch.tensor([0, 0]), torch.Generator().manual_seed(0))
+    assert (n_accepted.item(), token.item()) == (0, 1)
 
 
 # -----------------------------------------------------------------------------
@@ -385,17 +439,17 @@ def test_other_decoders_by_enumeration(monkeypatch):
 
 
 def wrong_decoders(*names):
-    """Each of them on a model that shows its bug; the two that see no previous token have no rows to get wrong."""
+    """Each of them on a model that shows its bug: rows can be blind only where drafts see their previous token."""
     return pytest.mark.parametrize("name,context", [(name, context) for name in names for context in CONTEXTS
                                                     if name != "blind_rows" or context == "previous"])
 
 
-@wrong_decoders("argmax_draft", "prior_component", "correction_from_p", "blind_rows")
+@wrong_decoders("argmax_draft", "prior_component", "missing_from_p", "missing_without_k", "blind_rows")
 def test_enumeration_rejects_wrong_decoders(name, context, monkeypatch):
     """Negative controls: each bug moves the law by more than 1 % on the very model that the chi-square test uses."""
     model = chi_square_model(context)
     monkeypatch.setattr(decode, *WRONG[name])
-    length = 3 if name == "blind_rows" else 2  # its first wrong row is that of the third token
+    length = 3 if name in ("blind_rows", "missing_without_k") else 2  # their first wrong row is the third token's
     law = exact_law(lambda choose: generate_speculative(model, [0, 1], length), monkeypatch)
     assert total_variation(law, oracle_law(model, [0, 1], length)) > 0.01
 
@@ -426,10 +480,10 @@ def test_sampled_texts_follow_the_oracle_law(decoder, context):
     assert chi_square_p_value(sampled(decoder, model, LENGTH, N_SAMPLES), oracle_law(model, [0, 1], LENGTH)) > 1e-9
 
 
-@wrong_decoders(*WRONG)
-def test_chi_square_rejects_wrong_decoders(name, context, monkeypatch):
-    """Negative controls: the same test, with the same number of texts, rejects all five wrong decoders."""
-    model = chi_square_model(context)
+@pytest.mark.parametrize("name", WRONG)
+def test_chi_square_rejects_wrong_decoders(name, monkeypatch):
+    """Negative controls: the same test, with the same number of texts, rejects all six wrong decoders."""
+    model = chi_square_model("previous" if name == "blind_rows" else "none")
     monkeypatch.setattr(decode, *WRONG[name])
     samples = sampled(generate_speculative, model, LENGTH, N_SAMPLES)
     assert chi_square_p_value(samples, oracle_law(model, [0, 1], LENGTH)) < 1e-9
@@ -561,7 +615,8 @@ def test_statistics_add_up():
 # how the step is built
 
 
-def test_steps_run_without_the_host_and_in_fixed_shapes(monkeypatch):
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_steps_run_without_the_host_and_in_fixed_shapes(context, monkeypatch):
     """With a tensor for cache.length, twelve steps in a row read nothing back to the host and every operator of every
     step has the shapes of the first one, whatever gets accepted; and the text is the decoder's own for that seed."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -576,7 +631,7 @@ def test_steps_run_without_the_host_and_in_fixed_shapes(monkeypatch):
     def forbidden(*args):
         raise AssertionError("a value was read back to the host")
 
-    model, n_steps, shapes, blocks = tiny_model(n_future=4, rank=3, block_size=64), 12, [], []
+    model, n_steps, shapes, blocks = tiny_model(n_future=4, rank=3, block_size=64, context=context), 12, [], []
     expected = list(generate_speculative(model, [1, 2], 1 + n_steps, generator=torch.Generator().manual_seed(0)))
     cache, generator = decode.new_cache(model), torch.Generator().manual_seed(0)
     with torch.no_grad():

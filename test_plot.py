@@ -10,7 +10,7 @@ import plot
 
 BLUE, RED = plot.PALETTE[:2]
 CARD = {"hardware": "A CPU, 2 cores", "device": "cpu", "dtype": "float32", "threads": 1, "n_future": 3, "rank": 2,
-        "context": "none", "vocab_size": 50}
+        "context": "none", "vocab_size": 50, "target": "lm_head", "factors": "reduced"}
 
 
 @pytest.fixture(scope="session")
@@ -271,10 +271,21 @@ def test_ranks_are_read_from_what_the_bench_printed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plot.py", "--ranks", *map(str, paths), "--output", str(tmp_path / "x.png")])
     plot.main()
     assert (tmp_path / "x.png").stat().st_size > 10_000
-    for text in ("", "a table\n", "{}\n", json.dumps({"card": {}, "rows": []})):
+    no_rows, no_hardware = bench(1, "none", ROWS[0]), bench(1, "none", ranks_row(0.0, 2.0, 1.5))
+    del no_hardware["card"]["hardware"]
+    for text in ("", "a table\n", "{}\n", json.dumps({"card": {}, "rows": []}), json.dumps(no_rows),
+                 json.dumps(no_hardware)):
         paths[0].write_text(text)
-        with pytest.raises(SystemExit, match=r"^\S+0\.txt does not end with the JSON object of bench_speculative\.py$"):
+        with pytest.raises(SystemExit, match=r"^\S+0\.txt does not end with the JSON object of this version's"):
             plot.main()
+    other = bench(1, "none", ranks_row(0.0, 2.0, 1.5))
+    other["card"]["vocab_size"] = 51
+    paths[0].write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match=r"^--ranks: the benches differ in vocab_size \(50, 51\); draw them apart$"):
+        plot.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--x", "iter"])
+    with pytest.raises(SystemExit, match="2"):
+        plot.main()
 
 
 # -----------------------------------------------------------------------------

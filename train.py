@@ -60,12 +60,12 @@ class TrainConfig:
     rank: int = flag(4, "r, components of the CP head; 1 is independent heads", count)
     factors: str = flag("reduced", "reduced: a map per factor before the shared unembedding; full: an unembedding each",
                         ("reduced", "full"))
-    context: str = flag("none", "what a factor sees beside the trunk: none (the paper) or the previous token of its window",
-                        ("none", "previous"))
+    context: str = flag("none", "what a factor sees beside the trunk: none (the paper), or previous, the token before "
+                        "its own", ("none", "previous"))
     target: str = flag("marginal", "next-token law: marginal of the CP head (the paper) or the trunk's lm_head",
                        ("marginal", "lm_head"))
     # loss and optimizer
-    joint_weight: float = flag(1.0, "weight of the joint loss beside the next-token loss when target is lm_head", amount)
+    joint_weight: float = flag(1.0, "weight of the joint loss beside the next-token loss if target is lm_head", amount)
     balance_weight: float = flag(0.05, "weight of the load-balancing loss", amount)
     joint_share: float = flag(1.0, "share of the positions, drawn anew every step, on which the head is trained", share)
     batch_size: int = flag(16, "windows per forward pass", count)
@@ -77,7 +77,7 @@ class TrainConfig:
     beta2: float = flag(0.99, "AdamW's", number(float, 0, 0.99999))
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is off", amount)
     max_iters: int = flag(1000, "steps", number(int, 1, 10**9))
-    max_seconds: float = flag(0.0, "time limit; 0 is none. The learning rate decays by the limit that is nearer", amount)
+    max_seconds: float = flag(0.0, "time limit; 0 is none. The learning rate decays by the nearer limit", amount)
     # reports
     eval_interval: int = flag(250, "steps between evaluations, each of which writes the checkpoint", count)
     eval_windows: int = flag(64, "validation windows, always the same ones", count)
@@ -108,7 +108,7 @@ CHANGEABLE = ("data_dir", "out_dir", "device", "max_iters", "max_seconds", "eval
 
 
 def parse_args():
-    """--preset, then every field of TrainConfig as a flag that overrides it: (TrainConfig, whether to resume, flags)."""
+    """--preset, then every field of TrainConfig as a flag that overrides it: (TrainConfig, resume or not, flags)."""
     parser = ArgumentParser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="where the defaults come from (laptop)")
     parser.add_argument("--resume", action="store_true",
@@ -200,17 +200,23 @@ def build_model(cfg, meta):
     """A fresh model, or the trunk of --init_from with the head that cfg asks for."""
     head = dict(n_future=cfg.n_future, rank=cfg.rank, factors=cfg.factors, context=cfg.context, target=cfg.target,
                 dropout=cfg.dropout)
-    if cfg.init_from:
-        model, ckpt = load_model(cfg.init_from, cfg.fresh_head, **head, n_token=meta["vocab_size"])
-        check_tokenizer(ckpt, meta, cfg.init_from)
-        return model
+    if cfg.fresh_head and not cfg.init_from:
+        sys.exit("--fresh_head leaves the head of a checkpoint out; name the checkpoint with --init_from.")
     try:
-        return GPT(GPTConfig(
+        config = GPTConfig(
             block_size=cfg.block_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, bias=cfg.bias,
             vocab_size=-(-meta["vocab_size"] // 64) * 64, n_token=meta["vocab_size"], **head,
-        ))
+        )
     except ValueError as e:
         sys.exit(f"{e}.")
+    if not cfg.init_from:
+        return GPT(config)
+    model, ckpt = load_model(cfg.init_from, cfg.fresh_head, **head, n_token=meta["vocab_size"])
+    check_tokenizer(ckpt, meta, cfg.init_from)
+    kept = [name.removeprefix("cp_head.") for name, tensor in model.state_dict().items()
+            if name.startswith("cp_head.") and name in ckpt["model"] and torch.equal(tensor, ckpt["model"][name])]
+    print(f"from {cfg.init_from}: the trunk and, of the head, {', '.join(kept) or 'nothing'}")
+    return model
 
 
 def check_tokenizer(ckpt, meta, path):
@@ -238,12 +244,12 @@ def learning_rate(progress, cfg):
 
 
 @torch.no_grad()
-def evaluate(model, val, cfg, context):
+def evaluate(model, val, cfg, autocast):
     """The parts of the loss (see GPT.loss), averaged over the fixed validation windows."""
     model.eval()
     totals, n_windows = {}, 0
     for idx, targets in val.fixed(cfg.eval_windows):
-        with context:
+        with autocast:
             parts = model.loss(idx, targets)[1]
         for name, part in parts.items():
             totals[name] = totals.get(name, 0) + part.cpu().double() * len(idx)
@@ -369,14 +375,14 @@ def stop_signals():
 # the loop
 
 
-def optimizer_step(run, loss_function, batches, context):
+def optimizer_step(run, loss_function, batches, autocast):
     """One step on cfg.grad_accum batches; returns the last one's loss and its parts."""
     cfg, optimizer, scaler = run.cfg, run.optimizer, run.scaler
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(run.progress, cfg)
     for _ in range(cfg.grad_accum):
         idx, targets = next(batches)
-        with context:
+        with autocast:
             loss, parts = loss_function(idx, targets, cfg.joint_weight, cfg.balance_weight, cfg.joint_share)
         scaler.scale(loss / cfg.grad_accum).backward()
     if cfg.grad_clip:
@@ -389,7 +395,7 @@ def optimizer_step(run, loss_function, batches, context):
 
 
 def set_up(cfg, resume, given):
-    """(Run, its training batches, its validation data, autocast context), new or from the checkpoint."""
+    """(Run, its training batches, its validation data, the autocast context), new or from the checkpoint."""
     torch.manual_seed(cfg.seed)
     torch.set_flush_denormal(True)  # a lost component's posterior times a small probability: x86 is slow at these
     model, ckpt = None, None
@@ -421,8 +427,8 @@ def set_up(cfg, resume, given):
     Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     trunk, head = model.n_params()
     print(f"device {device}, {str(dtype).removeprefix('torch.')}; trunk {trunk / 1e6:.2f}M and head {head / 1e6:.2f}M "
-          f"parameters; {cfg.batch_size * cfg.grad_accum * cfg.block_size:,} tokens per step; n = {cfg.n_future}, "
-          f"r = {cfg.rank}, context {cfg.context}")
+          f"parameters; {cfg.batch_size * cfg.grad_accum * cfg.block_size:,} tokens per step; n = {cfg.n_future}"
+          + (f", r = {cfg.rank}, context {cfg.context}" if model.cp_head else ""))
     return run, batches, val_data, torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
@@ -436,9 +442,9 @@ def log_step(run, loss, parts, speed):
     return {"loss": f"{loss.item():.3f}", "tok_s": f"{speed:,.0f}"}
 
 
-def log_validation(run, val_data, context):
+def log_validation(run, val_data, autocast):
     """Evaluate, append it to the log, write the checkpoint; returns what to print."""
-    val = evaluate(run.model, val_data, run.cfg, context)
+    val = evaluate(run.model, val_data, run.cfg, autocast)
     run.log.append({"iter": run.iter_num, "seconds": run.seconds, "val": val})
     run.save()
     return f"step {run.iter_num}: validation next {val['next']:.4f}, joint {val['joint']:.4f} nats/token"
@@ -452,13 +458,13 @@ def stop_if_diverged(run, value):
 
 
 def train(cfg, resume=False, given={}):
-    run, batches, val_data, context = set_up(cfg, resume, given)
+    run, batches, val_data, autocast = set_up(cfg, resume, given)
     cfg, first, start = run.cfg, run.iter_num, None
     loss_function = torch.compile(run.model.loss) if cfg.compile else run.model.loss
     with stop_signals() as stop, tqdm(total=cfg.max_iters, initial=first, mininterval=1.0) as bar:
         while run.progress < 1 and not stop:
             try:
-                loss, parts = optimizer_step(run, loss_function, batches, context)
+                loss, parts = optimizer_step(run, loss_function, batches, autocast)
             except Exception as e:
                 if not cfg.compile or run.iter_num > first:
                     raise
@@ -475,7 +481,7 @@ def train(cfg, resume=False, given={}):
                 tokens = (run.iter_num - first - 1) * cfg.batch_size * cfg.grad_accum * cfg.block_size
                 bar.set_postfix(log_step(run, loss, parts, tokens / max(now - start[0], 1e-9)), refresh=False)
             if run.progress >= 1 or run.iter_num % cfg.eval_interval == 0:
-                bar.write(log_validation(run, val_data, context))
+                bar.write(log_validation(run, val_data, autocast))
     if stop and run.progress < 1:
         run.save()
         print(f"\nstopped after step {run.iter_num}, which is saved; to go on: python train.py --resume --out_dir "
