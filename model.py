@@ -56,7 +56,7 @@ class GPTConfig:
         if self.context not in ("none", "previous"):
             raise ValueError(f"context must be none or previous, not {self.context!r}")
         if self.context == "previous" and self.factors != "reduced":
-            raise ValueError("context previous needs factors reduced")
+            raise ValueError("context = previous needs factors = reduced")
         if self.target not in ("marginal", "lm_head"):
             raise ValueError(f"target must be marginal or lm_head, not {self.target!r}")
 

@@ -137,7 +137,7 @@ BAD = [
     ("train", "--factors tucker", "invalid choice: 'tucker'"),
     ("train", "--fresh_head", "name the checkpoint with --init_from"),
     ("train", "--context next", "invalid choice: 'next'"),
-    ("train", "--context previous --factors full", "context previous needs factors reduced"),
+    ("train", "--context previous --factors full", "context = previous needs factors = reduced"),
     ("train", "--device toaster", "--device toaster cannot be used here"),
     ("train", "--device meta", "--device meta cannot be used here"),
     ("train", "--preset huge", "invalid choice: 'huge'"),
