@@ -209,10 +209,10 @@ class Bench:
                 "acceptance": [a if a == a else None for a in s.acceptance], "histogram": s.histogram,
             })
             if mode == "speculative":
-                by_name = {name: [p[name] for p in seconds["parts"]] for name in seconds["parts"][0]}
-                parts = {name: 1e3 * statistics.median(values) for name, values in by_name.items()}
+                rounds = seconds["parts"]
+                parts = {name: 1e3 * statistics.median(p[name] for p in rounds) for name in rounds[0]}
                 rows[-1]["parts_ms"] = {**parts, "rest": rows[-1]["step_ms"] - sum(parts.values())}
-                forward = [p["trunk"] + p["targets"] for p in seconds["parts"]]  # as if all else were free
+                forward = [p["trunk"] + p["targets"] for p in rounds]  # as if all else were free
                 rows[-1]["bound"] = s.tokens_per_step * times_faster_than_plain(forward)
         return rows, texts
 

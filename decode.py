@@ -112,7 +112,7 @@ def keep_probability(p, q, drafted):
     the one before it.
     """
     x = drafted.unsqueeze(-1)
-    p_x, q_x = p[:-1].gather(-1, x), q[:-1].gather(-1, x)
+    p_x, q_x = p.gather(-1, x), q.gather(-1, x)  # (n - 1, 1)
     k = [torch.ones_like(p[0, :1])]
     for ratio in torch.where(q_x > 0, p_x / q_x, 0.0).clamp(max=1e30).unbind():  # (1,) each; inf * 0 would be NaN
         k.append((k[-1] * ratio).clamp(max=1.0))

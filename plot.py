@@ -159,6 +159,9 @@ def draw_bench(card, rows):
     return figure
 
 
+SAME = ("hardware", "device", "dtype", "n_future", "vocab_size", "target", "factors")  # what heads to compare share
+
+
 def read_bench(path):
     """The JSON object, a dict of card and rows, at the end of the file that bench_speculative.py's output went to.
 
@@ -171,9 +174,6 @@ def read_bench(path):
     except (ValueError, KeyError, TypeError, IndexError):
         sys.exit(f"{path} does not end with the JSON object of this version's bench_speculative.py")
     return bench
-
-
-SAME = ("hardware", "device", "dtype", "n_future", "vocab_size", "target", "factors")  # what heads to compare share
 
 
 def speculative_rows(bench):
