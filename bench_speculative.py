@@ -2,6 +2,7 @@
 
     python bench_speculative.py --out_dir out/toy
     python bench_speculative.py --out_dir out/toy --peers    beside Hugging Face's transformers, with the same weights
+    python bench_speculative.py --out_dir out/a --beside out/b out/c    beside other heads on the same trunk
 
 Plain and speculative decoding continue the same prompts for the same number of tokens (no stop token), in turn, round
 after round; speeds are medians over the rounds, and a speed-up is the median of the rounds' own ratios. The last line
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 
 from common import ArgumentParser, number, run_script
-from decode import Stats, draft, generate, generate_cached, generate_speculative, new_cache, verify, warp, window_ids
+from decode import Greedy, Stats, draft, generate, generate_cached, generate_speculative, new_cache, verify, warp, window_ids
 from plot import check_plot, draw_bench, save
 from sample import add_model_flags, load, prompt_ids
 
@@ -106,11 +107,25 @@ def transformers_generate(peer, prompt, max_new_tokens, *, temperature, generato
 # the measurement
 
 
+def check_same_law(model, other, out_dir):
+    """SystemExit with one line unless both models write the same texts: then their heads compare."""
+    theirs = dict(other.named_parameters())
+    same = model.config.target == other.config.target == "lm_head" and other.cp_head is not None and all(
+        name.startswith("cp_head.") or name in theirs and torch.equal(p, theirs[name])
+        for name, p in model.named_parameters())
+    if not same:
+        sys.exit(f"--beside: {out_dir} is no head on the same trunk with target lm_head; it would write another text.")
+
+
 class Bench:
-    def __init__(self, model, prompts, n_tokens, seed, peers=False):
+    """beside: other heads on the model's trunk, a dict of names and models."""
+
+    def __init__(self, model, prompts, n_tokens, seed, peers=False, beside=None):
         self.model, self.prompts, self.n_tokens, self.seed = model, prompts, n_tokens, seed
         self.device = model.lm_head.weight.device
-        self.modes = {"plain": (generate_cached, model), "speculative": (generate_speculative, model)}
+        self.heads = {"speculative": model} | {f"speculative, {name}": other for name, other in (beside or {}).items()}
+        self.modes = {"plain": (generate_cached, model)}
+        self.modes |= {mode: (generate_speculative, head) for mode, head in self.heads.items()}
         if peers:
             peer = to_transformers(model)
             lookup = partial(transformers_generate, prompt_lookup_num_tokens=LOOKUP)
@@ -142,11 +157,10 @@ class Bench:
         return min(seconds, key=lambda n: statistics.median(seconds[n]))
 
     def rounds(self, temperature, n_rounds):
-        """Seconds per token of every round, the Stats of all rounds together, and the first round's texts, by mode.
-
-        Under "parts" stands what part_seconds found in that round.
-        """
-        seconds, stats, texts = {m: [] for m in (*self.modes, "parts")}, {m: Stats() for m in self.modes}, {}
+        """By mode: seconds per token of every round, what part_seconds found in every round for the speculative ones,
+        the Stats of all rounds together, and the first round's texts."""
+        seconds, parts = {mode: [] for mode in self.modes}, {mode: [] for mode in self.heads}
+        stats, texts = {mode: Stats() for mode in self.modes}, {}
         for mode in self.modes:  # warm up
             self.decode(mode, temperature, self.seed, prompts=self.prompts[:1])
         for i in range(n_rounds):
@@ -154,18 +168,19 @@ class Bench:
                 spent, text = timed(lambda: self.decode(mode, temperature, self.seed + i, stats[mode]), self.device)
                 seconds[mode].append(spent / sum(map(len, text)))
                 texts.setdefault(mode, text)
-            seconds["parts"].append(self.part_seconds(temperature))
-        return seconds, stats, texts
+            for mode, head in self.heads.items():
+                parts[mode].append(self.part_seconds(head, temperature))
+        return seconds, parts, stats, texts
 
     @torch.inference_mode()
-    def part_seconds(self, temperature, repeats=100):
+    def part_seconds(self, model, temperature, repeats=100):
         """Mean seconds of the parts of a speculative step, each repeated by itself in the middle of the block.
 
         trunk: a forward pass of n tokens; targets: their logits; draft; verify: from the logits to the new tokens.
         """
-        model, cache = self.model, new_cache(self.model)
+        cache = new_cache(model)
         tokens = torch.zeros(1, dtype=torch.long, device=self.device)
-        generator = torch.Generator(self.device).manual_seed(self.seed)
+        generator = torch.Generator(self.device).manual_seed(self.seed) if temperature else Greedy()
         to_probs = partial(warp, temperature=temperature, n_token=model.config.n_token)
 
         def trunk():
@@ -193,7 +208,7 @@ class Bench:
 
     def rows(self, temperature, n_rounds):
         """One row of the table per mode, and the first round's texts."""
-        seconds, stats, texts = self.rounds(temperature, n_rounds)
+        seconds, parts, stats, texts = self.rounds(temperature, n_rounds)
 
         def times_faster_than_plain(own):
             return statistics.median(plain / mine for plain, mine in zip(seconds["plain"], own))
@@ -208,11 +223,12 @@ class Bench:
                 "speedup": times_faster_than_plain(seconds[mode]), "bound": None,
                 "acceptance": [a if a == a else None for a in s.acceptance], "histogram": s.histogram,
             })
-            if mode == "speculative":
-                rounds = seconds["parts"]
-                parts = {name: 1e3 * statistics.median(p[name] for p in rounds) for name in rounds[0]}
-                rows[-1]["parts_ms"] = {**parts, "rest": rows[-1]["step_ms"] - sum(parts.values())}
-                forward = [p["trunk"] + p["targets"] for p in rounds]  # as if all else were free
+            if mode in self.heads:
+                config = self.heads[mode].config
+                rows[-1] |= dict(n_future=config.n_future, rank=config.rank, context=config.context)
+                ms = {name: 1e3 * statistics.median(p[name] for p in parts[mode]) for name in parts[mode][0]}
+                rows[-1]["parts_ms"] = {**ms, "rest": rows[-1]["step_ms"] - sum(ms.values())}
+                forward = [p["trunk"] + p["targets"] for p in parts[mode]]  # as if all else were free
                 rows[-1]["bound"] = s.tokens_per_step * times_faster_than_plain(forward)
         return rows, texts
 
@@ -240,18 +256,19 @@ def print_card(card):
 
 
 def print_table(rows):
-    print(f"\n{'mode':26} temp  tokens/s speed-up  bound tok/step  acceptance by position")
+    width = max(len(row["mode"]) for row in rows)
+    print(f"\n{'mode':{width}} temp  tokens/s speed-up  bound tok/step  acceptance by position")
     for row in rows:
         acceptance = " ".join("-" if a is None else f"{a:.2f}" for a in row["acceptance"])
         bound = f"{row['bound']:.2f}x" if row["bound"] else ""
         per_step = f"{row['tokens_per_step']:.2f}" if row["tokens_per_step"] else ""
-        print(f"{row['mode']:26} {row['temperature']:4.1f} {row['tokens_per_second']:9.0f} {row['speedup']:7.2f}x "
+        print(f"{row['mode']:{width}} {row['temperature']:4.1f} {row['tokens_per_second']:9.0f} {row['speedup']:7.2f}x "
               f"{bound:>6} {per_step:>8}  {acceptance}")
-        if row["mode"] == "speculative":
+        if "parts_ms" in row:
             shares = (f"{k}:{h / sum(row['histogram']):.0%}" for k, h in enumerate(row["histogram"]) if k)
-            print(f"{'':32}steps by tokens: {' '.join(shares)}")
+            print(f"{'':{width}}  steps by tokens: {' '.join(shares)}")
             parts = " + ".join(f"{part} {ms:.2f}" for part, ms in row["parts_ms"].items())
-            print(f"{'':32}a step {row['step_ms']:.2f} ms = {parts}")
+            print(f"{'':{width}}  a step {row['step_ms']:.2f} ms = {parts}")
 
 
 def parse_args():
@@ -266,6 +283,8 @@ def parse_args():
                         help="CPU threads (the number that is best for plain decoding)")
     parser.add_argument("--peers", action="store_true",
                         help="also time decoding without a cache, and Hugging Face's transformers on the same weights")
+    parser.add_argument("--beside", metavar="OUT_DIR", nargs="+", default=[],
+                        help="also time the heads of other checkpoints, which were trained on the same, frozen trunk")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the speed-ups, the acceptance and the histogram")
     return parser.parse_args()
 
@@ -277,12 +296,15 @@ def main():
     model, enc, ckpt = load(args.out_dir, args.device, args.dtype)
     if model.cp_head is None:
         sys.exit(f"{args.out_dir} has n_future = 1: there is no head to draft from, so nothing to compare.")
+    beside = {out_dir: load(out_dir, args.device, args.dtype)[0] for out_dir in args.beside}
+    for out_dir, other in beside.items():
+        check_same_law(model, other, out_dir)
     prompts = [prompt_ids(enc, text) for text in ckpt["meta"]["prompts"]]
     room = model.config.block_size - max(map(len, prompts))
     n_tokens = args.max_new_tokens or max(2, min(256, room))
     if args.peers and n_tokens > room:
         sys.exit(f"--peers: transformers has no window that moves on, so --max_new_tokens must be at most {room}.")
-    bench = Bench(model, prompts, n_tokens, args.seed, args.peers)
+    bench = Bench(model, prompts, n_tokens, args.seed, args.peers, beside)
     torch.set_num_threads(args.threads or bench.best_threads())
     card = describe(bench, args)
     print_card(card)

@@ -6,8 +6,8 @@
                           tokens (arXiv 2410.17765 for the head, 2403.10444 for the accept rule).
 
 All three yield token ids one by one, at batch size 1, and draw from the same distribution; at temperature 0
-they yield the same tokens. All randomness passes through `draw` and `coin` and one torch.Generator, or through a
-`Coupling` in its place: then they yield the same tokens at any temperature.
+they yield the same tokens. All randomness passes through `draw` and `coin` and one torch.Generator, or through what
+stands in its place: `Greedy` at temperature 0, and a `Coupling`, with which they yield the same tokens at any other.
 """
 
 from dataclasses import dataclass, field
@@ -25,13 +25,13 @@ def warp(logits, temperature=1.0, top_k=None, top_p=None, n_token=None):
     """Logits (..., V) -> the probabilities (..., n_token) that are drawn from, in float32 or wider.
 
     The only such function: targets p, drafts q and plain decoding all use it, or they would not be comparable.
-    temperature 0 gives one-hot rows, so greedy decoding runs through the same accept rule. top_k keeps the k
-    largest (all that tie with the k-th), top_p the smallest set of probability >= top_p among those.
+    At temperature 0 the logits stay what they are, as `Greedy` takes their argmax. top_k keeps the k largest (all
+    that tie with the k-th), top_p the smallest set of probability >= top_p among those.
     Columns from n_token on are padding, not tokens, and are cut off.
     """
     logits = fp32(logits)[..., :n_token]
     if temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        return logits
     if temperature != 1:
         logits = logits / temperature
     if top_k is not None and top_k < logits.size(-1):
@@ -52,7 +52,7 @@ def draw(p, generator):
     Inverse transform sampling, without a sync. The sums are in float64 (except on mps, which has none), so that
     rounding neither quantises the tail nor lets a token of probability 0 through.
     """
-    if isinstance(generator, Coupling):
+    if isinstance(generator, Greedy):
         return generator.draw(p)
     wide = torch.float32 if p.device.type == "mps" else torch.float64
     cdf = p.cumsum(-1, dtype=wide)
@@ -65,8 +65,22 @@ def coin(p, generator):
     return torch.rand(p.shape, generator=generator, dtype=p.dtype, device=p.device) < p
 
 
-class Coupling:
-    """In place of a torch.Generator: random numbers that belong to the place in the text (Gumbel coupling).
+class Greedy:
+    """In place of a torch.Generator where nothing is random: a row's token is its argmax."""
+
+    def draw(self, p):
+        return p.argmax(-1)
+
+    def verify(self, p, q, drafted):
+        """Like `verify`: keeps the drafts up to the first that is not the token of its row."""
+        tokens = self.draw(p)
+        kept = (tokens[:-1] == drafted) & q[:-1].any(-1)
+        n_accepted = kept.long().cumprod(0).sum(0, keepdim=True)
+        return n_accepted, tokens.index_select(0, n_accepted)
+
+
+class Coupling(Greedy):
+    """Greedy with random numbers that belong to the place in the text (Gumbel coupling).
 
     The token at place t is argmax_x p(x) / E_t(x), where the exponential noise E_t depends on the seed and on t alone.
     That is a draw from p, so the text is a function of the seed and of the model's law, whatever was drafted: all
@@ -77,28 +91,21 @@ class Coupling:
     def __init__(self, seed, device="cpu"):
         self.seed, self.place, self.generator = seed, 0, torch.Generator(device)
 
-    def argmax(self, p):
+    def draw(self, p):
         """The tokens at the places from self.place on: p (T, V) -> (T,)."""
         tokens = []
         for t, row in enumerate(p, self.place):
             self.generator.manual_seed((1_000_003 * self.seed + t) % 2**63)
             noise = torch.empty_like(row, dtype=torch.float64).exponential_(generator=self.generator)
             tokens.append((row / noise).argmax(-1, keepdim=True))
+        self.place += len(p)
         return torch.cat(tokens)
 
-    def draw(self, p):
-        token = self.argmax(p)
-        self.place += len(token)
-        return token
-
     def verify(self, p, q, drafted):
-        """Like `verify`, for drafts that were drawn with self."""
-        self.place -= len(drafted)
-        tokens = self.argmax(p)
-        kept = (tokens[:-1] == drafted) & (q[:-1].sum(-1) > 0)
-        n_accepted = kept.long().cumprod(0).sum(0, keepdim=True)
-        self.place += n_accepted.item() + 1
-        return n_accepted, tokens.index_select(0, n_accepted)
+        first = self.place = self.place - len(drafted)  # that of the first draft: they were drawn with self, too
+        n_accepted, token = super().verify(p, q, drafted)
+        self.place = first + n_accepted.item() + 1
+        return n_accepted, token
 
 
 # -----------------------------------------------------------------------------
@@ -137,7 +144,7 @@ def verify(p, q, drafted, generator):
     That happens as often as it must, m = sum max(k_i p - q, 0), if i drafts are accepted with probability m / (m + 1 -
     k_i) where no more of them are. README.md has the proof.
     """
-    if isinstance(generator, Coupling):
+    if isinstance(generator, Greedy):
         return generator.verify(p, q, drafted)
     k = keep_probability(p, q, drafted)  # (n, 1)
     rest = missing(k, p, q)
@@ -161,11 +168,16 @@ def draft(model, e, token, to_probs, generator):
     e (C,) is the hidden state of the token before x_1.
     """
     log_w, factor = model.cp_factors(e)  # (r,), P_a^(s)
-    log_b, log_p, x, drafted, q = log_w.unsqueeze(-1), factor(1, None), token, [], []
-    for s in range(2, model.config.n_future + 1):
+    places = range(2, model.config.n_future + 1)
+    if len(log_w) == 1 and not model.cp_head.sees_previous:  # independent heads: one draw for all of them
+        q = to_probs(torch.cat([factor(s, None) for s in places]))  # (n - 1, n_token)
+        return draw(q, generator), torch.cat((q, torch.zeros_like(q[:1])))
+    mixed = len(log_w) > 1  # else the factor itself is the row
+    log_b, log_p, x, drafted, q = log_w.unsqueeze(-1), factor(1, None) if mixed else None, token, [], []
+    for s in places:
         before, log_p = log_p, factor(s, x)  # (r, V)
         log_q = log_p
-        if len(log_p) > 1:  # r = 1 is its own mixture
+        if mixed:
             log_b = log_b + before.index_select(-1, x)  # (r, 1)
             log_q = (log_b.softmax(0).T @ log_p.exp()).log()
         q.append(to_probs(log_q))  # (1, n_token)
@@ -265,7 +277,7 @@ def run(blocks, model, prompt, max_new_tokens, *, temperature=1.0, top_k=None, t
     if not prompt or not all(isinstance(token, int) for token in prompt):
         raise ValueError("the prompt must be a non-empty list of token ids (batch size is 1)")
     to_probs = partial(warp, temperature=temperature, top_k=top_k, top_p=top_p, n_token=model.config.n_token)
-    stream = blocks(model, list(prompt), to_probs, generator)
+    stream = blocks(model, list(prompt), to_probs, Greedy() if temperature == 0 else generator)
     left = max_new_tokens
     while left > 0:
         new, n_drafts = next(stream)

@@ -169,19 +169,23 @@ class CPHead(nn.Module):
         """log w: e (..., C) -> (..., r)."""
         return F.log_softmax(fp32(self.mix(e)), dim=-1)
 
-    def logits(self, e, unembed, positions):
-        """log P_a^(s), up to a constant, of a slice of positions, without context: e (..., C) -> (..., n', r, V)."""
+    def vectors(self, e, positions=slice(None)):
+        """M_a^(s) e or W_a^(s) e of a slice of positions: e (..., C) -> (..., n', r, C or V)."""
         A = self.factors[positions]  # (n', r, C or V, C)
-        h = F.linear(e, A.flatten(0, 2)).unflatten(-1, A.shape[:3])  # (..., n', r, C or V)
-        return fp32(F.linear(h, unembed) if self.reduced else h)  # logits of P_a^(s)
+        return F.linear(e, A.flatten(0, 2)).unflatten(-1, A.shape[:3])
+
+    def logits(self, e, unembed, positions=slice(None)):
+        """log P_a^(s), up to a constant, of a slice of positions, without context: e (..., C) -> (..., n', r, V)."""
+        h = self.vectors(e, positions)
+        return fp32(F.linear(h, unembed) if self.reduced else h)  # the shared unembedding W
 
     def gold_log_probs(self, e, targets, unembed):
         """log P_a^(s) of the gold tokens alone: e (N, C), targets (N, n) -> (N, n, r)."""
         n, r, C = *self.factors.shape[:2], e.size(-1)
         if self.reduced:  # all maps first, then N n r rows of one product with W
-            h = F.linear(e, self.factors.flatten(0, 2)).view(-1, n, r, C)
+            h = self.vectors(e)
             if self.sees_previous:
-                term = self.previous_term(self.gates(e), targets.T[:-1], unembed, self.out)
+                term = self.previous_term(F.embedding(targets.T[:-1], unembed), self.gates(e), self.out.mT)
                 h = h + F.pad(term, (0, 0, 0, 0, 1, 0)).transpose(0, 1).unsqueeze(2)  # (N, n, 1, C), 0 where s = 1
             gold = gold_log_prob(h.view(-1, C), unembed, targets.repeat_interleave(r, dim=1).flatten(), len(e))
             return gold.view(-1, n, r)
@@ -193,15 +197,16 @@ class CPHead(nn.Module):
         """G^(s) e of equation (4), s = 2..n: e (N, C) -> (n - 1, N, C)."""
         return F.linear(e, self.gate.flatten(0, 1)).unflatten(-1, self.gate.shape[:2]).transpose(0, 1)
 
-    def previous_term(self, gate, token, unembed, U):
+    def previous_term(self, row, gate, U_T):
         """What the token before adds to every component's vector in front of the unembedding W:
 
             h_a^(s) = M_a^(s) e + U^(s) (norm(W[x_{s-1}]) * G^(s) e)                                           (4)
 
         In the logits that is a table of token pairs of rank C, whose C parts are weighted by what e says.
-        gate (..., N, C), one position's of `gates` or all; token (..., N); U (..., C, C) -> (..., N, C).
+        row (..., N, C), the rows W[x_{s-1}]; gate (..., N, C), one position's of `gates` or all; U_T (..., C, C), the
+        transpose of U -> (..., N, C).
         """
-        return (F.layer_norm(F.embedding(token, unembed), unembed.shape[1:]) * gate) @ U.mT
+        return (F.layer_norm(row, row.shape[-1:]) * gate) @ U_T
 
 
 def gold_log_prob(x, weight, y, n_positions):
@@ -307,21 +312,24 @@ class GPT(nn.Module):
     def cp_factors(self, e):
         """All of equation (1) at one hidden state: e (C,) -> log w (r,) and a function factor.
 
-        factor(s, previous) is log P_a^(s) (r, V), s = 1..n, given the token x_{s-1} = previous (1,), which has no
-        effect at s = 1 and without context.
+        factor(s, previous) is log P_a^(s) (r, V), s = 1..n, given the token x_{s-1} = previous (1,), which has no effect
+        at s = 1 and without context. With r = 1, where no factors are mixed, it is so up to a constant.
         """
         head, W = self.cp_head, self.lm_head.weight
-        logits = head.logits(e, W, slice(None))  # (n, r, V)
+
+        def log_probs(logits):
+            return logits.log_softmax(-1) if self.config.rank > 1 else logits
+
         if not head.sees_previous:
-            log_p = logits.log_softmax(-1).unbind()
+            log_p = log_probs(head.logits(e, W)).unbind()
             return head.log_weights(e), lambda s, previous: log_p[s - 1]
-        logits, gates, U = logits.unbind(), head.gates(e.unsqueeze(0)).unbind(), head.out.unbind()
+        h, gates, U_T = head.vectors(e).unbind(), head.gates(e.unsqueeze(0)).unbind(), head.out.mT.unbind()
 
         def factor(s, previous):
-            if s == 1:
-                return logits[0].log_softmax(-1)
-            term = head.previous_term(gates[s - 2], previous, W, U[s - 2])  # (1, C)
-            return (logits[s - 1] + fp32(F.linear(term, W))).log_softmax(-1)
+            h_s = h[s - 1]  # (r, C)
+            if s > 1:
+                h_s = h_s + head.previous_term(W.index_select(0, previous), gates[s - 2], U_T[s - 2])
+            return log_probs(fp32(F.linear(h_s, W)))
 
         return head.log_weights(e), factor
 

@@ -1,11 +1,11 @@
-"""Draw the losses of one or several runs, or the benches of several heads.
+"""Draw the losses of one or several runs, or the bench of several heads.
 
     python plot.py out/toy --output loss.png
     python plot.py out/laptop_r1 out/laptop_r4 --x seconds --output loss.png
-    python plot.py --ranks bench_r1.txt bench_r4.txt --output ranks.png
+    python plot.py --ranks bench.txt --output ranks.png
 
 Left: the losses in train.py's log.jsonl, of training and of validation. Right: the last validation's loss by offset.
-With --ranks the files hold what bench_speculative.py printed, and their heads are drawn over the rank.
+With --ranks the file holds what bench_speculative.py --beside printed, and its heads are drawn over the rank.
 `bench_speculative.py --plot FILE` draws its own figure with draw_bench. Only this file needs matplotlib.
 """
 
@@ -159,44 +159,32 @@ def draw_bench(card, rows):
     return figure
 
 
-SAME = ("hardware", "device", "dtype", "n_future", "vocab_size", "target", "factors")  # what heads to compare share
-
-
 def read_bench(path):
-    """The JSON object, a dict of card and rows, at the end of the file that bench_speculative.py's output went to.
-
-    SystemExit with one line if there is no such file or it does not end so.
-    """
+    """The card, and the rows of the heads that share its n_future, of the JSON object at the end of the file that
+    bench_speculative.py's output went to. SystemExit with one line if there is no such file or it does not end so."""
     try:
         bench = json.loads(Path(path).read_text(encoding="utf-8").splitlines()[-1])
-        [bench["card"][key] for key in ("rank", "context", *SAME)]
-        [row["tokens_per_step"] + row["speedup"] + row["temperature"] for row in speculative_rows(bench)][0]
-    except (ValueError, KeyError, TypeError, IndexError):
+        card = bench["card"]
+        rows = [row for row in bench["rows"] if row.get("n_future") == card["n_future"]]
+        [card[key] for key in ("hardware", "device", "dtype", "vocab_size")]
+        [row["tokens_per_step"] + row["speedup"] + row["temperature"] + row["rank"] for row in rows][0]
+        [row["context"] + "" for row in rows]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         sys.exit(f"{path} does not end with the JSON object of this version's bench_speculative.py")
-    return bench
+    return card, rows
 
 
-def speculative_rows(bench):
-    return [row for row in bench["rows"] if row["mode"] == "speculative"]
+def draw_ranks(card, rows):
+    """The Figure of several heads on one trunk, a colour per context and a line per temperature over the rank r.
 
-
-def draw_ranks(benches):
-    """The Figure of several heads, a colour per context and a line per temperature over the rank r.
-
-    benches: what read_bench returns. Left: the tokens that a speculative step writes. Right: its speed-up over plain
-    decoding in the same bench, which is what is left of them when the head's own cost is paid.
-    SystemExit with one line where the benches are of different hardware or models.
+    card, rows: what read_bench returns. Left: the tokens that a speculative step writes. Right: its speed-up over plain
+    decoding, which is what is left of them when the head's own cost is paid.
     """
-    for key in SAME:
-        values = sorted({str(bench["card"][key]) for bench in benches})
-        if len(values) > 1:
-            sys.exit(f"--ranks: the benches differ in {key} ({', '.join(values)}); draw them apart")
     figure, panels = new_figure(9, 4, (1, 1))
     points = {}  # (context, temperature): [(rank, tokens per step, speed-up)]
-    for bench in benches:
-        for row in speculative_rows(bench):
-            line = points.setdefault((bench["card"]["context"], row["temperature"]), [])
-            line.append((bench["card"]["rank"], row["tokens_per_step"], row["speedup"]))
+    for row in rows:
+        line = points.setdefault((row["context"], row["temperature"]), [])
+        line.append((row["rank"], row["tokens_per_step"], row["speedup"]))
     contexts, temperatures = (sorted(set(keys)) for keys in zip(*points))
     for (context, temperature), line in sorted(points.items()):
         style = dict(color=PALETTE[contexts.index(context)], ls="-" if temperature == temperatures[0] else "--",
@@ -204,14 +192,14 @@ def draw_ranks(benches):
         ranks, tokens, speedups = zip(*sorted(line))
         panels[0].plot(ranks, tokens, **style)
         panels[1].plot(ranks, speedups, **style)
-    all_ranks = sorted({bench["card"]["rank"] for bench in benches})
+    all_ranks = sorted({row["rank"] for row in rows})
     for panel, title in zip(panels, ("tokens per step", "speed-up over plain decoding")):
         panel.set_xscale("log", base=2)
         panel.set_xticks(all_ranks, all_ranks)
         panel.minorticks_off()
         panel.set(xlabel="rank r", title=title)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
-    say(figure, "{hardware}, {device}, {dtype}, n = {n_future}, V = {vocab_size}", benches[0]["card"])
+    say(figure, "{hardware}, {device}, {dtype}, n = {n_future}, V = {vocab_size}", card)
     return figure
 
 
@@ -233,18 +221,19 @@ def save(figure, path):
 def main():
     parser = ArgumentParser(__doc__)
     parser.add_argument("runs", nargs="+", help=f"out_dir of train.py, or a log.jsonl; at most {len(PALETTE)}. With "
-                                                "--ranks: outputs of bench_speculative.py")
+                                                "--ranks: the output of one bench_speculative.py --beside")
     parser.add_argument("--output", required=True, help=f"the picture: {', '.join(FORMATS)}")
     parser.add_argument("--x", choices=X_AXES, help="x axis: steps, or the time of training (iter)")
-    parser.add_argument("--ranks", action="store_true", help="draw the heads of several benches over their rank")
+    parser.add_argument("--ranks", action="store_true", help="draw the heads of a bench over their rank")
     args = parser.parse_args()
     if args.ranks and args.x:
         parser.error("argument --x: with --ranks the x axis is the rank")
-    if not args.ranks and len(args.runs) > len(PALETTE):
-        parser.error(f"at most {len(PALETTE)} runs, as many as there are colours")
+    if len(args.runs) > (1 if args.ranks else len(PALETTE)):
+        parser.error("--ranks draws one bench" if args.ranks else
+                     f"at most {len(PALETTE)} runs, as many as there are colours")
     check_plot(args.output)
     if args.ranks:
-        figure = draw_ranks([read_bench(run) for run in args.runs])
+        figure = draw_ranks(*read_bench(args.runs[0]))
     else:
         names = [Path(run).parent.name if Path(run).is_file() else Path(run).resolve().name for run in args.runs]
         figure = draw_runs(names, [read_log(run) for run in args.runs], args.x or "iter")

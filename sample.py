@@ -40,7 +40,12 @@ def load(out_dir, device="auto", dtype="float32"):
         sys.exit(f"{path} holds a tokenizer that cannot be read ({type(e).__name__}); train anew.")
     if enc.n_vocab != model.config.n_token:
         sys.exit(f"{path} holds a model of {model.config.n_token} tokens and a tokenizer of {enc.n_vocab}; train anew.")
-    return model.to(device=device, dtype=getattr(torch, dtype)).eval(), enc, ckpt
+    model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
+    if device.type == "cpu" and dtype == "float32":  # stored by columns, W times a few rows is faster, times 1 equal
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = module.weight.data.T.contiguous().T
+    return model, enc, ckpt
 
 
 def add_model_flags(parser):

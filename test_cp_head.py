@@ -60,7 +60,8 @@ def test_joint_sums_to_one_and_factors_match_the_formula(variant):
     log_w, factor = model.cp_factors(e)
     for window in itertools.product(range(5), repeat=3):
         x = torch.tensor(window).split(1)
-        terms = log_w + sum(factor(s, x[s - 2] if s > 1 else None)[:, x[s - 1].item()] for s in (1, 2, 3))
+        log_p = [factor(s, x[s - 2] if s > 1 else None).log_softmax(-1) for s in (1, 2, 3)]  # (r, V) each
+        terms = log_w + sum(row[:, x_s].squeeze(-1) for row, x_s in zip(log_p, x))
         assert terms.exp().sum().item() == pytest.approx(table[window].item(), abs=1e-12)
 
 
@@ -183,14 +184,14 @@ def test_heads_share_no_storage(factors):
     model = tiny_model(factors=factors)
     e = torch.randn(8, dtype=torch.float64)
 
-    def log_probs():
+    def logits():
         _, factor = model.cp_factors(e)
         return torch.stack([factor(s, None) for s in (1, 2, 3)])
 
-    before = log_probs()
+    before = logits()
     with torch.no_grad():
         model.cp_head.factors[1, 0] += torch.randn_like(model.cp_head.factors[1, 0])
-    changed = (log_probs() != before).any(-1)
+    changed = (logits() != before).any(-1)
     assert changed.tolist() == [[False, False], [True, False], [False, False]]
 
 
@@ -253,8 +254,8 @@ def test_one_component_that_sees_its_previous_token_is_sure_where_no_product_can
         head.gate[0], head.out[0] = 1.0, 40 * eye.roll(1, 0)
     _, factor = model.cp_factors(torch.full((V,), 1 / V, dtype=torch.float64))
     for x in range(V):
-        assert factor(1, None)[0, x].exp().item() == pytest.approx(1 / V)
-        assert factor(2, torch.tensor([x]))[0, (x + 1) % V].exp() > 0.999
+        assert factor(1, None).softmax(-1)[0, x].item() == pytest.approx(1 / V)
+        assert factor(2, torch.tensor([x])).softmax(-1)[0, (x + 1) % V] > 0.999
 
 
 @pytest.mark.parametrize("factors", ["reduced", "full"])

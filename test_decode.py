@@ -92,9 +92,9 @@ def chi_square_p_value(samples, law):
 def argmax_draft(model, e, token, to_probs, generator):
     """Drafts the most probable token but verifies as if it had been drawn from q (jaymody/speculative-sampling #3)."""
     log_b, factor = model.cp_factors(e)
-    log_p, x, drafted, q = factor(1, None), token, [], []
+    log_p, x, drafted, q = factor(1, None).log_softmax(-1), token, [], []
     for s in range(2, model.config.n_future + 1):
-        log_b, log_p = log_b + log_p[:, x].squeeze(-1), factor(s, x)
+        log_b, log_p = log_b + log_p[:, x].squeeze(-1), factor(s, x).log_softmax(-1)
         q.append(to_probs((log_b.softmax(0) @ log_p.exp()).log()))
         x = q[-1].argmax(-1, keepdim=True)
         drafted.append(x)
@@ -105,9 +105,9 @@ def prior_component_draft(model, e, token, to_probs, generator):
     """Draws one component from w, and the drafts from it, but verifies against the rows of the posterior."""
     log_b, factor = model.cp_factors(e)
     a = decode.draw(log_b.exp().unsqueeze(0), generator)
-    log_p, x, drafted, q = factor(1, None), token, [], []
+    log_p, x, drafted, q = factor(1, None).log_softmax(-1), token, [], []
     for s in range(2, model.config.n_future + 1):
-        log_b, log_p = log_b + log_p[:, x].squeeze(-1), factor(s, x)
+        log_b, log_p = log_b + log_p[:, x].squeeze(-1), factor(s, x).log_softmax(-1)
         q.append(to_probs((log_b.softmax(0) @ log_p.exp()).log()))
         x = decode.draw(log_p.exp()[a], generator)
         drafted.append(x)
@@ -118,9 +118,9 @@ def blind_rows_draft(model, e, token, to_probs, generator, draft=decode.draft):
     """Drafts see the token before them, but are verified as if all of them had seen x_1: wrong where they did not."""
     drafted, q = draft(model, e, token, to_probs, generator)
     log_b, factor = model.cp_factors(e)
-    log_p, blind = factor(1, None), []
+    log_p, blind = factor(1, None).log_softmax(-1), []
     for s, x in enumerate((token, *drafted[:-1].split(1)), 2):
-        log_b, log_p = log_b + log_p[:, x].squeeze(-1), factor(s, token)
+        log_b, log_p = log_b + log_p[:, x].squeeze(-1), factor(s, token).log_softmax(-1)
         blind.append(to_probs((log_b.softmax(0) @ log_p.exp()).log()))
     return drafted, torch.stack((*blind, q[-1]))
 
@@ -168,7 +168,7 @@ WRONG = {"argmax_draft": ("draft", argmax_draft), "prior_component": ("draft", p
 
 
 def test_warp_matches_its_definition():
-    """Temperature, top-k and top-p against a slow loop; padded ids have no column; temperature 0 is one-hot."""
+    """Temperature, top-k and top-p against a slow loop; padded ids have no column; temperature 0 leaves the logits."""
     torch.manual_seed(0)
     logits = torch.randn(7, 12, dtype=torch.float64)
     for temperature, top_k, top_p in itertools.product((0.5, 1.0, 2.0), (None, 1, 3, 20), (None, 0.1, 0.6, 1.0)):
@@ -184,9 +184,7 @@ def test_warp_matches_its_definition():
                 mass += weights[i] / total
             expected = torch.tensor([kept.get(i, 0.0) / sum(kept.values()) for i in range(10)], dtype=torch.float64)
             torch.testing.assert_close(p, expected, rtol=0, atol=1e-12)
-    greedy = warp(logits, 0, n_token=10)
-    assert torch.equal(greedy.argmax(-1), logits[:, :10].argmax(-1)) and greedy.unique().tolist() == [0, 1]
-    assert greedy.sum(-1).tolist() == [1] * 7
+    assert torch.equal(warp(logits, 0, n_token=10), logits[:, :10])
 
 
 def test_warp_widens_half_precision():
@@ -321,6 +319,24 @@ def test_drafts_are_kept_as_often_as_the_recurrence_says(kind, monkeypatch):
             law[tuple(drafted[:i])] += probability * (n_accepted >= i)
         assert total_variation(law, expected[i]) < 1e-12
     assert gain > 0.001
+
+
+def test_greedy_verification_keeps_what_the_argmax_keeps():
+    """Every draft of two tokens: kept up to the first that is not its row's argmax, whose token follows; a row of
+    zeros, where nothing was drafted, keeps nothing. On one-hot rows block verification does the same."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 4)  # (n, V)
+    best, one_hot = logits.argmax(-1).tolist(), torch.nn.functional.one_hot(logits.argmax(-1), 4).float()
+    for drafted in itertools.product(range(4), repeat=2):
+        n_kept = 0 if drafted[0] != best[0] else 1 if drafted[1] != best[1] else 2
+        x = torch.tensor(drafted)
+        q = torch.nn.functional.one_hot(torch.cat((x, x[:1])), 4).float()
+        for offered in (2, 1, 0):
+            q[offered:] = 0
+            expected = (min(n_kept, offered), best[min(n_kept, offered)])
+            for p, generator in ((logits, decode.Greedy()), (one_hot, None)):
+                n_accepted, token = verify(p, q, x, generator)
+                assert (n_accepted.tolist(), token.tolist()) == ([expected[0]], [expected[1]])
 
 
 def test_verify_follows_p_with_real_random_numbers():

@@ -232,26 +232,22 @@ def test_bench_says_what_was_measured_on_what():
 
 
 # -----------------------------------------------------------------------------
-# benches over the rank
+# heads over the rank
 
 
-def bench(rank, context, *rows):
-    return {"card": CARD | {"rank": rank, "context": context}, "rows": list(rows)}
+def head_row(context, rank, temperature, tokens, speedup):
+    head = {"n_future": CARD["n_future"], "context": context, "rank": rank}
+    return row("speculative", temperature, speedup) | {"tokens_per_step": tokens, **head}
 
 
-def ranks_row(temperature, tokens, speedup, mode="speculative"):
-    return row(mode, temperature, speedup) | {"tokens_per_step": tokens}
-
-
-BENCHES = [bench(4, "none", ranks_row(0.0, 2.0, 1.5), ranks_row(1.0, 1.8, 1.2), ranks_row(0.0, 1.0, 1.0, "plain")),
-           bench(1, "none", ranks_row(0.0, 1.7, 1.4), ranks_row(1.0, 1.6, 1.1)),
-           bench(1, "previous", ranks_row(0.0, 3.0, 2.5))]
+HEADS = [row("plain", 0.0, 1.0), head_row("none", 4, 0.0, 2.0, 1.5), head_row("none", 4, 1.0, 1.8, 1.2),
+         head_row("none", 1, 0.0, 1.7, 1.4), head_row("none", 1, 1.0, 1.6, 1.1), head_row("previous", 1, 0.0, 3.0, 2.5)]
 
 
 @draws
 def test_ranks_have_a_colour_per_context_and_a_line_per_temperature():
-    """Points in the order of the rank, not of the files; plain decoding, and what was not measured, is left out."""
-    figure = plot.draw_ranks(BENCHES)
+    """Points in the order of the rank, not of the rows; what was not measured is left out."""
+    figure = plot.draw_ranks(CARD, HEADS[1:])
     tokens, speedups = figure.axes
     assert lines(tokens) == [(BLUE, "o", [1, 4], [1.7, 2.0]), (BLUE, "o", [1, 4], [1.6, 1.8]), (RED, "o", [1], [3.0])]
     assert [y for *_, y in lines(speedups)] == [[1.4, 1.5], [1.1, 1.2], [2.5]]
@@ -265,27 +261,26 @@ def test_ranks_have_a_colour_per_context_and_a_line_per_temperature():
 
 @draws
 def test_ranks_are_read_from_what_the_bench_printed(tmp_path, monkeypatch):
-    paths = [tmp_path / f"{i}.txt" for i in range(3)]
-    for path, one in zip(paths, BENCHES):
-        path.write_text("a table\n" + json.dumps(one) + "\n")
-    monkeypatch.setattr(sys, "argv", ["plot.py", "--ranks", *map(str, paths), "--output", str(tmp_path / "x.png")])
+    """Plain decoding and a head of another n are left out; one line for a file that is none of the bench's, for a bench of
+    an older version, and for a second file."""
+    path, argv = tmp_path / "0.txt", ["plot.py", "--ranks", str(tmp_path / "0.txt"), "--output", str(tmp_path / "x.png")]
+    monkeypatch.setattr(sys, "argv", argv)
+    path.write_text("a table\n" + json.dumps({"card": CARD, "rows": [*HEADS, HEADS[1] | {"n_future": 9}]}) + "\n")
+    assert plot.read_bench(path) == (CARD, HEADS[1:])
     plot.main()
     assert (tmp_path / "x.png").stat().st_size > 10_000
-    no_rows, no_hardware = bench(1, "none", ROWS[0]), bench(1, "none", ranks_row(0.0, 2.0, 1.5))
-    del no_hardware["card"]["hardware"]
-    for text in ("", "a table\n", "{}\n", json.dumps({"card": {}, "rows": []}), json.dumps(no_rows),
-                 json.dumps(no_hardware)):
-        paths[0].write_text(text)
+    no_hardware = {key: value for key, value in CARD.items() if key != "hardware"}
+    for text in ("", "a table\n", "{}\n", "[]", json.dumps({"card": CARD, "rows": HEADS[:1]}),
+                 json.dumps({"card": no_hardware, "rows": HEADS}),
+                 json.dumps({"card": CARD, "rows": [HEADS[1] | {"rank": "one"}]}),
+                 json.dumps({"card": CARD, "rows": [HEADS[1] | {"context": None}]})):
+        path.write_text(text)
         with pytest.raises(SystemExit, match=r"^\S+0\.txt does not end with the JSON object of this version's"):
             plot.main()
-    other = bench(1, "none", ranks_row(0.0, 2.0, 1.5))
-    other["card"]["vocab_size"] = 51
-    paths[0].write_text(json.dumps(other))
-    with pytest.raises(SystemExit, match=r"^--ranks: the benches differ in vocab_size \(50, 51\); draw them apart$"):
-        plot.main()
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--x", "iter"])
-    with pytest.raises(SystemExit, match="2"):
-        plot.main()
+    for extra in (["--x", "iter"], [str(path)]):
+        monkeypatch.setattr(sys, "argv", [*argv[:3], *extra, *argv[3:]])
+        with pytest.raises(SystemExit, match="2"):
+            plot.main()
 
 
 # -----------------------------------------------------------------------------

@@ -20,8 +20,9 @@ import torch
 import prepare_tinystories as prep
 import sample as sampler
 import train as trainer
-from bench_speculative import Bench, print_table, to_transformers
+from bench_speculative import Bench, check_same_law, print_table, to_transformers
 from decode import Stats
+from model import GPT
 from test_cp_head import tiny_model
 
 HERE = Path(__file__).parent
@@ -349,6 +350,17 @@ def test_show_drafts_marks_every_token_by_its_origin(trained, monkeypatch, capsy
     assert re.sub(r"\[[1-7cbp]\]", "", out.split("\n\n", 1)[1]).startswith(sample())
 
 
+def test_loaded_weights_are_the_checkpoints_stored_by_columns(trained):
+    """On a CPU in float32: the same numbers in the order that is fast on few rows, the tied embedding still tied."""
+    for dtype, by_columns in (("float32", True), ("float64", False)):
+        model, _, ckpt = sampler.load(trained / "out/toy", "cpu", dtype)
+        for name, tensor in ckpt["model"].items():
+            assert torch.equal(model.state_dict()[name], tensor.to(getattr(torch, dtype))), name
+        assert model.transformer.wte.weight is model.lm_head.weight
+        linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        assert all((linear.weight.stride(0) == 1) == by_columns for linear in linears)
+
+
 def test_bench_ends_with_one_json_object(trained):
     out = run(trained, "bench_speculative.py", "--rounds", 5, "--max_new_tokens", 10)
     result = json.loads(out.splitlines()[-1])
@@ -478,10 +490,10 @@ def test_bfloat16_autocast_trains(trained):
 def test_bench_arithmetic(monkeypatch):
     """Speed-up: the median of the rounds' ratios. Bound, equation (5): tokens per step * plain step / forward pass."""
     parts = [dict(trunk=trunk, targets=0.2, draft=0.1, verify=0.05) for trunk in (0.6, 0.6, 0.8)]
-    rounds = {"plain": [1.0, 2.0, 4.0], "speculative": [0.5, 0.5, 0.5], "parts": parts}
+    rounds, parts = {"plain": [1.0, 2.0, 4.0], "speculative": [0.5, 0.5, 0.5]}, {"speculative": parts}
     stats = {"plain": Stats(3, 3), "speculative": Stats(2, 5, offered=[2, 0], accepted=[1, 0])}
     bench = Bench(tiny_model(target="lm_head"), [[1]], 4, 0)
-    monkeypatch.setattr(bench, "rounds", lambda temperature, n_rounds: (rounds, stats, {}))
+    monkeypatch.setattr(bench, "rounds", lambda temperature, n_rounds: (rounds, parts, stats, {}))
     plain, fast = bench.rows(0.0, 3)[0]
     assert (plain["speedup"], plain["bound"], plain["tokens_per_second"]) == (1.0, None, 0.5)
     assert fast["speedup"] == 4.0 and fast["bound"] == 2.5 * 2.5 and fast["tokens_per_second"] == 2.0
@@ -492,7 +504,8 @@ def test_bench_arithmetic(monkeypatch):
 def test_bench_times_the_parts_of_a_step():
     """All parts run on a small block, and take time."""
     for temperature in (0.0, 1.0):
-        parts = Bench(tiny_model(block_size=2, n_future=4), [[1]], 2, 0).part_seconds(temperature, repeats=2)
+        model = tiny_model(block_size=2, n_future=4)
+        parts = Bench(model, [[1]], 2, 0).part_seconds(model, temperature, repeats=2)
         assert list(parts) == ["trunk", "targets", "draft", "verify"] and min(parts.values()) > 0
 
 
@@ -524,6 +537,34 @@ def test_peers_are_refused_in_one_line(monkeypatch):
         to_transformers(tiny_model(target="lm_head"))
     with pytest.raises(SystemExit, match="^--peers needs a model with target lm_head"):
         to_transformers(tiny_model(target="marginal"))
+
+
+def test_heads_are_timed_side_by_side(tmp_path, monkeypatch, capsys):
+    """--beside: other heads on one trunk in the same rounds, each with its own rows; one line for another trunk, a
+    target that is the head's own, and a checkpoint without a head."""
+    model = tiny_model(target="lm_head").float()
+    other = GPT.from_checkpoint(model.checkpoint(), rank=3, n_future=5, context="previous").eval()
+    model, other = model.double(), other.double()
+    bench = Bench(model, [[1, 2]], 12, 0, beside={"out/b": other})
+    for temperature in (0.0, 1.0):
+        rows, texts = bench.rows(temperature, 2)
+        assert [row["mode"] for row in rows] == ["plain", "speculative", "speculative, out/b"]
+        heads = [(row["n_future"], row["rank"], row["context"]) for row in rows[1:]]
+        assert heads == [(3, 2, "none"), (5, 3, "previous")] and "rank" not in rows[0]
+        assert [len(row["acceptance"]) for row in rows[1:]] == [2, 4]
+        assert all(row["bound"] > 0 and row["parts_ms"]["trunk"] > 0 for row in rows[1:])
+        if temperature == 0:
+            assert bench.first_difference(texts, "speculative, out/b") is None
+    print_table(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.index("1.0 ") for line in lines if line.startswith(("plain", "speculative"))}) == 1
+    check_same_law(model, other, "out/b")
+    with torch.no_grad():
+        other.transformer.h[0].mlp.c_fc.weight[0, 0] += 1
+    for wrong in (other, tiny_model(target="marginal"), tiny_model(target="lm_head", n_future=1),
+                  tiny_model(target="lm_head", n_layer=1)):
+        with pytest.raises(SystemExit, match="^--beside: out/b is no head on the same trunk with target lm_head; it"):
+            check_same_law(model, wrong, "out/b")
 
 
 def test_bench_finds_where_texts_part():
