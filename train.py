@@ -4,6 +4,7 @@
     python train.py --preset laptop       real text on a CPU
     python train.py --preset tinystories  one GPU, a model of the paper's size
     python train.py --preset toy --resume go on after an interruption, as if there had been none
+    python train.py --benchmark           what a head costs: a table over rank, n and vocabulary
 
 Every field of TrainConfig is a flag (--rank 4, --n_embd 128, --no-bias). Writes out_dir/ckpt.pt, which holds all
 that sample.py, bench_speculative.py and --resume need, and with it out_dir/log.jsonl, one JSON object per line.
@@ -108,12 +109,15 @@ CHANGEABLE = ("data_dir", "out_dir", "device", "max_iters", "max_seconds", "eval
 
 
 def parse_args():
-    """--preset, then every field of TrainConfig as a flag that overrides it: (TrainConfig, resume or not, flags)."""
+    """--preset, --resume, --benchmark, and every field of TrainConfig as a flag that overrides the preset's: (TrainConfig,
+    resume or not, benchmark or not, flags)."""
     parser = ArgumentParser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="where the defaults come from (laptop)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the checkpoint in out_dir and its settings; of the flags, only "
                              f"{', '.join(CHANGEABLE)} may differ")
+    parser.add_argument("--benchmark", action="store_true",
+                        help="train nothing, but time steps over rank, n and vocabulary in the shapes of the other flags")
     known = ArgumentParser(None, add_help=False)  # --help has to wait until all flags are there
     known.add_argument("--preset", default="laptop")
     preset = PRESETS.get(known.parse_known_args()[0].preset, PRESETS["laptop"])
@@ -125,8 +129,10 @@ def parse_args():
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args())
     given.pop("preset")
-    resume = given.pop("resume")
-    return replace(preset, **given), resume, given
+    resume, benchmark = given.pop("resume"), given.pop("benchmark")
+    if resume and benchmark:
+        parser.error("--benchmark trains nothing, so there is nothing to resume")
+    return replace(preset, **given), resume, benchmark, given
 
 
 # -----------------------------------------------------------------------------
@@ -497,7 +503,13 @@ def train(cfg, resume=False, given={}):
 
 
 def main():
-    train(*parse_args())
+    cfg, resume, benchmark, given = parse_args()
+    if benchmark:
+        import bench_training
+
+        bench_training.benchmark(cfg)
+    else:
+        train(cfg, resume, given)
 
 
 if __name__ == "__main__":
