@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 
 from common import ArgumentParser, number, run_script
-from decode import Greedy, Stats, draft, generate, generate_cached, generate_speculative, new_cache, verify, warp, window_ids
+from decode import (Stats, chooser, draft, generate, generate_cached, generate_speculative, new_cache, verify,
+                    window_ids)
 from plot import check_plot, draw_bench, save
 from sample import add_model_flags, load, prompt_ids
 
@@ -109,12 +110,14 @@ def transformers_generate(peer, prompt, max_new_tokens, *, temperature, generato
 
 def check_same_law(model, other, out_dir):
     """SystemExit with one line unless both models write the same texts: then their heads compare."""
-    theirs = dict(other.named_parameters())
-    same = model.config.target == other.config.target == "lm_head" and other.cp_head is not None and all(
-        name.startswith("cp_head.") or name in theirs and torch.equal(p, theirs[name])
-        for name, p in model.named_parameters())
+    if model.config.target != "lm_head":
+        sys.exit("--beside needs a model with target lm_head: with another, the head itself says what gets written.")
+    head = {name: getattr(model.config, name) for name in ("n_future", "rank", "factors", "context", "dropout")}
+    theirs = other.state_dict()
+    same = other.cp_head is not None and replace(other.config, **head) == model.config and all(
+        name.startswith("cp_head.") or torch.equal(p, theirs[name]) for name, p in model.state_dict().items())
     if not same:
-        sys.exit(f"--beside: {out_dir} is no head on the same trunk with target lm_head; it would write another text.")
+        sys.exit(f"--beside: {out_dir} is not another head on the very trunk of --out_dir, with target lm_head.")
 
 
 class Bench:
@@ -180,8 +183,8 @@ class Bench:
         """
         cache = new_cache(model)
         tokens = torch.zeros(1, dtype=torch.long, device=self.device)
-        generator = torch.Generator(self.device).manual_seed(self.seed) if temperature else Greedy()
-        to_probs = partial(warp, temperature=temperature, n_token=model.config.n_token)
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        to_probs, generator = chooser(model, generator, temperature)
 
         def trunk():
             cache.length = model.config.block_size // 2
@@ -225,7 +228,7 @@ class Bench:
             })
             if mode in self.heads:
                 config = self.heads[mode].config
-                rows[-1] |= dict(n_future=config.n_future, rank=config.rank, context=config.context)
+                rows[-1] |= {name: getattr(config, name) for name in ("n_future", "rank", "factors", "context")}
                 ms = {name: 1e3 * statistics.median(p[name] for p in parts[mode]) for name in parts[mode][0]}
                 rows[-1]["parts_ms"] = {**ms, "rest": rows[-1]["step_ms"] - sum(ms.values())}
                 forward = [p["trunk"] + p["targets"] for p in parts[mode]]  # as if all else were free
@@ -308,6 +311,8 @@ def main():
     torch.set_num_threads(args.threads or bench.best_threads())
     card = describe(bench, args)
     print_card(card)
+    for mode, head in bench.heads.items():
+        print(f"{mode}: n = {head.config.n_future}, r = {head.config.rank}, context {head.config.context}")
 
     greedy, texts = bench.rows(0.0, args.rounds)
     sampled, _ = bench.rows(1.0, args.rounds)

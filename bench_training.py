@@ -2,21 +2,21 @@
 
     python train.py --benchmark --n_embd 384 --batch_size 2 --joint_share 1
 
-Steps of train.py's own loop on random tokens, shapes and dtype from its flags, for ranks, n and vocabularies below. Every
-model runs in a process of its own, which tells its peak memory, and in turn with the same trunk without a head (n = 1),
-step by step: "x n = 1" is the median of the ratios. The first row is nanoGPT's algorithm in the place of ours for n = 1.
+Steps of train.py's own loop on random tokens, shapes and dtype from its flags, for the ranks, n and vocabularies below.
+Every model runs in a process of its own, which tells its peak memory, and in turn with the same trunk without a head
+(n = 1), step by step: "x n = 1" is the median of the ratios. A vocabulary's first row is nanoGPT's algorithm.
 """
 
 import itertools
 import json
+import multiprocessing
+import signal
 import statistics
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from dataclasses import asdict, replace
-from multiprocessing import get_context
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -27,16 +27,17 @@ from model import GPT, GPTConfig
 from train import Run, optimizer_step, pick_dtype
 
 VOCABULARIES, FUTURES, RANKS = (4096, 50257), (4, 8), (1, 2, 4, 8, 16)
-PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # FLOP/s in bfloat16 without sparsity, as NVIDIA states them
+PEAK = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}  # FLOP/s in bfloat16, dense, as NVIDIA states them
 
 
 def nanogpt_loss(model, idx, targets, *unused):
-    """What nanoGPT computes with the same weights: q, k, v split and turned one by one, all logits in one piece."""
+    """What nanoGPT computes with the same weights (without dropout): q, k, v turned one by one, all logits at once."""
     B, T = idx.shape
     tr, n_head = model.transformer, model.config.n_head
     x = tr.drop(tr.wte(idx) + tr.wpe(torch.arange(T, device=idx.device)))
     for block in tr.h:
-        q, k, v = (part.view(B, T, n_head, -1).transpose(1, 2) for part in block.attn.c_attn(block.ln_1(x)).chunk(3, dim=2))
+        qkv = block.attn.c_attn(block.ln_1(x)).chunk(3, dim=2)
+        q, k, v = (part.view(B, T, n_head, -1).transpose(1, 2) for part in qkv)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + block.attn.c_proj(y.transpose(1, 2).contiguous().view(B, T, -1))
         x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x))))
@@ -45,30 +46,33 @@ def nanogpt_loss(model, idx, targets, *unused):
 
 
 def peak_bytes(device):
-    """The most memory that this process has held so far; None where the system does not tell."""
+    """The most memory that this process has held so far on the device; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource  # not on Windows
-    except ImportError:
+    status = Path("/proc/self/status")  # Linux; getrusage would begin with the parent's peak
+    if device.type != "cpu" or not status.exists():
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
 
 
-def flops(config, cfg):
-    """Of forward and backward pass for a batch, 6 per weight and token, as nanoGPT counts; what a chunk of the head
-    computes again is not counted, only the positions that it sees are."""
-    c, tokens = config, cfg.batch_size * cfg.block_size
+def flops(c, cfg):
+    """Of forward and backward pass for a batch: 6 per weight of a matrix product and token that goes through it, and
+    attention's. What a chunk of the head computes again is not counted; of the positions, those that the head sees."""
     trunk = c.n_layer * (12 * c.n_embd**2 + 2 * c.n_embd * c.block_size)
     if c.n_future == 1 or c.target == "lm_head":
         trunk += c.vocab_size * c.n_embd
-    head = c.n_future * c.rank * c.n_embd * (c.n_embd + c.vocab_size) if c.n_future > 1 else 0
-    return 6 * tokens * (trunk + cfg.joint_share * head)
+    head = 0
+    if c.n_future > 1:
+        head += c.n_future * c.rank * c.n_embd * c.vocab_size
+        head += c.n_future * c.rank * c.n_embd**2 * (c.factors == "reduced")
+        head += 2 * (c.n_future - 1) * c.n_embd**2 * (c.context == "previous")
+    return 6 * cfg.batch_size * cfg.block_size * (trunk + cfg.joint_share * head)
 
 
 def model_config(cfg, vocab_size):
-    shape = {name: getattr(cfg, name) for name in asdict(GPTConfig()) if hasattr(cfg, name)}
-    return GPTConfig(**{**shape, "vocab_size": vocab_size, "rank": cfg.rank if cfg.n_future > 1 else 1})
+    """As train.py builds it: the vocabulary padded to a multiple of 64."""
+    shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)}
+    return GPTConfig(**shape, vocab_size=-(-vocab_size // 64) * 64, n_token=vocab_size)
 
 
 def stepper(cfg, vocab_size, device, dtype, loss=None):
@@ -79,47 +83,72 @@ def stepper(cfg, vocab_size, device, dtype, loss=None):
     text = torch.randint(vocab_size, tokens, device=device)
     batches = itertools.repeat((text[:, : cfg.block_size], text[:, 1:].unfold(1, cfg.n_future, 1)))
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    function = (lambda *args: loss(model, *args)) if loss else model.loss
-    return model, lambda: optimizer_step(run, function, batches, autocast)
+    loss_function = partial(loss, model) if loss else model.loss
+    return model, lambda: optimizer_step(run, loss_function, batches, autocast)
 
 
 def measure(cfg, vocab_size, device_name, loss=None, rounds=5):
-    """One cell, in a process of its own: a dict of seconds, ratio (to n = 1), bytes, parameters, FLOP/s."""
+    """One row, a dict; to be called in a fresh process.
+
+    seconds of a step; ratio, to a step with n = 1; bytes at the peak, of weights, gradients, AdamW's state and all that
+    a step holds, beyond what PyTorch itself takes (None where the system does not tell); parameters; FLOP/s.
+    """
     device = torch.device(device_name)
-    dtype, before = pick_dtype(cfg.dtype, device), peak_bytes(device)
+    dtype = pick_dtype(cfg.dtype, device)
+    tiny = replace(cfg, n_layer=1, n_head=1, n_embd=8, block_size=8, batch_size=1, grad_accum=1)
+    stepper(tiny, 64, device, dtype, loss)[1]()  # loads what PyTorch loads at its first use
+    before = peak_bytes(device)
     model, step = stepper(cfg, vocab_size, device, dtype, loss)
-    step()
+    for _ in range(3):  # AdamW's state exists from the second step on
+        step()
     peak = peak_bytes(device)
-    plain = stepper(replace(cfg, n_future=1, target="lm_head"), vocab_size, device, dtype)[1]
+    plain = stepper(replace(cfg, n_future=1, rank=1), vocab_size, device, dtype)[1]
     plain()
     pairs = [(timed(plain, device)[0], timed(step, device)[0]) for _ in range(rounds)]
     seconds = statistics.median(own for _, own in pairs)
-    return {"vocab_size": vocab_size, "n_future": cfg.n_future, "rank": model.config.rank, "seconds": seconds,
-            "ratio": statistics.median(own / plain for plain, own in pairs),
-            "bytes": peak and peak - (before if device.type == "cpu" else 0), "head_parameters": model.n_params()[1],
+    trunk, head = model.n_params()
+    return {"vocab_size": vocab_size, "n_future": cfg.n_future, "rank": cfg.rank, "seconds": seconds,
+            "ratio": statistics.median(own / plain for plain, own in pairs), "bytes": peak and peak - before,
+            "trunk_parameters": trunk, "head_parameters": head,
             "flops_per_second": cfg.grad_accum * flops(model.config, cfg) / seconds}
 
 
 def cells(cfg):
     """(algorithm, TrainConfig, vocabulary) of every row."""
     for V in VOCABULARIES:
-        yield "nanoGPT", replace(cfg, n_future=1), V
-        yield "ours", replace(cfg, n_future=1), V
+        for algorithm in ("nanoGPT", "ours"):
+            yield algorithm, replace(cfg, n_future=1, rank=1), V
         for n, r in itertools.product(FUTURES, RANKS):
             yield "ours", replace(cfg, n_future=n, rank=r), V
 
 
-def try_to_measure(*args):
-    """measure(*args) in a fresh process; None where there is not enough memory."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(measure, *args).result()
-        except BrokenProcessPool:  # a system out of memory kills
+def answer(sender, args):
+    """In the fresh process: send measure(*args), or None where the memory does not suffice."""
+    try:
+        row = measure(*args)
+    except RuntimeError as e:  # torch.OutOfMemoryError is one
+        if "memory" not in str(e):
+            raise
+        row = None
+    sender.send(row)
+
+
+def measure_apart(*args):
+    """measure(*args) in a fresh process; None where the memory does not suffice."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(sender, args), daemon=True)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is ours alone; a daemon ends when we do
+    process.start()
+    signal.signal(signal.SIGINT, before)
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode == -9:  # SIGKILL, which is what a system out of memory sends
             return None
-        except RuntimeError as e:  # torch.OutOfMemoryError among them
-            if "memory" not in str(e):
-                raise
-            return None
+        sys.exit(f"--benchmark: a measurement ended with exit code {process.exitcode}.")
 
 
 def benchmark(cfg):
@@ -128,17 +157,20 @@ def benchmark(cfg):
         [model_config(cell, V) for _, cell, V in cells(cfg)]
     except ValueError as e:
         sys.exit(f"{e}.")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # in order, with the process apart
     device = pick_device(cfg.device)
     dtype, name = str(pick_dtype(cfg.dtype, device)).removeprefix("torch."), hardware(device)
-    peak = next((flops for gpu, flops in PEAK.items() if gpu in name and dtype == "bfloat16"), None)
-    print(f"{name}, {device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads; n_layer "
-          f"{cfg.n_layer}, n_embd {cfg.n_embd}, {cfg.batch_size} x {cfg.block_size} tokens, joint_share {cfg.joint_share}, "
-          f"factors {cfg.factors}, context {cfg.context}")
+    peak = next((most for gpu, most in PEAK.items() if gpu in name and dtype == "bfloat16"), None)
+    print(f"{name}, {device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads; "
+          f"n_layer {cfg.n_layer}, n_embd {cfg.n_embd}, {cfg.batch_size} x {cfg.block_size} tokens, "
+          f"joint_share {cfg.joint_share}, factors {cfg.factors}, context {cfg.context}, target {cfg.target}\n"
+          "x n = 1: a step over one of ours without a head, taken in turn, median; MiB: peak, with weights, gradients\n"
+          "and AdamW's state; GFLOP/s: of the matrix products that training needs, without what gets computed again")
     print(f"\n{'':8}      V   n   r  head, M  ms/step  x n = 1     MiB  GFLOP/s" + "   MFU" * bool(peak))
     rows = []
     for algorithm, cell, V in cells(cfg):
-        start = f"{algorithm:8} {V:6} {cell.n_future:3} {cell.rank if cell.n_future > 1 else 1:3}"
-        row = try_to_measure(cell, V, str(device), nanogpt_loss if algorithm == "nanoGPT" else None)
+        start = f"{algorithm:8} {V:6} {cell.n_future:3} {cell.rank:3}"
+        row = measure_apart(cell, V, str(device), nanogpt_loss if algorithm == "nanoGPT" else None)
         if row is None:
             print(f"{start}  not enough memory")
             continue

@@ -25,8 +25,8 @@ def warp(logits, temperature=1.0, top_k=None, top_p=None, n_token=None):
     """Logits (..., V) -> the probabilities (..., n_token) that are drawn from, in float32 or wider.
 
     The only such function: targets p, drafts q and plain decoding all use it, or they would not be comparable.
-    At temperature 0 the logits stay what they are, as `Greedy` takes their argmax. top_k keeps the k largest (all
-    that tie with the k-th), top_p the smallest set of probability >= top_p among those.
+    At temperature 0 the logits stay what they are, for `Greedy`, which takes their argmax: see `chooser`. top_k keeps
+    the k largest (all that tie with the k-th), top_p the smallest set of probability >= top_p among those.
     Columns from n_token on are padding, not tokens, and are cut off.
     """
     logits = fp32(logits)[..., :n_token]
@@ -66,13 +66,14 @@ def coin(p, generator):
 
 
 class Greedy:
-    """In place of a torch.Generator where nothing is random: a row's token is its argmax."""
+    """In place of a torch.Generator where nothing is random: a row's token is its argmax. Rows may be logits."""
 
     def draw(self, p):
+        """p (..., V) -> (...)."""
         return p.argmax(-1)
 
     def verify(self, p, q, drafted):
-        """Like `verify`: keeps the drafts up to the first that is not the token of its row."""
+        """Like `verify`: keeps the drafts up to the first that is not the token of its row, or whose row of q is 0."""
         tokens = self.draw(p)
         kept = (tokens[:-1] == drafted) & q[:-1].any(-1)
         n_accepted = kept.long().cumprod(0).sum(0, keepdim=True)
@@ -106,6 +107,13 @@ class Coupling(Greedy):
         n_accepted, token = super().verify(p, q, drafted)
         self.place = first + n_accepted.item() + 1
         return n_accepted, token
+
+
+def chooser(model, generator, temperature=1.0, top_k=None, top_p=None):
+    """(to_probs, generator) for the decoders: what makes a row of p or q out of logits, and what draws from it. At
+    temperature 0 these are rows of logits and Greedy, which belong together."""
+    to_probs = partial(warp, temperature=temperature, top_k=top_k, top_p=top_p, n_token=model.config.n_token)
+    return to_probs, Greedy() if temperature == 0 else generator
 
 
 # -----------------------------------------------------------------------------
@@ -193,7 +201,7 @@ def speculative_step(model, cache, e, token, max_drafts, to_probs, generator):
     the token before it; cache, everything before it. max_drafts: how many drafts may be accepted at most.
     Returns e and token for the next step, and block (n + 1,): the number k of accepted drafts, the n - 1 drafts, and
     the token behind the accepted ones. New are the first k drafts and that token; the caller sets cache.length to
-    what it was plus k + 1, which rolls back the rejected ones. If cache.length is a tensor, so can that sum be: then
+    what it was plus k + 1, which rolls back the rejected ones. to_probs, generator: see `chooser`. If cache.length is a tensor, so can that sum be: then
     all shapes inside are fixed, too, and steps can follow one another without the host.
     """
     drafted, q = draft(model, e, token, to_probs, generator)
@@ -276,8 +284,7 @@ def run(blocks, model, prompt, max_new_tokens, *, temperature=1.0, top_k=None, t
         raise ValueError("call model.eval() first: dropout would change the distribution")
     if not prompt or not all(isinstance(token, int) for token in prompt):
         raise ValueError("the prompt must be a non-empty list of token ids (batch size is 1)")
-    to_probs = partial(warp, temperature=temperature, top_k=top_k, top_p=top_p, n_token=model.config.n_token)
-    stream = blocks(model, list(prompt), to_probs, Greedy() if temperature == 0 else generator)
+    stream = blocks(model, list(prompt), *chooser(model, generator, temperature, top_k, top_p))
     left = max_new_tokens
     while left > 0:
         new, n_drafts = next(stream)

@@ -312,8 +312,8 @@ class GPT(nn.Module):
     def cp_factors(self, e):
         """All of equation (1) at one hidden state: e (C,) -> log w (r,) and a function factor.
 
-        factor(s, previous) is log P_a^(s) (r, V), s = 1..n, given the token x_{s-1} = previous (1,), which has no effect
-        at s = 1 and without context. With r = 1, where no factors are mixed, it is so up to a constant.
+        factor(s, previous) is log P_a^(s) (r, V), s = 1..n, given the token x_{s-1} = previous (1,), which has no
+        effect at s = 1 and without context. With r = 1, where no factors are mixed, it is so up to a constant.
         """
         head, W = self.cp_head, self.lm_head.weight
 

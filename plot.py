@@ -118,8 +118,9 @@ def draw_bench(card, rows):
     speculative, the share of drafts accepted by position, with a gap where no step got that far, and the share of the
     steps that yielded 1, 2, ... tokens.
     """
-    figure, (speed, acceptance, steps) = new_figure(10.5, 4.2, (1.2, 1, 1))
     rows = [row for row in rows if row["mode"] != "plain" and row.get("speedup")]
+    n_bars = len(rows) + sum(row.get("bound") is not None for row in rows)
+    figure, (speed, acceptance, steps) = new_figure(10.5, max(4.2, 1.5 + 0.25 * n_bars), (1.2, 1, 1))
     rows.sort(key=lambda row: row["temperature"])  # stable: within a temperature the modes keep their order
     colors = dict(zip(sorted({row["temperature"] for row in rows}), PALETTE))
     labels = []  # of the bars, from the top down
@@ -160,12 +161,14 @@ def draw_bench(card, rows):
 
 
 def read_bench(path):
-    """The card, and the rows of the heads that share its n_future, of the JSON object at the end of the file that
-    bench_speculative.py's output went to. SystemExit with one line if there is no such file or it does not end so."""
+    """The card, and the rows of the heads that share its n_future and factors, of the JSON object at the end of the
+    file that bench_speculative.py's output went to. SystemExit with one line if it does not end so.
+    """
     try:
         bench = json.loads(Path(path).read_text(encoding="utf-8").splitlines()[-1])
         card = bench["card"]
-        rows = [row for row in bench["rows"] if row.get("n_future") == card["n_future"]]
+        same = ("n_future", "factors")
+        rows = [row for row in bench["rows"] if [row.get(key) for key in same] == [card[key] for key in same]]
         [card[key] for key in ("hardware", "device", "dtype", "vocab_size")]
         [row["tokens_per_step"] + row["speedup"] + row["temperature"] + row["rank"] for row in rows][0]
         [row["context"] + "" for row in rows]
@@ -187,8 +190,9 @@ def draw_ranks(card, rows):
         line.append((row["rank"], row["tokens_per_step"], row["speedup"]))
     contexts, temperatures = (sorted(set(keys)) for keys in zip(*points))
     for (context, temperature), line in sorted(points.items()):
-        style = dict(color=PALETTE[contexts.index(context)], ls="-" if temperature == temperatures[0] else "--",
-                     marker="o", ms=5, label=f"context {context}, temperature {temperature:g}")
+        style = dict(color=PALETTE[contexts.index(context)], marker="o", ms=5,
+                     label=f"context {context}, temperature {temperature:g}")
+        style |= dict(ls="-") if temperature == temperatures[0] else dict(ls="--", mfc="white")
         ranks, tokens, speedups = zip(*sorted(line))
         panels[0].plot(ranks, tokens, **style)
         panels[1].plot(ranks, speedups, **style)

@@ -41,7 +41,7 @@ def load(out_dir, device="auto", dtype="float32"):
     if enc.n_vocab != model.config.n_token:
         sys.exit(f"{path} holds a model of {model.config.n_token} tokens and a tokenizer of {enc.n_vocab}; train anew.")
     model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
-    if device.type == "cpu" and dtype == "float32":  # stored by columns, W times a few rows is faster, times 1 equal
+    if device.type == "cpu" and dtype == "float32":  # stored by columns: faster for a few rows, as fast for one
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight.data = module.weight.data.T.contiguous().T

@@ -231,12 +231,23 @@ def test_bench_says_what_was_measured_on_what():
     assert_text_fits(figure)
 
 
+@draws
+def test_many_heads_make_a_bench_taller():
+    """bench_speculative.py --beside: every bar and its label has room; the other panels are the first head's."""
+    others = [row(f"speculative, out/bytes_previous_{i}", temperature, 1.5) | {"bound": 2.0}
+              for i in range(5) for temperature in (0.0, 1.0)]
+    figure = plot.draw_bench(CARD, [*ROWS, *others])
+    assert figure.get_figheight() > plot.draw_bench(CARD, ROWS).get_figheight()
+    assert len(figure.axes[1].lines) == len(plot.draw_bench(CARD, ROWS).axes[1].lines)
+    assert_text_fits(figure)
+
+
 # -----------------------------------------------------------------------------
 # heads over the rank
 
 
 def head_row(context, rank, temperature, tokens, speedup):
-    head = {"n_future": CARD["n_future"], "context": context, "rank": rank}
+    head = {"n_future": CARD["n_future"], "factors": CARD["factors"], "context": context, "rank": rank}
     return row("speculative", temperature, speedup) | {"tokens_per_step": tokens, **head}
 
 
@@ -261,14 +272,16 @@ def test_ranks_have_a_colour_per_context_and_a_line_per_temperature():
 
 @draws
 def test_ranks_are_read_from_what_the_bench_printed(tmp_path, monkeypatch):
-    """Plain decoding and a head of another n are left out; one line for a file that is none of the bench's, for a bench of
-    an older version, and for a second file."""
-    path, argv = tmp_path / "0.txt", ["plot.py", "--ranks", str(tmp_path / "0.txt"), "--output", str(tmp_path / "x.png")]
+    """Plain decoding and heads of another n or other factors are left out; one line for a file that is none of the
+    bench's, for a bench of an older version, and for a second file."""
+    path, picture = tmp_path / "0.txt", tmp_path / "x.png"
+    argv = ["plot.py", "--ranks", str(path), "--output", str(picture)]
     monkeypatch.setattr(sys, "argv", argv)
-    path.write_text("a table\n" + json.dumps({"card": CARD, "rows": [*HEADS, HEADS[1] | {"n_future": 9}]}) + "\n")
+    rows = [*HEADS, HEADS[1] | {"n_future": 9}, HEADS[1] | {"factors": "full"}]
+    path.write_text("a table\n" + json.dumps({"card": CARD, "rows": rows}) + "\n")
     assert plot.read_bench(path) == (CARD, HEADS[1:])
     plot.main()
-    assert (tmp_path / "x.png").stat().st_size > 10_000
+    assert picture.stat().st_size > 10_000
     no_hardware = {key: value for key, value in CARD.items() if key != "hardware"}
     for text in ("", "a table\n", "{}\n", "[]", json.dumps({"card": CARD, "rows": HEADS[:1]}),
                  json.dumps({"card": no_hardware, "rows": HEADS}),

@@ -1,5 +1,6 @@
 """The tokenizer, the toy's grammar, and the scripts from text to bench, run as a user runs them."""
 
+import copy
 import hashlib
 import http.server
 import io
@@ -561,41 +562,49 @@ def test_heads_are_timed_side_by_side(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len({line.index("1.0 ") for line in lines if line.startswith(("plain", "speculative"))}) == 1
     check_same_law(model, other, "out/b")
+    one_weight = copy.deepcopy(other)
     with torch.no_grad():
-        other.transformer.h[0].mlp.c_fc.weight[0, 0] += 1
-    for wrong in (other, tiny_model(target="marginal"), tiny_model(target="lm_head", n_future=1),
-                  tiny_model(target="lm_head", n_layer=1)):
-        with pytest.raises(SystemExit, match="^--beside: out/b is no head on the same trunk with target lm_head; it"):
+        one_weight.transformer.h[0].mlp.c_fc.weight[0, 0] += 1
+    for wrong in (one_weight, tiny_model(target="marginal"), tiny_model(target="lm_head", n_future=1),
+                  tiny_model(target="lm_head", n_layer=1), tiny_model(target="lm_head", n_head=1),
+                  tiny_model(target="lm_head", n_token=4), tiny_model(target="lm_head", bias=not model.config.bias)):
+        with pytest.raises(SystemExit, match="^--beside: out/b is not another head on the very trunk of --out_dir"):
             check_same_law(model, wrong, "out/b")
+    with pytest.raises(SystemExit, match="^--beside needs a model with target lm_head: with another,"):
+        check_same_law(tiny_model(target="marginal"), other, "out/b")
 
 
 def test_nanogpts_algorithm_is_ours_with_one_future_token():
     """The rival in train.py --benchmark computes the same loss and gradients."""
     model, idx = tiny_model(n_future=1, rank=1), torch.randint(5, (2, 9))
-    losses = [loss(idx[:, :-1], idx[:, 1:, None])[0] for loss in (model.loss, partial(bench_training.nanogpt_loss, model))]
+    both = model.loss, partial(bench_training.nanogpt_loss, model)
+    losses = [loss(idx[:, :-1], idx[:, 1:, None])[0] for loss in both]
     ours, theirs = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
     assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-12)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("target,n_chunks", [("marginal", 6), ("lm_head", 7)])
-def test_flops_of_training_are_those_that_torch_counts(target, n_chunks):
-    """The matrix products of a step, without what the chunks of logits compute again; attention has next to none here."""
-    cfg = trainer.TrainConfig(block_size=2, n_layer=2, n_head=2, n_embd=16, n_future=3, rank=2, batch_size=4, target=target)
+@pytest.mark.parametrize("target,factors,context,share", [
+    ("marginal", "reduced", "none", 1), ("lm_head", "reduced", "previous", 1), ("lm_head", "full", "none", 0.5)])
+def test_flops_of_training_are_those_that_torch_counts(target, factors, context, share):
+    """The matrix products of a step, without what the chunks of logits compute again; attention has next to none."""
+    cfg = trainer.TrainConfig(block_size=2, n_layer=2, n_head=2, n_embd=16, n_future=3, rank=2, batch_size=4,
+                              target=target, factors=factors, context=context, joint_share=share)
     model, step = bench_training.stepper(cfg, 64, torch.device("cpu"), torch.float32)
     with FlopCounterMode(display=False) as counter:
         step()
-    again = 2 * 8 * 16 * 64 * n_chunks  # 8 positions
+    again = 2 * 8 * 16 * 64 * (6 * share + (target == "lm_head"))  # 8 positions, n r factors and the LM head
     assert counter.get_total_flops() - again == pytest.approx(bench_training.flops(model.config, cfg), rel=0.02)
 
 
 def test_benchmark_of_training_has_a_row_per_head(monkeypatch, capsys):
-    """Small shapes, through train.py's flag: rows of n = 1 in both algorithms and of the head, with their JSON; what does
-    not fit into memory is said; one line for shapes that are none."""
-    for name, values in (("VOCABULARIES", (64,)), ("FUTURES", (3,)), ("RANKS", (1, 2))):
+    """Small shapes, through train.py's flag: rows of n = 1 in both algorithms and of the head, with their JSON; memory
+    holds 16 bytes per parameter at least, AdamW's state among them; what does not fit into memory is said; one line for
+    shapes that are none, and for flags that mean nothing here."""
+    for name, values in (("VOCABULARIES", (8191,)), ("FUTURES", (3,)), ("RANKS", (1, 2))):
         monkeypatch.setattr(bench_training, name, values)
-    args = "train.py --benchmark --device cpu --n_layer 1 --n_embd 32 --n_head 2 --block_size 16 --batch_size 2"
+    args = "train.py --benchmark --device cpu --n_layer 1 --n_embd 256 --n_head 2 --block_size 4 --batch_size 1"
     monkeypatch.setattr(sys, "argv", args.split())
     trainer.main()
     out = capsys.readouterr().out
@@ -604,15 +613,20 @@ def test_benchmark_of_training_has_a_row_per_head(monkeypatch, capsys):
         ("nanoGPT", 1, 1), ("ours", 1, 1), ("ours", 3, 1), ("ours", 3, 2)]
     assert all(row["seconds"] > 0 and row["ratio"] > 0 and row["flops_per_second"] > 0 for row in rows)
     assert [row["head_parameters"] > 0 for row in rows] == [False, False, True, True]
+    for row in rows:
+        assert row["trunk_parameters"] > 8192 * 256  # padded, as train.py does
+        assert row["bytes"] is None or row["bytes"] > 15 * (row["trunk_parameters"] + row["head_parameters"])
     monkeypatch.setattr(bench_training, "VOCABULARIES", (2**45,))
     trainer.main()
     assert capsys.readouterr().out.count("not enough memory") == 4
     monkeypatch.setattr(sys, "argv", [*args.split(), "--n_head", "3"])
-    with pytest.raises(SystemExit, match=r"^n_embd 32 is not divisible by n_head 3\.$"):
+    with pytest.raises(SystemExit, match=r"^n_embd 256 is not divisible by n_head 3\.$"):
         trainer.main()
-    monkeypatch.setattr(sys, "argv", [*args.split(), "--resume"])
-    with pytest.raises(SystemExit, match="2"):
-        trainer.main()
+    for flag in ("--resume", "--compile", "--rank=3", "--init_from=x"):
+        monkeypatch.setattr(sys, "argv", [*args.split(), flag])
+        with pytest.raises(SystemExit, match="2"):
+            trainer.main()
+        assert f"{flag.split('=')[0]}: means nothing to --benchmark" in capsys.readouterr().err
 
 
 def test_bench_finds_where_texts_part():

@@ -107,17 +107,21 @@ PRESETS = {
 CHANGEABLE = ("data_dir", "out_dir", "device", "max_iters", "max_seconds", "eval_interval", "eval_windows",
               "log_interval")  # what --resume may be given beside the checkpoint's own settings
 
+BENCHMARKED = ("device", "dtype", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias", "factors", "context",
+               "target", "joint_share", "batch_size", "grad_accum")  # what --benchmark may be given
+
 
 def parse_args():
-    """--preset, --resume, --benchmark, and every field of TrainConfig as a flag that overrides the preset's: (TrainConfig,
-    resume or not, benchmark or not, flags)."""
+    """--preset, --resume, --benchmark, and every field of TrainConfig as a flag that overrides the preset's:
+    (TrainConfig, resume or not, benchmark or not, flags)."""
     parser = ArgumentParser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="where the defaults come from (laptop)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the checkpoint in out_dir and its settings; of the flags, only "
                              f"{', '.join(CHANGEABLE)} may differ")
     parser.add_argument("--benchmark", action="store_true",
-                        help="train nothing, but time steps over rank, n and vocabulary in the shapes of the other flags")
+                        help="train nothing, but time steps over rank, n and vocabulary; takes the flags "
+                             f"{', '.join(BENCHMARKED)}")
     known = ArgumentParser(None, add_help=False)  # --help has to wait until all flags are there
     known.add_argument("--preset", default="laptop")
     preset = PRESETS.get(known.parse_known_args()[0].preset, PRESETS["laptop"])
@@ -130,8 +134,9 @@ def parse_args():
     given = vars(parser.parse_args())
     given.pop("preset")
     resume, benchmark = given.pop("resume"), given.pop("benchmark")
-    if resume and benchmark:
-        parser.error("--benchmark trains nothing, so there is nothing to resume")
+    for name in benchmark * [*given, *["resume"] * resume]:
+        if name not in BENCHMARKED:
+            parser.error(f"argument --{name}: means nothing to --benchmark")
     return replace(preset, **given), resume, benchmark, given
 
 
