@@ -16,6 +16,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
@@ -122,8 +123,16 @@ def cells(cfg):
             yield "ours", replace(cfg, n_future=n, rank=r), V
 
 
+def block_signals(block, *signals):
+    """Let signals (Ctrl-C and SIGTERM) wait, or not any more; a process that starts meanwhile inherits it."""
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        how = signal.SIG_BLOCK if block else signal.SIG_UNBLOCK
+        signal.pthread_sigmask(how, signals or {signal.SIGINT, signal.SIGTERM})
+
+
 def answer(sender, args):
     """In the fresh process: send measure(*args), or None where the memory does not suffice."""
+    block_signals(False, signal.SIGTERM)  # what a daemon is ended with
     try:
         row = measure(*args)
     except RuntimeError as e:  # torch.OutOfMemoryError is one
@@ -138,12 +147,15 @@ def measure_apart(*args):
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=answer, args=(sender, args), daemon=True)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is ours alone; a daemon ends when we do
+    resource_tracker.ensure_running()  # start would begin with this, which lets signals through again
+    block_signals(True)  # they wait until it has started; and Ctrl-C is ours alone, as a daemon ends when we do
     process.start()
-    signal.signal(signal.SIGINT, before)
+    block_signals(False)
     sender.close()
     try:
-        return receiver.recv()
+        row = receiver.recv()
+        process.join()
+        return row
     except EOFError:
         process.join()
         if process.exitcode == -9:  # SIGKILL, which is what a system out of memory sends

@@ -5,8 +5,10 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -627,6 +629,21 @@ def test_benchmark_of_training_has_a_row_per_head(monkeypatch, capsys):
         with pytest.raises(SystemExit, match="2"):
             trainer.main()
         assert f"{flag.split('=')[0]}: means nothing to --benchmark" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no process groups")
+def test_ctrl_c_ends_the_benchmark_of_training(tmp_path):
+    """A terminal interrupts the whole group, so also the process that measures, here while it starts: one line, code
+    130, and no process stays behind. SIGTERM ends it in order, too."""
+    args = "--benchmark --device cpu --n_layer 1 --n_embd 32 --n_head 2 --block_size 16 --batch_size 1".split()
+    for number, code, line in ((signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "")):
+        process = subprocess.Popen([sys.executable, HERE / "train.py", *args], stdout=subprocess.PIPE, text=True,
+                                   stderr=subprocess.PIPE, start_new_session=True, cwd=tmp_path)
+        while "nanoGPT" not in process.stdout.readline():  # the first row; the next process imports torch by now
+            pass
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
+        out, err = process.communicate(timeout=60)  # ends when no process holds the pipes any more
+        assert (process.returncode, err.strip()) == (code, line)
 
 
 def test_bench_finds_where_texts_part():
