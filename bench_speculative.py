@@ -108,11 +108,14 @@ def transformers_generate(peer, prompt, max_new_tokens, *, temperature, generato
 # the measurement
 
 
+HEAD = ("n_future", "rank", "factors", "context")  # what says of which kind a head is
+
+
 def check_same_law(model, other, out_dir):
     """SystemExit with one line unless both models write the same texts: then their heads compare."""
     if model.config.target != "lm_head":
         sys.exit("--beside needs a model with target lm_head: with another, the head itself says what gets written.")
-    head = {name: getattr(model.config, name) for name in ("n_future", "rank", "factors", "context", "dropout")}
+    head = {name: getattr(model.config, name) for name in (*HEAD, "dropout")}
     theirs = other.state_dict()
     same = other.cp_head is not None and replace(other.config, **head) == model.config and all(
         name.startswith("cp_head.") or torch.equal(p, theirs[name]) for name, p in model.state_dict().items())
@@ -227,8 +230,7 @@ class Bench:
                 "acceptance": [a if a == a else None for a in s.acceptance], "histogram": s.histogram,
             })
             if mode in self.heads:
-                config = self.heads[mode].config
-                rows[-1] |= {name: getattr(config, name) for name in ("n_future", "rank", "factors", "context")}
+                rows[-1] |= {name: getattr(self.heads[mode].config, name) for name in HEAD}
                 ms = {name: 1e3 * statistics.median(p[name] for p in parts[mode]) for name in parts[mode][0]}
                 rows[-1]["parts_ms"] = {**ms, "rest": rows[-1]["step_ms"] - sum(ms.values())}
                 forward = [p["trunk"] + p["targets"] for p in parts[mode]]  # as if all else were free
@@ -243,7 +245,7 @@ def describe(bench, args):
     return {
         "out_dir": args.out_dir, "device": str(device), "hardware": hardware(device), "torch": torch.__version__,
         "dtype": args.dtype, "threads": torch.get_num_threads(), "trunk_parameters": trunk, "head_parameters": head,
-        "n_future": config.n_future, "rank": config.rank, "factors": config.factors, "context": config.context,
+        **{name: getattr(config, name) for name in HEAD},
         "target": config.target, "vocab_size": config.n_token, "prompts": len(bench.prompts),
         "tokens_per_prompt": bench.n_tokens, "rounds": args.rounds, "seed": args.seed,
         **({"transformers": version("transformers"), "prompt_lookup_tokens": LOOKUP} if args.peers else {}),

@@ -13,8 +13,7 @@ import multiprocessing
 import signal
 import statistics
 import sys
-from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -24,8 +23,8 @@ from torch.nn import functional as F
 
 from bench_speculative import hardware, timed
 from common import pick_device
-from model import GPT, GPTConfig
-from train import Run, optimizer_step, pick_dtype
+from model import GPT
+from train import Run, autocast_context, model_config, optimizer_step, pick_dtype
 
 VOCABULARIES, FUTURES, RANKS = (4096, 50257), (4, 8), (1, 2, 4, 8, 16)
 PEAK = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}  # FLOP/s in bfloat16, dense, as NVIDIA states them
@@ -70,12 +69,6 @@ def flops(c, cfg):
     return 6 * cfg.batch_size * cfg.block_size * (trunk + cfg.joint_share * head)
 
 
-def model_config(cfg, vocab_size):
-    """As train.py builds it: the vocabulary padded to a multiple of 64."""
-    shape = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)}
-    return GPTConfig(**shape, vocab_size=-(-vocab_size // 64) * 64, n_token=vocab_size)
-
-
 def stepper(cfg, vocab_size, device, dtype, loss=None):
     """(model, a function that does one step of train.py's loop on random tokens)."""
     torch.manual_seed(cfg.seed)
@@ -83,9 +76,8 @@ def stepper(cfg, vocab_size, device, dtype, loss=None):
     run, tokens = Run(cfg, {}, model, device, dtype), (cfg.batch_size, cfg.block_size + cfg.n_future)
     text = torch.randint(vocab_size, tokens, device=device)
     batches = itertools.repeat((text[:, : cfg.block_size], text[:, 1:].unfold(1, cfg.n_future, 1)))
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     loss_function = partial(loss, model) if loss else model.loss
-    return model, lambda: optimizer_step(run, loss_function, batches, autocast)
+    return model, lambda: optimizer_step(run, loss_function, batches, autocast_context(device, dtype))
 
 
 def measure(cfg, vocab_size, device_name, loss=None, rounds=5):

@@ -434,12 +434,13 @@ def test_speculative_law_is_exact_under_warping(options, monkeypatch):
 
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("rank", [1, 2])
-def test_speculative_law_is_exact_past_the_block(rank, context, monkeypatch):
-    """Block of 3: drafts get clamped and the window moves inside the text. One id of three is padding: it has a share
-    in the factors, and none in the text."""
-    model = tiny_model(**SMALL[0] | dict(rank=rank, context=context), block_size=3, n_token=2)
-    law = exact_law(lambda choose: generate_speculative(model, [0, 1], 5), monkeypatch)
-    assert total_variation(law, oracle_law(model, [0, 1], 5)) < 1e-12
+@pytest.mark.parametrize("n_token,length", [(3, 4), (2, 5)])
+def test_speculative_law_is_exact_past_the_block(n_token, length, rank, context, monkeypatch):
+    """Block of 3: drafts get clamped and the window moves inside the text. With n_token = 2, one id of three is
+    padding: it has a share in the factors, and none in the text."""
+    model = tiny_model(**SMALL[0] | dict(rank=rank, context=context), block_size=3, n_token=n_token)
+    law = exact_law(lambda choose: generate_speculative(model, [0, 1], length), monkeypatch)
+    assert total_variation(law, oracle_law(model, [0, 1], length)) < 1e-12
 
 
 def test_other_decoders_by_enumeration(monkeypatch):

@@ -207,6 +207,16 @@ class Windows:
 # the parts of the loop
 
 
+def autocast_context(device, dtype):
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+
+
+def model_config(cfg, n_token):
+    """The GPTConfig of a fresh model: the fields that cfg shares with it, the vocabulary padded to a multiple of 64."""
+    shared = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)}
+    return GPTConfig(**shared, vocab_size=-(-n_token // 64) * 64, n_token=n_token)
+
+
 def build_model(cfg, meta):
     """A fresh model, or the trunk of --init_from with the head that cfg asks for."""
     head = dict(n_future=cfg.n_future, rank=cfg.rank, factors=cfg.factors, context=cfg.context, target=cfg.target,
@@ -214,10 +224,7 @@ def build_model(cfg, meta):
     if cfg.fresh_head and not cfg.init_from:
         sys.exit("--fresh_head leaves the head of a checkpoint out; name the checkpoint with --init_from.")
     try:
-        config = GPTConfig(
-            block_size=cfg.block_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, bias=cfg.bias,
-            vocab_size=-(-meta["vocab_size"] // 64) * 64, n_token=meta["vocab_size"], **head,
-        )
+        config = model_config(cfg, meta["vocab_size"])
     except ValueError as e:
         sys.exit(f"{e}.")
     if not cfg.init_from:
@@ -440,7 +447,7 @@ def set_up(cfg, resume, given):
     print(f"device {device}, {str(dtype).removeprefix('torch.')}; trunk {trunk / 1e6:.2f}M and head {head / 1e6:.2f}M "
           f"parameters; {cfg.batch_size * cfg.grad_accum * cfg.block_size:,} tokens per step; n = {cfg.n_future}"
           + (f", r = {cfg.rank}, context {cfg.context}" if model.cp_head else ""))
-    return run, batches, val_data, torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    return run, batches, val_data, autocast_context(device, dtype)
 
 
 def log_step(run, loss, parts, speed):
