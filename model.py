@@ -161,9 +161,9 @@ class CPHead(nn.Module):
             self.factors = nn.Parameter(torch.eye(C) + 0.02 * torch.randn(n, r, C, C))
         else:  # W_a^(s), an unembedding of its own
             self.factors = nn.Parameter(0.02 * torch.randn(n, r, config.vocab_size, C))
-        if self.sees_previous:  # G and U of equation (4) for s = 2..n; U = 0 is the head without context
+        if self.sees_previous:  # G^(s), s = 2..n, and U of equation (4); U = 0 is the head without context
             self.gate = nn.Parameter(torch.randn(n - 1, C, C) / C**0.5)
-            self.out = nn.Parameter(torch.zeros(n - 1, C, C))
+            self.out = nn.Parameter(torch.zeros(C, C))
 
     def log_weights(self, e):
         """log w: e (..., C) -> (..., r)."""
@@ -185,8 +185,8 @@ class CPHead(nn.Module):
         if self.reduced:  # all maps first, then N n r rows of one product with W
             h = self.vectors(e)
             if self.sees_previous:
-                term = self.previous_term(F.embedding(targets.T[:-1], unembed), self.gates(e), self.out.mT)
-                h = h + F.pad(term, (0, 0, 0, 0, 1, 0)).transpose(0, 1).unsqueeze(2)  # (N, n, 1, C), 0 where s = 1
+                term = self.previous_term(F.embedding(targets[:, :-1], unembed), self.gates(e))  # (N, n - 1, C)
+                h = h + F.pad(term, (0, 0, 1, 0)).unsqueeze(2)  # (N, n, 1, C), 0 where s = 1
             gold = gold_log_prob(h.view(-1, C), unembed, targets.repeat_interleave(r, dim=1).flatten(), len(e))
             return gold.view(-1, n, r)
         factors = self.factors.flatten(0, 1).unbind()  # unbind, not indexing: its backward fills one gradient
@@ -194,19 +194,18 @@ class CPHead(nn.Module):
         return torch.stack(gold, dim=-1).unflatten(-1, (n, r))
 
     def gates(self, e):
-        """G^(s) e of equation (4), s = 2..n: e (N, C) -> (n - 1, N, C)."""
-        return F.linear(e, self.gate.flatten(0, 1)).unflatten(-1, self.gate.shape[:2]).transpose(0, 1)
+        """G^(s) e of equation (4), s = 2..n: e (..., C) -> (..., n - 1, C)."""
+        return F.linear(e, self.gate.flatten(0, 1)).unflatten(-1, self.gate.shape[:2])
 
-    def previous_term(self, row, gate, U_T):
+    def previous_term(self, row, gate):
         """What the token before adds to every component's vector in front of the unembedding W:
 
-            h_a^(s) = M_a^(s) e + U^(s) (norm(W[x_{s-1}]) * G^(s) e)                                           (4)
+            h_a^(s) = M_a^(s) e + U (norm(W[x_{s-1}]) * G^(s) e)                                               (4)
 
         In the logits that is a table of token pairs of rank C, whose C parts are weighted by what e says.
-        row (..., N, C), the rows W[x_{s-1}]; gate (..., N, C), one position's of `gates` or all; U_T (..., C, C), the
-        transpose of U -> (..., N, C).
+        row (..., C), the rows W[x_{s-1}]; gate (..., C), theirs of `gates` -> (..., C).
         """
-        return (F.layer_norm(row, row.shape[-1:]) * gate) @ U_T
+        return F.linear(F.layer_norm(row, row.shape[-1:]) * gate, self.out)
 
 
 def gold_log_prob(x, weight, y, n_positions):
@@ -323,12 +322,12 @@ class GPT(nn.Module):
         if not head.sees_previous:
             log_p = log_probs(head.logits(e, W)).unbind()
             return head.log_weights(e), lambda s, previous: log_p[s - 1]
-        h, gates, U_T = head.vectors(e).unbind(), head.gates(e.unsqueeze(0)).unbind(), head.out.mT.unbind()
+        h, gates = head.vectors(e).unbind(), head.gates(e).unbind()
 
         def factor(s, previous):
             h_s = h[s - 1]  # (r, C)
             if s > 1:
-                h_s = h_s + head.previous_term(W.index_select(0, previous), gates[s - 2], U_T[s - 2])
+                h_s = h_s + head.previous_term(W.index_select(0, previous), gates[s - 2])
             return log_probs(fp32(F.linear(h_s, W)))
 
         return head.log_weights(e), factor

@@ -38,7 +38,7 @@ def joint_table(model, e):
             A = head.factors[s, a]
             logits = W @ (A @ e) if model.config.factors == "reduced" else A @ e
             if s > 0 and model.config.context == "previous":  # a row for each previous token, equation (4)
-                G, U = head.gate[s - 1], head.out[s - 1]
+                G, U = head.gate[s - 1], head.out
                 norm = (W - W.mean(1, keepdim=True)) / (W.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
                 logits = torch.stack([logits + W @ U @ (x * (G @ e)) for x in norm])
             term = term.unsqueeze(-1) * torch.softmax(logits, -1)
@@ -252,7 +252,8 @@ def test_one_component_that_sees_its_previous_token_is_sure_where_no_product_can
     with torch.no_grad():
         model.lm_head.weight.copy_(eye)
         head.factors.zero_()
-        head.gate[0], head.out[0] = 1.0, 40 * eye.roll(1, 0)
+        head.gate[0] = 1.0
+        head.out.copy_(40 * eye.roll(1, 0))
     _, factor = model.cp_factors(torch.full((V,), 1 / V, dtype=torch.float64))
     for x in range(V):
         assert factor(1, None).softmax(-1)[0, x].item() == pytest.approx(1 / V)
