@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch.nn import functional as F
 
 from model import KVCache, fp32
 
@@ -124,14 +125,13 @@ def keep_probability(p, q, drafted):
     """k_i, the probability that the first i drafts are kept, i = 0..n - 1: p, q (n, V), drafted (n - 1,) -> (n, 1).
 
     k_0 = 1, k_i = min(1, k_{i-1} p(x) / q(x)) with x the i-th draft: one that p likes better than q does makes up for
-    the one before it.
+    the one before it. So log k is the walk of sum log p / q held down at 0, which is what it lies below its maximum.
     """
     x = drafted.unsqueeze(-1)
     p_x, q_x = p.gather(-1, x), q.gather(-1, x)  # (n - 1, 1)
-    k = [torch.ones_like(p[0, :1])]
-    for ratio in torch.where(q_x > 0, p_x / q_x, 0.0).clamp(max=1e30).unbind():  # (1,) each; inf * 0 would be NaN
-        k.append((k[-1] * ratio).clamp(max=1.0))
-    return torch.stack(k)
+    ratio = torch.where(q_x > 0, p_x / q_x, 0.0).clamp(max=1e30)  # inf would become NaN
+    walk = F.pad(ratio.log().cumsum(0), (0, 0, 1, 0))  # (n, 1), 0 where i = 0
+    return (walk - walk.cummax(0).values).exp()
 
 
 def missing(k, p, q):
