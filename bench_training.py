@@ -62,8 +62,9 @@ def flops(c, cfg):
     if c.n_future == 1 or c.target == "lm_head":
         trunk += c.vocab_size * c.n_embd
     head = 0
-    if c.n_future > 1:
-        head += c.n_future * c.rank * c.n_embd * c.vocab_size
+    if c.n_future > 1:  # with sample_component, 2 for all components and 6 for one
+        sampled = 1 / 3 + 1 / c.rank if cfg.sample_component and c.rank > 1 else 1
+        head += c.n_future * c.rank * c.n_embd * c.vocab_size * sampled
         head += c.n_future * c.rank * c.n_embd**2 * (c.factors == "reduced")
         head += 2 * (c.n_future - 1) * c.n_embd**2 * (c.context == "previous")
     return 6 * cfg.batch_size * cfg.block_size * (trunk + cfg.joint_share * head)
@@ -167,7 +168,8 @@ def benchmark(cfg):
     peak = next((most for gpu, most in PEAK.items() if gpu in name and dtype == "bfloat16"), None)
     print(f"{name}, {device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads; "
           f"n_layer {cfg.n_layer}, n_embd {cfg.n_embd}, {cfg.batch_size} x {cfg.block_size} tokens, "
-          f"joint_share {cfg.joint_share}, factors {cfg.factors}, context {cfg.context}, target {cfg.target}\n"
+          f"joint_share {cfg.joint_share}, sample_component {cfg.sample_component}, factors {cfg.factors}, "
+          f"context {cfg.context}, target {cfg.target}\n"
           "x n = 1: a step over one of ours without a head, taken in turn, median; MiB: peak, with weights, gradients\n"
           "and AdamW's state; GFLOP/s: of the matrix products that training needs, without what gets computed again")
     print(f"\n{'':8}      V   n   r  head, M  ms/step  x n = 1     MiB  GFLOP/s" + "   MFU" * bool(peak))

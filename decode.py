@@ -201,8 +201,9 @@ def speculative_step(model, cache, e, token, max_drafts, to_probs, generator):
     the token before it; cache, everything before it. max_drafts: how many drafts may be accepted at most.
     Returns e and token for the next step, and block (n + 1,): the number k of accepted drafts, the n - 1 drafts, and
     the token behind the accepted ones. New are the first k drafts and that token; the caller sets cache.length to
-    what it was plus k + 1, which rolls back the rejected ones. to_probs, generator: see `chooser`. If cache.length is a tensor, so can that sum be: then
-    all shapes inside are fixed, too, and steps can follow one another without the host.
+    what it was plus k + 1, which rolls back the rejected ones. to_probs, generator: see `chooser`.
+    If cache.length is a tensor, so can that sum be: then all shapes inside are fixed, too, and steps can follow one
+    another without the host.
     """
     drafted, q = draft(model, e, token, to_probs, generator)
     if max_drafts < len(drafted):

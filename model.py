@@ -181,17 +181,41 @@ class CPHead(nn.Module):
 
     def gold_log_probs(self, e, targets, unembed):
         """log P_a^(s) of the gold tokens alone: e (N, C), targets (N, n) -> (N, n, r)."""
-        n, r, C = *self.factors.shape[:2], e.size(-1)
-        if self.reduced:  # all maps first, then N n r rows of one product with W
-            h = self.vectors(e)
-            if self.sees_previous:
-                term = self.previous_term(F.embedding(targets[:, :-1], unembed), self.gates(e))  # (N, n - 1, C)
-                h = h + F.pad(term, (0, 0, 1, 0)).unsqueeze(2)  # (N, n, 1, C), 0 where s = 1
-            gold = gold_log_prob(h.view(-1, C), unembed, targets.repeat_interleave(r, dim=1).flatten(), len(e))
-            return gold.view(-1, n, r)
+        if self.reduced:
+            return gold_of_vectors(self.gold_vectors(e, targets, unembed), targets, unembed)
+        n, r = self.factors.shape[:2]
         factors = self.factors.flatten(0, 1).unbind()  # unbind, not indexing: its backward fills one gradient
         gold = [gold_log_prob(e, factors[s * r + a], targets[:, s], len(e)) for s in range(n) for a in range(r)]
         return torch.stack(gold, dim=-1).unflatten(-1, (n, r))
+
+    def gold_vectors(self, e, targets, unembed):
+        """h_a^(s), what W turns into logits, along the gold tokens: e (N, C), targets (N, n) -> (N, n, r, C)."""
+        h = self.vectors(e)
+        if self.sees_previous:
+            term = self.previous_term(F.embedding(targets[:, :-1], unembed), self.gates(e))  # (N, n - 1, C)
+            h = h + F.pad(term, (0, 0, 1, 0)).unsqueeze(2)  # (N, n, 1, C), 0 where s = 1
+        return h
+
+    def sampled_joint(self, log_w, e, targets, unembed):
+        """joint_log_probs of log_w (N, r) and gold_log_probs, (N, n), at less cost for the same gradient on average.
+
+        With c the component that a window came from,
+
+            d log P(x_1..x_n) = sum_a P(c = a | x_1..x_n) d(log w_a + sum_s log P_a^(s)(x_s)),                   (6)
+
+        and the factors get the gradient of one c for each position, drawn from that posterior, instead of the sum.
+        Only the last column, the joint of the whole window, has a gradient.
+        """
+        h = self.gold_vectors(e, targets, unembed)
+        with torch.no_grad():
+            gold = gold_of_vectors(h, targets, unembed)
+            joint = joint_log_probs(log_w, gold)
+            posterior = (log_w + gold.sum(1)).softmax(-1)  # (N, r)
+            c = torch.multinomial(posterior, 1)
+        h_c = h.gather(2, c[:, None, :, None].expand(-1, h.size(1), 1, h.size(3)))  # (N, n, 1, C)
+        terms = (posterior * log_w).sum(-1) + gold_of_vectors(h_c, targets, unembed).sum((1, 2))
+        joint[:, -1] += terms - terms.detach()
+        return joint
 
     def gates(self, e):
         """G^(s) e of equation (4), s = 2..n: e (..., C) -> (..., n - 1, C)."""
@@ -206,6 +230,12 @@ class CPHead(nn.Module):
         row (..., C), the rows W[x_{s-1}]; gate (..., C), theirs of `gates` -> (..., C).
         """
         return F.linear(F.layer_norm(row, row.shape[-1:]) * gate, self.out)
+
+
+def gold_of_vectors(h, targets, unembed):
+    """log softmax(W h)[gold token] for each position and component: h (N, n, r, C), targets (N, n) -> (N, n, r)."""
+    y = targets.unsqueeze(-1).expand(h.shape[:-1])
+    return gold_log_prob(h.flatten(0, -2), unembed, y.flatten(), len(h)).view(y.shape)
 
 
 def gold_log_prob(x, weight, y, n_positions):
@@ -336,7 +366,7 @@ class GPT(nn.Module):
         """Next-token logits at every position: idx (B, T) -> (B, T, V)."""
         return self.target_logits(self.hidden(idx))
 
-    def loss(self, idx, targets, joint_weight=1.0, balance_weight=0.0, joint_share=1.0):
+    def loss(self, idx, targets, joint_weight=1.0, balance_weight=0.0, joint_share=1.0, sample_component=False):
         """The training loss and its parts, in nats.
 
         idx (B, T); targets (B, T, n): targets[b, t, s - 1] is the token s places after idx[b, t].
@@ -344,6 +374,7 @@ class GPT(nn.Module):
         target "lm_head":  next + joint_weight * joint + balance_weight * balance
         joint_share < 1: the head sees that share of the positions, drawn anew every time, at that share of its cost.
         The loss stays unbiased, and neighbouring windows share n - 1 of their tokens anyway.
+        sample_component: train one component of each position's, see CPHead.sampled_joint (reduced factors only).
         Returns the loss and a dict of detached parts: next (next-token loss of the target law), joint (-log P of
         the window, per token), offset (n,) (-log P(x_{t+s} | x_{t+1..t+s-1}); its mean is joint), balance (see
         balance_loss), usage (r,) (mean weight of each component).
@@ -359,7 +390,10 @@ class GPT(nn.Module):
             some = torch.randperm(len(e), device=e.device)[: math.ceil(joint_share * len(e))]
             e, targets = e[some], targets[some]
         log_w = self.cp_head.log_weights(e)  # (N, r)
-        joint = joint_log_probs(log_w, self.cp_head.gold_log_probs(e, targets, unembed))  # (N, n)
+        if sample_component and self.config.rank > 1:
+            joint = self.cp_head.sampled_joint(log_w, e, targets, unembed)  # (N, n)
+        else:
+            joint = joint_log_probs(log_w, self.cp_head.gold_log_probs(e, targets, unembed))
         joint_loss, balance = -joint[:, -1].mean() / self.config.n_future, balance_loss(log_w)
         offset = -joint.detach().mean(0).diff(prepend=joint.new_zeros(1))  # chain rule: log P(x_s | x_<s)
         if self.config.target == "lm_head":

@@ -140,6 +140,45 @@ def test_joint_share_is_unbiased_and_trains_on_a_part():
     assert 0 < abs(parts.mean().item() - full) < 6 * parts.std().item() / 10
 
 
+@pytest.mark.parametrize("context", ["none", "previous"])
+@pytest.mark.parametrize("target", ["marginal", "lm_head"])
+def test_sampled_component_has_the_loss_and_on_average_the_gradient(context, target, monkeypatch):
+    """Summed over all that could be drawn, each with its probability, the gradients of sample_component are those of
+    the full loss; so are the loss and its parts at every draw. Guards a draw from w instead of the posterior, whose
+    gradient the same check must tell apart."""
+    model = tiny_model(rank=3, context=context, target=target)
+    idx, targets = torch.randint(5, (1, 2)), torch.randint(5, (1, 2, 3))
+    options = dict(joint_weight=0.7, balance_weight=0.3)
+
+    def loss_and_gradient(**more):
+        loss, parts = model.loss(idx, targets, **options, **more)
+        gradient = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+        return parts, torch.cat([loss.detach().view(1), *(g.flatten() for g in gradient)])
+
+    parts, full = loss_and_gradient()
+
+    def mean(posterior_of):
+        """The mean over all draws of loss and gradient, if the posterior (N, r) is taken to be posterior_of it."""
+        total = 0
+        for drawn in itertools.product(range(3), repeat=2):  # a component for each of the two positions
+            chance = []
+
+            def multinomial(posterior, n):
+                chance.append(posterior_of(posterior)[torch.arange(2), torch.tensor(drawn)].prod())
+                return torch.tensor(drawn).unsqueeze(-1)
+
+            monkeypatch.setattr(torch, "multinomial", multinomial)
+            parts_drawn, gradient = loss_and_gradient(sample_component=True)
+            for name, part in parts.items():
+                torch.testing.assert_close(parts_drawn[name], part, rtol=0, atol=1e-12)
+            total += chance[0] * gradient
+        return total
+
+    torch.testing.assert_close(mean(lambda p: p), full, rtol=0, atol=1e-12)
+    w = model.cp_head.log_weights(model.hidden(idx)[0]).detach().exp()
+    assert (mean(lambda p: w) - full).abs().max() > 1e-4
+
+
 def test_rank_one_is_independent_heads():
     """r = 1: the joint loss is the mean of n cross-entropies, and the weights get no gradient."""
     model = tiny_model(rank=1)

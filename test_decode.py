@@ -228,7 +228,7 @@ def random_laws(kind, seed, V=3, n=3, scale=2.0):
 
 
 def rows_along(p, q, drafted):
-    """The rows of p and q for the places of a draft, each given the drafts before it: (n, V) both, q's last all zero."""
+    """The rows of p and q for the places of a draft, each given the drafts before it: (n, V) both, q's last all 0."""
     rows_p, rows_q = (torch.stack([t[tuple(drafted[:k])] for k, t in enumerate(law)]) for law in (p, q))
     return rows_p, torch.cat((rows_q, torch.zeros_like(rows_p[:1])))
 

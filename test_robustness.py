@@ -28,7 +28,8 @@ HERE = Path(__file__).parent
 MAIN = {"prepare": prepare_tinystories.main, "train": train.main, "sample": sample.main,
         "bench": bench_speculative.main}
 SMALL = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 --n_future 3 "
-         "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu --max_seconds 0")
+         "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu "
+         "--max_seconds 0")
 
 
 def start(script, args):
@@ -130,6 +131,7 @@ BAD = [
     ("train", "--rank 100000000000000000000", "--rank: must be at least 1 and at most 1000000"),
     ("train", "--max_iters many", "invalid int value: 'many'"),
     ("train", "--joint_share 0", "--joint_share: must be above 0 and at most 1, not 0"),
+    ("train", "--factors full --sample_component", "sample_component needs factors = reduced"),
     ("train", "--warmup 1", "--warmup: must be at least 0 and at most 0.99"),
     ("train", "--batch_size 0", "--batch_size: must be at least 1"),
     ("train", "--seed -1", "--seed: must be at least 0"),
@@ -284,9 +286,9 @@ def test_a_compiler_that_is_missing_is_explained(home, monkeypatch):
 def test_the_gpu_preset_runs_reduced_on_a_cpu(home, monkeypatch):
     """--preset tinystories with its target, its batches in parts and bfloat16, at a size for a CPU."""
     monkeypatch.chdir(home)
-    assert call("train", "--preset tinystories --data_dir data/toy --out_dir out/gpu --n_layer 2 --n_head 2 --n_embd 32 "
-                         "--block_size 32 --batch_size 4 --eval_windows 4 --max_iters 4 --dtype bfloat16 --device cpu "
-                         "--log_interval 1") == (0, "")
+    assert call("train", "--preset tinystories --data_dir data/toy --out_dir out/gpu --n_layer 2 --n_head 2 "
+                         "--n_embd 32 --block_size 32 --batch_size 4 --eval_windows 4 --max_iters 4 "
+                         "--dtype bfloat16 --device cpu --log_interval 1") == (0, "")
     log = [json.loads(line) for line in Path("out/gpu/log.jsonl").read_text().splitlines()]
     config = torch.load("out/gpu/ckpt.pt", weights_only=True)["train_config"]
     assert config["grad_accum"] == 4 and config["target"] == "marginal" and 4 < log[-1]["val"]["joint"] < 8
@@ -437,7 +439,7 @@ def test_a_larger_max_iters_trains_on(home, monkeypatch):
     assert torch.load("out/longer/ckpt.pt", weights_only=True)["iter_num"] == 30
 
 
-KILLED = f"{SMALL} --eval_interval 1 --warmup 0 --lr 1e-3 --min_lr 1e-3 --out_dir out/killed"  # the same rate at any length
+KILLED = f"{SMALL} --eval_interval 1 --warmup 0 --lr 1e-3 --min_lr 1e-3 --out_dir out/killed"  # one rate at any length
 
 
 def kill_many(script, args, check, n=20):
@@ -520,7 +522,7 @@ def test_a_full_disk_leaves_the_old_files(script, args, home, tmp_path):
     for folder in ("data/toy", "out/toy"):
         shutil.copytree(home / folder, tmp_path / folder)
     before = contents(tmp_path)
-    result = subprocess.run([sys.executable, HERE / script, *args.split()], cwd=tmp_path, capture_output=True, text=True,
-                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    result = subprocess.run([sys.executable, HERE / script, *args.split()], cwd=tmp_path, capture_output=True,
+                            text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
     assert result.returncode == 1 and "free some space" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr and contents(tmp_path) == before

@@ -587,16 +587,19 @@ def test_nanogpts_algorithm_is_ours_with_one_future_token():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("target,factors,context,share", [
-    ("marginal", "reduced", "none", 1), ("lm_head", "reduced", "previous", 1), ("lm_head", "full", "none", 0.5)])
-def test_flops_of_training_are_those_that_torch_counts(target, factors, context, share):
+@pytest.mark.parametrize("target,factors,context,share,sampled", [
+    ("marginal", "reduced", "none", 1, False), ("lm_head", "reduced", "previous", 1, False),
+    ("lm_head", "full", "none", 0.5, False), ("lm_head", "reduced", "previous", 0.5, True)])
+def test_flops_of_training_are_those_that_torch_counts(target, factors, context, share, sampled):
     """The matrix products of a step, without what the chunks of logits compute again; attention has next to none."""
     cfg = trainer.TrainConfig(block_size=2, n_layer=2, n_head=2, n_embd=16, n_future=3, rank=2, batch_size=4,
-                              target=target, factors=factors, context=context, joint_share=share)
+                              target=target, factors=factors, context=context, joint_share=share,
+                              sample_component=sampled)
     model, step = bench_training.stepper(cfg, 64, torch.device("cpu"), torch.float32)
     with FlopCounterMode(display=False) as counter:
         step()
-    again = 2 * 8 * 16 * 64 * (6 * share + (target == "lm_head"))  # 8 positions, n r factors and the LM head
+    # 8 positions, n r factors, of which n have a gradient if one component was drawn, and the LM head
+    again = 2 * 8 * 16 * 64 * ((3 if sampled else 6) * share + (target == "lm_head"))
     assert counter.get_total_flops() - again == pytest.approx(bench_training.flops(model.config, cfg), rel=0.02)
 
 

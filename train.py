@@ -69,6 +69,8 @@ class TrainConfig:
     joint_weight: float = flag(1.0, "weight of the joint loss beside the next-token loss if target is lm_head", amount)
     balance_weight: float = flag(0.05, "weight of the load-balancing loss", amount)
     joint_share: float = flag(1.0, "share of the positions, drawn anew every step, on which the head is trained", share)
+    sample_component: bool = flag(False, "train one component for each position, drawn from its posterior, not all: "
+                                  "cheaper where the rank is large")
     batch_size: int = flag(16, "windows per forward pass", count)
     grad_accum: int = flag(1, "forward passes per step", count)
     lr: float = flag(1e-3, "peak learning rate", amount)
@@ -108,7 +110,7 @@ CHANGEABLE = ("data_dir", "out_dir", "device", "max_iters", "max_seconds", "eval
               "log_interval")  # what --resume may be given beside the checkpoint's own settings
 
 BENCHMARKED = ("device", "dtype", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias", "factors", "context",
-               "target", "joint_share", "batch_size", "grad_accum")  # what --benchmark may be given
+               "target", "joint_share", "sample_component", "batch_size", "grad_accum")  # what --benchmark may be given
 
 
 def parse_args():
@@ -213,6 +215,8 @@ def autocast_context(device, dtype):
 
 def model_config(cfg, n_token):
     """The GPTConfig of a fresh model: the fields that cfg shares with it, the vocabulary padded to a multiple of 64."""
+    if cfg.sample_component and cfg.factors != "reduced":
+        raise ValueError("sample_component needs factors = reduced")
     shared = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)}
     return GPTConfig(**shared, vocab_size=-(-n_token // 64) * 64, n_token=n_token)
 
@@ -316,7 +320,7 @@ class Run:
         return max(self.iter_num / self.cfg.max_iters, by_time)
 
     def random_states(self):
-        """The generators of the windows and of what is drawn on the way (dropout, joint_share), device's included."""
+        """The generators of the windows and of what else is drawn (dropout, joint_share, ...), the device's, too."""
         backend = getattr(torch, self.device.type)  # torch.cuda, torch.mps, torch.cpu
         rest = {} if self.device.type == "cpu" else {self.device.type: backend.get_rng_state()}
         return {"windows": self.windows.get_state(), "cpu": torch.get_rng_state(), **rest}
@@ -357,7 +361,8 @@ def resume_config(path, given):
         old = TrainConfig(**ckpt["train_config"])
         ckpt["meta"]["tokenizer"], ckpt["meta"]["splits"]
     except (KeyError, TypeError):
-        sys.exit(f"{path} holds no state of training to go on from; --init_from {path} starts a new run with its weights.")
+        sys.exit(f"{path} holds no state of training to go on from; --init_from {path} starts a new run with its "
+                 "weights.")
     for name, value in given.items():
         if name not in CHANGEABLE and value != getattr(old, name):
             sys.exit(f"--resume goes on with {name} = {getattr(old, name)}, not {value}; leave --{name} away, or start "
@@ -368,8 +373,7 @@ def resume_config(path, given):
 
 @contextmanager
 def stop_signals():
-    """A list that is empty until Ctrl-C or SIGTERM, which then end the run after its step; a second one ends it at once.
-    """
+    """A list that is empty until Ctrl-C or SIGTERM, which ends the run after its step; a second one does at once."""
     caught, before = [], {}
 
     def note(number, frame):
@@ -401,7 +405,8 @@ def optimizer_step(run, loss_function, batches, autocast):
     for _ in range(cfg.grad_accum):
         idx, targets = next(batches)
         with autocast:
-            loss, parts = loss_function(idx, targets, cfg.joint_weight, cfg.balance_weight, cfg.joint_share)
+            loss, parts = loss_function(idx, targets, cfg.joint_weight, cfg.balance_weight, cfg.joint_share,
+                                        cfg.sample_component)
         scaler.scale(loss / cfg.grad_accum).backward()
     if cfg.grad_clip:
         scaler.unscale_(optimizer)
@@ -438,8 +443,8 @@ def set_up(cfg, resume, given):
         try:
             run.restore(ckpt)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-            sys.exit(f"{path} holds no state of training that fits ({type(e).__name__}); --init_from {path} starts a new "
-                     "run with its weights.")
+            sys.exit(f"{path} holds no state of training that fits ({type(e).__name__}); --init_from {path} starts a "
+                     "new run with its weights.")
     batches = Windows(Path(cfg.data_dir) / "train.bin", cfg, device).random(run.windows)
     val_data = Windows(Path(cfg.data_dir) / "val.bin", cfg, device)
     Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
@@ -471,8 +476,8 @@ def log_validation(run, val_data, autocast):
 def stop_if_diverged(run, value):
     """A run that cannot recover must not overwrite a checkpoint that is still good."""
     if not math.isfinite(value):
-        sys.exit(f"Training has diverged: the loss or the weights are {value} at step {run.iter_num}. Start again with a "
-                 f"lower --lr; what was saved in {run.cfg.out_dir} before is as it was.")
+        sys.exit(f"Training has diverged: the loss or the weights are {value} at step {run.iter_num}. Start again with "
+                 f"a lower --lr; what was saved in {run.cfg.out_dir} before is as it was.")
 
 
 def train(cfg, resume=False, given={}):
