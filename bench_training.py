@@ -62,9 +62,9 @@ def flops(c, cfg):
     if c.n_future == 1 or c.target == "lm_head":
         trunk += c.vocab_size * c.n_embd
     head = 0
-    if c.n_future > 1:  # with sample_component, 2 for all components and 6 for one
-        sampled = 1 / 3 + 1 / c.rank if cfg.sample_component and c.rank > 1 else 1
-        head += c.n_future * c.rank * c.n_embd * c.vocab_size * sampled
+    if c.n_future > 1:
+        passes = 1 / 3 + 1 / c.rank if cfg.sample_component and c.rank > 1 else 1  # 2 of 6 for all, 6 for one
+        head += c.n_future * c.rank * c.n_embd * c.vocab_size * passes
         head += c.n_future * c.rank * c.n_embd**2 * (c.factors == "reduced")
         head += 2 * (c.n_future - 1) * c.n_embd**2 * (c.context == "previous")
     return 6 * cfg.batch_size * cfg.block_size * (trunk + cfg.joint_share * head)

@@ -125,13 +125,14 @@ def keep_probability(p, q, drafted):
     """k_i, the probability that the first i drafts are kept, i = 0..n - 1: p, q (n, V), drafted (n - 1,) -> (n, 1).
 
     k_0 = 1, k_i = min(1, k_{i-1} p(x) / q(x)) with x the i-th draft: one that p likes better than q does makes up for
-    the one before it. So log k is the walk of sum log p / q held down at 0, which is what it lies below its maximum.
+    the one before it. So log k is a walk with steps log p / q, held down at 0: the walk minus its running maximum.
     """
     x = drafted.unsqueeze(-1)
     p_x, q_x = p.gather(-1, x), q.gather(-1, x)  # (n - 1, 1)
-    ratio = torch.where(q_x > 0, p_x / q_x, 0.0).clamp(max=1e30)  # inf would become NaN
+    ratio = torch.where(q_x > 0, p_x / q_x, 0.0).clamp(max=1e30)  # inf - inf would be NaN
     walk = F.pad(ratio.log().cumsum(0), (0, 0, 1, 0))  # (n, 1), 0 where i = 0
-    return (walk - walk.cummax(0).values).exp()
+    highest = walk.T.expand(len(walk), -1).tril().amax(1, keepdim=True)  # so far; the 0s above the diagonal are i = 0
+    return (walk - highest).exp()
 
 
 def missing(k, p, q):

@@ -182,13 +182,13 @@ class CPHead(nn.Module):
     def gold_log_probs(self, e, targets, unembed):
         """log P_a^(s) of the gold tokens alone: e (N, C), targets (N, n) -> (N, n, r)."""
         if self.reduced:
-            return gold_of_vectors(self.gold_vectors(e, targets, unembed), targets, unembed)
+            return gold_log_probs_of(self.vectors_along(e, targets, unembed), targets, unembed)
         n, r = self.factors.shape[:2]
         factors = self.factors.flatten(0, 1).unbind()  # unbind, not indexing: its backward fills one gradient
         gold = [gold_log_prob(e, factors[s * r + a], targets[:, s], len(e)) for s in range(n) for a in range(r)]
         return torch.stack(gold, dim=-1).unflatten(-1, (n, r))
 
-    def gold_vectors(self, e, targets, unembed):
+    def vectors_along(self, e, targets, unembed):
         """h_a^(s), what W turns into logits, along the gold tokens: e (N, C), targets (N, n) -> (N, n, r, C)."""
         h = self.vectors(e)
         if self.sees_previous:
@@ -203,18 +203,20 @@ class CPHead(nn.Module):
 
             d log P(x_1..x_n) = sum_a P(c = a | x_1..x_n) d(log w_a + sum_s log P_a^(s)(x_s)),                   (6)
 
-        and the factors get the gradient of one c for each position, drawn from that posterior, instead of the sum.
-        Only the last column, the joint of the whole window, has a gradient.
+        the weights get the whole sum, and the factors, e and W that of one c for each position, drawn from the
+        posterior. Only the last column, the joint of the whole window, has a gradient. Reduced factors only.
         """
-        h = self.gold_vectors(e, targets, unembed)
-        with torch.no_grad():
-            gold = gold_of_vectors(h, targets, unembed)
+        if not self.reduced:
+            raise ValueError("sample_component needs factors = reduced")
+        h = self.vectors_along(e, targets, unembed)
+        with torch.no_grad():  # W detached, or autocast would keep a copy of it without a gradient for what follows
+            gold = gold_log_probs_of(h, targets, unembed.detach())
             joint = joint_log_probs(log_w, gold)
             posterior = (log_w + gold.sum(1)).softmax(-1)  # (N, r)
-            c = torch.multinomial(posterior, 1)
+            c = draw_component(posterior)
         h_c = h.gather(2, c[:, None, :, None].expand(-1, h.size(1), 1, h.size(3)))  # (N, n, 1, C)
-        terms = (posterior * log_w).sum(-1) + gold_of_vectors(h_c, targets, unembed).sum((1, 2))
-        joint[:, -1] += terms - terms.detach()
+        surrogate = (posterior * log_w).sum(-1) + gold_log_probs_of(h_c, targets, unembed).sum((1, 2))
+        joint[:, -1] += surrogate - surrogate.detach()
         return joint
 
     def gates(self, e):
@@ -232,7 +234,13 @@ class CPHead(nn.Module):
         return F.linear(F.layer_norm(row, row.shape[-1:]) * gate, self.out)
 
 
-def gold_of_vectors(h, targets, unembed):
+def draw_component(p):
+    """One of each row, in proportion to p: (N, r) -> (N, 1). Unlike torch.multinomial it neither waits for a GPU nor
+    stops at a NaN, of which train.py has more to say."""
+    return (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
+
+
+def gold_log_probs_of(h, targets, unembed):
     """log softmax(W h)[gold token] for each position and component: h (N, n, r, C), targets (N, n) -> (N, n, r)."""
     y = targets.unsqueeze(-1).expand(h.shape[:-1])
     return gold_log_prob(h.flatten(0, -2), unembed, y.flatten(), len(h)).view(y.shape)
@@ -374,7 +382,7 @@ class GPT(nn.Module):
         target "lm_head":  next + joint_weight * joint + balance_weight * balance
         joint_share < 1: the head sees that share of the positions, drawn anew every time, at that share of its cost.
         The loss stays unbiased, and neighbouring windows share n - 1 of their tokens anyway.
-        sample_component: train one component of each position's, see CPHead.sampled_joint (reduced factors only).
+        sample_component: train one component of each position's, see CPHead.sampled_joint.
         Returns the loss and a dict of detached parts: next (next-token loss of the target law), joint (-log P of
         the window, per token), offset (n,) (-log P(x_{t+s} | x_{t+1..t+s-1}); its mean is joint), balance (see
         balance_loss), usage (r,) (mean weight of each component).

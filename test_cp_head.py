@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, CPHead, GPTConfig, KVCache, balance_loss, joint_log_probs
+from model import GPT, CPHead, GPTConfig, KVCache, balance_loss, draw_component, joint_log_probs
 
 
 def tiny_model(seed=0, scale=2.0, **config):
@@ -144,15 +144,17 @@ def test_joint_share_is_unbiased_and_trains_on_a_part():
 @pytest.mark.parametrize("target", ["marginal", "lm_head"])
 def test_sampled_component_has_the_loss_and_on_average_the_gradient(context, target, monkeypatch):
     """Summed over all that could be drawn, each with its probability, the gradients of sample_component are those of
-    the full loss; so are the loss and its parts at every draw. Guards a draw from w instead of the posterior, whose
-    gradient the same check must tell apart."""
+    the full loss; so are the loss, its parts and the gradient of the weights at every draw. Guards a draw from w
+    instead of the posterior, whose gradient the same check must tell apart."""
     model = tiny_model(rank=3, context=context, target=target)
     idx, targets = torch.randint(5, (1, 2)), torch.randint(5, (1, 2, 3))
     options = dict(joint_weight=0.7, balance_weight=0.3)
 
     def loss_and_gradient(**more):
         loss, parts = model.loss(idx, targets, **options, **more)
-        gradient = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+        names, params = zip(*model.named_parameters())
+        gradient = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+        parts["of the weights"] = gradient[names.index("cp_head.mix.weight")]
         return parts, torch.cat([loss.detach().view(1), *(g.flatten() for g in gradient)])
 
     parts, full = loss_and_gradient()
@@ -163,11 +165,11 @@ def test_sampled_component_has_the_loss_and_on_average_the_gradient(context, tar
         for drawn in itertools.product(range(3), repeat=2):  # a component for each of the two positions
             chance = []
 
-            def multinomial(posterior, n):
+            def choose(posterior):
                 chance.append(posterior_of(posterior)[torch.arange(2), torch.tensor(drawn)].prod())
                 return torch.tensor(drawn).unsqueeze(-1)
 
-            monkeypatch.setattr(torch, "multinomial", multinomial)
+            monkeypatch.setattr("model.draw_component", choose)
             parts_drawn, gradient = loss_and_gradient(sample_component=True)
             for name, part in parts.items():
                 torch.testing.assert_close(parts_drawn[name], part, rtol=0, atol=1e-12)
@@ -177,6 +179,20 @@ def test_sampled_component_has_the_loss_and_on_average_the_gradient(context, tar
     torch.testing.assert_close(mean(lambda p: p), full, rtol=0, atol=1e-12)
     w = model.cp_head.log_weights(model.hidden(idx)[0]).detach().exp()
     assert (mean(lambda p: w) - full).abs().max() > 1e-4
+
+
+def test_component_is_drawn_in_proportion():
+    """100,000 draws from one row: each share within 6 standard errors, and nothing of probability 0."""
+    torch.manual_seed(0)
+    p = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    share = torch.bincount(draw_component(p.expand(100_000, 4)).flatten(), minlength=4) / 100_000
+    assert ((share - p).abs() <= 6 * (p * (1 - p) / 100_000).sqrt()).all()
+
+
+def test_sampled_component_of_full_factors_is_refused():
+    model = tiny_model(factors="full")
+    with pytest.raises(ValueError, match="sample_component needs factors = reduced"):
+        model.loss(torch.randint(5, (1, 2)), torch.randint(5, (1, 2, 3)), sample_component=True)
 
 
 def test_rank_one_is_independent_heads():

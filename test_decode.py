@@ -368,13 +368,18 @@ def test_verify_never_draws_from_an_empty_row(monkeypatch):
 
 
 def test_verify_survives_tiny_probabilities():
-    """p / q may overflow, and then meet a 0: no NaN, and nothing of probability 0 comes out."""
+    """p / q may overflow, and then meet a 0: no NaN, and nothing of probability 0 comes out. A ratio of 1e6 makes up
+    for one of 1e-6, and no more than that."""
     p = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
     q = torch.tensor([[1.0, 0.0], [1e-40, 1.0], [0.0, 0.0]])
     k = decode.keep_probability(p, q, torch.tensor([0, 0]))
     assert k.flatten().tolist() == [1.0, 0.0, 0.0]
     n_accepted, token = verify(p, q, torch.tensor([0, 0]), torch.Generator().manual_seed(0))
     assert (n_accepted.item(), token.item()) == (0, 1)
+    rare = torch.tensor([1e-6, 1 - 1e-6])
+    k = decode.keep_probability(torch.stack((rare, 1 - rare, rare)), torch.stack((1 - rare, rare, rare * 0)),
+                                torch.tensor([0, 0]))
+    assert k.flatten().tolist() == pytest.approx([1.0, 1e-6, 1.0])
 
 
 # -----------------------------------------------------------------------------

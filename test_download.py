@@ -52,8 +52,8 @@ class Server(ThreadingHTTPServer):
 
 def answer(data=DATA, status=None, ranges=True, if_range=True, cut=None, stall=None, linger=False, chunked=False,
            etag='"one"', **headers):
-    """An answer with `data`, or the range asked for. cut: hang up after so many bytes of body; stall: wait there, for
-    20 s at most (-1: before the headers); linger: do not close the connection; headers: others, Content_Range="..."."""
+    """An answer with `data`, or the range asked for. cut: hang up after so many bytes of body; stall: wait there, 20 s
+    at most (-1: before the headers); linger: do not close the connection; headers override: Content_Range="..."."""
     def send(h):
         first, last, code = 0, len(data) - 1, 200
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", h.headers.get("Range", "")) if ranges else None

@@ -29,7 +29,7 @@ MAIN = {"prepare": prepare_tinystories.main, "train": train.main, "sample": samp
         "bench": bench_speculative.main}
 SMALL = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 --n_future 3 "
          "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu "
-         "--max_seconds 0")
+         "--max_seconds 0 --sample_component")
 
 
 def start(script, args):
@@ -139,7 +139,7 @@ BAD = [
     ("train", "--factors tucker", "invalid choice: 'tucker'"),
     ("train", "--fresh_head", "name the checkpoint with --init_from"),
     ("train", "--context next", "invalid choice: 'next'"),
-    ("train", "--context previous --factors full", "context = previous needs factors = reduced"),
+    ("train", "--context previous --factors full --no-sample_component", "context = previous needs factors = reduced"),
     ("train", "--device toaster", "--device toaster cannot be used here"),
     ("train", "--device meta", "--device meta cannot be used here"),
     ("train", "--preset huge", "invalid choice: 'huge'"),
@@ -288,7 +288,7 @@ def test_the_gpu_preset_runs_reduced_on_a_cpu(home, monkeypatch):
     monkeypatch.chdir(home)
     assert call("train", "--preset tinystories --data_dir data/toy --out_dir out/gpu --n_layer 2 --n_head 2 "
                          "--n_embd 32 --block_size 32 --batch_size 4 --eval_windows 4 --max_iters 4 "
-                         "--dtype bfloat16 --device cpu --log_interval 1") == (0, "")
+                         "--dtype bfloat16 --device cpu --log_interval 1 --sample_component") == (0, "")
     log = [json.loads(line) for line in Path("out/gpu/log.jsonl").read_text().splitlines()]
     config = torch.load("out/gpu/ckpt.pt", weights_only=True)["train_config"]
     assert config["grad_accum"] == 4 and config["target"] == "marginal" and 4 < log[-1]["val"]["joint"] < 8

@@ -214,7 +214,8 @@ def autocast_context(device, dtype):
 
 
 def model_config(cfg, n_token):
-    """The GPTConfig of a fresh model: the fields that cfg shares with it, the vocabulary padded to a multiple of 64."""
+    """The GPTConfig of a fresh model: the fields that cfg shares with it, the vocabulary padded to a multiple of 64.
+    ValueError where the shapes, or the loss that cfg asks for, do not fit."""
     if cfg.sample_component and cfg.factors != "reduced":
         raise ValueError("sample_component needs factors = reduced")
     shared = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)}
@@ -320,7 +321,7 @@ class Run:
         return max(self.iter_num / self.cfg.max_iters, by_time)
 
     def random_states(self):
-        """The generators of the windows and of what else is drawn (dropout, joint_share, ...), the device's, too."""
+        """The generators: the windows', and those of dropout, joint_share and sample_component, the device's too."""
         backend = getattr(torch, self.device.type)  # torch.cuda, torch.mps, torch.cpu
         rest = {} if self.device.type == "cpu" else {self.device.type: backend.get_rng_state()}
         return {"windows": self.windows.get_state(), "cpu": torch.get_rng_state(), **rest}
