@@ -442,8 +442,9 @@ def test_a_larger_max_iters_trains_on(home, monkeypatch):
 KILLED = f"{SMALL} --eval_interval 1 --warmup 0 --lr 1e-3 --min_lr 1e-3 --out_dir out/killed"  # one rate at any length
 
 
-def kill_many(script, args, check, n=20):
+def kill_many(script, args, check, n=20, until=1.1):
     """Start a script n times, kill -9 it at a random moment each time, and look at what it left; then let it end.
+    until: the latest moment, over the time that it takes undisturbed.
 
     Run in a process of its own that has computed nothing yet: threads do not survive a fork.
     """
@@ -460,7 +461,7 @@ def kill_many(script, args, check, n=20):
             assert os.waitpid(child, 0)[1] == 0
             longest = time.monotonic() - begin
         else:
-            time.sleep(rng.uniform(0, 1.1 * longest))
+            time.sleep(rng.uniform(0, until * longest))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         check()
@@ -493,7 +494,7 @@ def kill_prepare():
 def kill_train():
     """The first child trains one step; the others go on from wherever the one before was killed."""
     resume = "--resume --out_dir out/killed --max_iters 1000000"
-    kill_many("train", lambda i: f"{KILLED} --max_iters 1" if i == 0 else resume, check_run)
+    kill_many("train", lambda i: f"{KILLED} --max_iters 1" if i == 0 else resume, check_run, until=1.6)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
