@@ -29,7 +29,7 @@ MAIN = {"prepare": prepare_tinystories.main, "train": train.main, "sample": samp
         "bench": bench_speculative.main}
 SMALL = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 --n_future 3 "
          "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu "
-         "--max_seconds 0")
+         "--max_seconds 0 --sample_component")
 
 
 def start(script, args):
@@ -131,7 +131,7 @@ BAD = [
     ("train", "--rank 100000000000000000000", "--rank: must be at least 1 and at most 1000000"),
     ("train", "--max_iters many", "invalid int value: 'many'"),
     ("train", "--joint_share 0", "--joint_share: must be above 0 and at most 1, not 0"),
-    ("train", "--factors full", "sample_component needs factors = reduced; with full ones, say --no-sample_component"),
+    ("train", "--factors full --sample_component", "sample_component needs factors = reduced"),
     ("train", "--warmup 1", "--warmup: must be at least 0 and at most 0.99"),
     ("train", "--batch_size 0", "--batch_size: must be at least 1"),
     ("train", "--seed -1", "--seed: must be at least 0"),

@@ -90,8 +90,8 @@ class TrainConfig:
 PRESETS = {
     "toy": TrainConfig(
         data_dir="data/toy", out_dir="out/toy", block_size=128, n_layer=10, n_head=4, n_embd=64, n_future=8, rank=8,
-        target="lm_head", joint_weight=0.5, joint_share=0.25, sample_component=True, batch_size=8, lr=4e-3, min_lr=1e-4,
-        max_iters=2000, max_seconds=230, eval_interval=400,
+        target="lm_head", joint_weight=0.5, joint_share=0.25, batch_size=8, lr=4e-3, min_lr=1e-4, max_iters=2000,
+        max_seconds=230, eval_interval=400,
     ),
     "laptop": TrainConfig(
         data_dir="data/text", out_dir="out/laptop", block_size=256, n_layer=8, n_head=6, n_embd=192, n_future=4,
@@ -217,7 +217,7 @@ def model_config(cfg, n_token):
     """The GPTConfig of a fresh model: the fields that cfg shares with it, the vocabulary padded to a multiple of 64.
     ValueError where the shapes, or the loss that cfg asks for, do not fit."""
     if cfg.sample_component and cfg.factors != "reduced":
-        raise ValueError("sample_component needs factors = reduced; with full ones, say --no-sample_component")
+        raise ValueError("sample_component needs factors = reduced")
     shared = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)}
     return GPTConfig(**shared, vocab_size=-(-n_token // 64) * 64, n_token=n_token)
 
