@@ -134,8 +134,12 @@ def load_model(path, fresh_head=False, **head):
     Only plain tensors and plain Python are read (weights_only), so a foreign file cannot run code.
     """
     path = Path(path)
+    if path.is_dir():
+        sys.exit(f"{path} is a folder; name the checkpoint in it, {path / 'ckpt.pt'}")
     if not path.is_file():
-        sys.exit(f"There is no checkpoint {path}; train one first: python train.py --out_dir {path.parent}")
+        there = [str(p) for p in sorted(path.parent.glob("*.pt"))]
+        sys.exit(f"There is no checkpoint {path}; " + (f"{path.parent} holds {', '.join(there)}" if there else
+                 f"train one first: python train.py --out_dir {path.parent}"))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a foreign file torch has more to say than our one line
@@ -148,4 +152,5 @@ def load_model(path, fresh_head=False, **head):
         return GPT.from_checkpoint(ckpt, fresh_head, **head), ckpt
     except Exception as e:
         reason = " ".join(str(e).split())[:300]
-        sys.exit(f"{path} holds no model that fits: {reason or type(e).__name__}")
+        sys.exit(f"{path} holds no model that fits: {reason or type(e).__name__}. If only its head is at fault, "
+                 f"train.py --init_from {path} --fresh_head keeps the trunk.")

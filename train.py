@@ -366,8 +366,9 @@ def resume_config(path, given):
                  "weights.")
     for name, value in given.items():
         if name not in CHANGEABLE and value != getattr(old, name):
-            sys.exit(f"--resume goes on with {name} = {getattr(old, name)}, not {value}; leave --{name} away, or start "
-                     "a new run without --resume.")
+            flag = f"--no-{name}" if value is False else f"--{name}"
+            sys.exit(f"--resume goes on with {name} = {getattr(old, name)}, not {value}; leave {flag} away, or start a "
+                     "new run without --resume.")
     kept = {name: value for name, value in given.items() if name in CHANGEABLE}
     return model, replace(old, **{**kept, "out_dir": str(Path(path).parent)}), ckpt
 
