@@ -641,7 +641,8 @@ def test_ctrl_c_ends_the_benchmark_of_training(tmp_path):
     args = "--benchmark --device cpu --n_layer 1 --n_embd 32 --n_head 2 --block_size 16 --batch_size 1".split()
     for number, code, line in ((signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "")):
         process = subprocess.Popen([sys.executable, HERE / "train.py", *args], stdout=subprocess.PIPE, text=True,
-                                   stderr=subprocess.PIPE, start_new_session=True, cwd=tmp_path)
+                                   stderr=subprocess.PIPE, start_new_session=True, cwd=tmp_path,
+                                   preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))  # nohup ignores it
         while "nanoGPT" not in process.stdout.readline():  # the first row; the next process imports torch by now
             pass
         os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
