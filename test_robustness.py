@@ -29,7 +29,7 @@ MAIN = {"prepare": prepare_tinystories.main, "train": train.main, "sample": samp
         "bench": bench_speculative.main}
 SMALL = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 --n_future 3 "
          "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu "
-         "--max_seconds 0 --sample_component")
+         "--max_seconds 0")
 
 
 def start(script, args):
@@ -68,7 +68,7 @@ def home(tmp_path_factory):
     os.chdir(home)
     assert call("prepare", "--toy --stories 120") == (0, "")
     assert call("train", SMALL) == (0, "")
-    assert call("train", f"{SMALL} --n_future 1 --max_iters 2 --out_dir out/plain") == (0, "")
+    assert call("train", f"{SMALL} --n_future 1 --max_iters 2 --out_dir out/plain --sample_component") == (0, "")
     assert call("prepare", "--toy --stories 120 --vocab_size 300 --data_dir data/other") == (0, "")
     make_bad_files(home)
     os.chdir(before)
@@ -126,6 +126,7 @@ BAD = [
     ("train", "--lr nan", "--lr: must be at least 0, not nan"),
     ("train", "--lr -1", "--lr: must be at least 0, not -1"),
     ("train", "--lr 1e30", "Training has diverged"),
+    ("train", "--lr 1e30 --sample_component", "Training has diverged"),
     ("train", "--max_iters 0", "--max_iters: must be at least 1 and at most 1000000000, not 0"),
     ("train", "--preset", "--preset: expected one argument"),
     ("train", "--rank 100000000000000000000", "--rank: must be at least 1 and at most 1000000"),
@@ -139,7 +140,7 @@ BAD = [
     ("train", "--factors tucker", "invalid choice: 'tucker'"),
     ("train", "--fresh_head", "name the checkpoint with --init_from"),
     ("train", "--context next", "invalid choice: 'next'"),
-    ("train", "--context previous --factors full --no-sample_component", "context = previous needs factors = reduced"),
+    ("train", "--context previous --factors full", "context = previous needs factors = reduced"),
     ("train", "--device toaster", "--device toaster cannot be used here"),
     ("train", "--device meta", "--device meta cannot be used here"),
     ("train", "--preset huge", "invalid choice: 'huge'"),
@@ -148,7 +149,7 @@ BAD = [
     ("train", "--init_from nowhere.pt", "There is no checkpoint nowhere.pt; train one first"),
     ("train", "--init_from out/toy/nope.pt", "There is no checkpoint out/toy/nope.pt; out/toy holds out/toy/ckpt.pt"),
     ("train", "--init_from out/toy", "out/toy is a folder; name the checkpoint in it, out/toy/ckpt.pt"),
-    ("train", "--resume --no-sample_component", "sample_component = True, not False; leave --no-sample_component away"),
+    ("train", "--resume --out_dir out/plain --no-sample_component", "True, not False; leave --no-sample_component away"),
     ("train", "--init_from out/cut/ckpt.pt", "is not a checkpoint"),
     ("train", "--init_from out/plain/ckpt.pt --data_dir data/other", "another tokenizer"),
     ("train", "--init_from out/nanogpt/ckpt.pt --data_dir data/large", "holds no model that fits: n_token"),
@@ -442,7 +443,8 @@ def test_a_larger_max_iters_trains_on(home, monkeypatch):
     assert torch.load("out/longer/ckpt.pt", weights_only=True)["iter_num"] == 30
 
 
-KILLED = f"{SMALL} --eval_interval 1 --warmup 0 --lr 1e-3 --min_lr 1e-3 --out_dir out/killed"  # one rate at any length
+KILLED = (f"{SMALL} --eval_interval 1 --warmup 0 --lr 1e-3 --min_lr 1e-3 --out_dir out/killed "  # one rate at any length
+          "--sample_component")
 
 
 def kill_many(script, args, check, n=20, until=1.1):

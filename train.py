@@ -136,9 +136,9 @@ def parse_args():
     given = vars(parser.parse_args())
     given.pop("preset")
     resume, benchmark = given.pop("resume"), given.pop("benchmark")
-    for name in benchmark * [*given, *["resume"] * resume]:
-        if name not in BENCHMARKED:
-            parser.error(f"argument --{name}: means nothing to --benchmark")
+    meaningless = [name for name in given if name not in BENCHMARKED] + ["resume"] * resume
+    if benchmark and meaningless:
+        parser.error(f"argument --{meaningless[0]}: means nothing to --benchmark")
     return replace(preset, **given), resume, benchmark, given
 
 
