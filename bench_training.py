@@ -13,6 +13,7 @@ import multiprocessing
 import signal
 import statistics
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import resource_tracker
@@ -116,16 +117,34 @@ def cells(cfg):
             yield "ours", replace(cfg, n_future=n, rank=r), V
 
 
-def block_signals(block, *signals):
-    """Let signals (Ctrl-C and SIGTERM) wait, or not any more; a process that starts meanwhile inherits it."""
+def mask_signals(how, *signals):
+    """Block or unblock signals in this thread; a process that starts from it inherits that."""
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
-        how = signal.SIG_BLOCK if block else signal.SIG_UNBLOCK
-        signal.pthread_sigmask(how, signals or {signal.SIGINT, signal.SIGTERM})
+        signal.pthread_sigmask(getattr(signal, how), signals)
+
+
+@contextmanager
+def signals_wait():
+    """Ctrl-C and SIGTERM wait for the end of the block; a process that starts in it has both blocked.
+
+    They are blocked in this thread alone, so Python may hear of them through another one, and notes them.
+    """
+    signals, noted = (signal.SIGINT, signal.SIGTERM), []
+    handlers = [signal.signal(number, lambda number, frame: noted.append(number)) for number in signals]
+    mask_signals("SIG_BLOCK", *signals)
+    try:
+        yield
+    finally:
+        mask_signals("SIG_UNBLOCK", *signals)
+        for number, handler in zip(signals, handlers):
+            signal.signal(number, handler)
+    if noted:
+        signal.raise_signal(noted[0])
 
 
 def answer(sender, args):
     """In the fresh process: send measure(*args), or None where the memory does not suffice."""
-    block_signals(False, signal.SIGTERM)  # what a daemon is ended with
+    mask_signals("SIG_UNBLOCK", signal.SIGTERM)  # what a daemon is ended with
     try:
         row = measure(*args)
     except RuntimeError as e:  # torch.OutOfMemoryError is one
@@ -141,9 +160,8 @@ def measure_apart(*args):
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=answer, args=(sender, args), daemon=True)
     resource_tracker.ensure_running()  # start would begin with this, which lets signals through again
-    block_signals(True)  # they wait until it has started; and Ctrl-C is ours alone, as a daemon ends when we do
-    process.start()
-    block_signals(False)
+    with signals_wait():  # Ctrl-C is ours alone, as a daemon ends when we do
+        process.start()
     sender.close()
     try:
         row = receiver.recv()
