@@ -16,16 +16,18 @@ import platform
 import statistics
 import sys
 import time
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
+import decode
 from common import ArgumentParser, number, run_script
-from decode import (Stats, chooser, draft, generate, generate_cached, generate_speculative, new_cache, verify,
-                    window_ids)
+from decode import Stats, generate, generate_cached, generate_speculative, window_ids
 from plot import check_plot, draw_bench, save
 from sample import add_model_flags, load, prompt_ids
 
@@ -54,6 +56,43 @@ def timed(function, device):
     result = function()
     synchronize(device)
     return time.perf_counter() - start, result
+
+
+def now(device):
+    """A moment of the device's own time, without waiting for it: on CUDA an event in its queue, else seconds."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start, end):
+    """Of two moments of `now`; CUDA's queue must have come past them."""
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+
+
+@contextmanager
+def parts_timed(model):
+    """A dict that gets the (start, end) of every part of every speculative step in the block, the prefill's among them:
+    trunk, the forward pass of n tokens; targets, their logits; draft; verify. The clocks cost a step some microseconds.
+    """
+    def clocked(function, moments):
+        def part(*args):
+            start = now(device)
+            result = function(*args)
+            moments.append((start, now(device)))
+            return result
+        return part
+
+    device = model.lm_head.weight.device
+    parts = {"trunk": (model, "hidden"), "targets": (model, "target_logits"), "draft": (decode, "draft"),
+             "verify": (decode, "verify")}
+    moments = {name: [] for name in parts}
+    with ExitStack() as stack:
+        for name, (owner, function) in parts.items():
+            stack.enter_context(patch.object(owner, function, clocked(getattr(owner, function), moments[name])))
+        yield moments
 
 
 # -----------------------------------------------------------------------------
@@ -163,43 +202,23 @@ class Bench:
         return min(seconds, key=lambda n: statistics.median(seconds[n]))
 
     def rounds(self, temperature, n_rounds):
-        """By mode: seconds per token of every round, what part_seconds found in every round for the speculative ones,
-        the Stats of all rounds together, and the first round's texts."""
+        """By mode: seconds per token of every round, for the speculative ones those of the parts of a step in them, the
+        Stats of all rounds together, and the first round's texts."""
         seconds, parts = {mode: [] for mode in self.modes}, {mode: [] for mode in self.heads}
         stats, texts = {mode: Stats() for mode in self.modes}, {}
         for mode in self.modes:  # warm up
             self.decode(mode, temperature, self.seed, prompts=self.prompts[:1])
         for i in range(n_rounds):
             for mode in self.modes:
-                spent, text = timed(lambda: self.decode(mode, temperature, self.seed + i, stats[mode]), self.device)
-                seconds[mode].append(spent / sum(map(len, text)))
+                with parts_timed(self.heads[mode]) if mode in self.heads else nullcontext({}) as moments:
+                    spent, text = timed(lambda: self.decode(mode, temperature, self.seed + i, stats[mode]), self.device)
+                n_tokens = sum(map(len, text))
+                seconds[mode].append(spent / n_tokens)
                 texts.setdefault(mode, text)
-            for mode, head in self.heads.items():
-                parts[mode].append(self.part_seconds(head, temperature))
+                if mode in self.heads:
+                    parts[mode].append({name: sum(seconds_between(*pair) for pair in pairs) / n_tokens
+                                        for name, pairs in moments.items()})
         return seconds, parts, stats, texts
-
-    @torch.inference_mode()
-    def part_seconds(self, model, temperature, repeats=100):
-        """Mean seconds of the parts of a speculative step, each repeated by itself in the middle of the block.
-
-        trunk: a forward pass of n tokens; targets: their logits; draft; verify: from the logits to the new tokens.
-        """
-        cache = new_cache(model)
-        tokens = torch.zeros(1, dtype=torch.long, device=self.device)
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-        to_probs, generator = chooser(model, generator, temperature)
-
-        def trunk():
-            cache.length = model.config.block_size // 2
-            return model.hidden(tokens.expand(1, model.config.n_future), cache)[0]  # (n, C)
-
-        hidden = trunk()
-        logits, (drafted, q) = model.target_logits(hidden), draft(model, hidden[0], tokens, to_probs, generator)
-        parts = {"trunk": trunk, "targets": lambda: model.target_logits(hidden),
-                 "draft": lambda: draft(model, hidden[0], tokens, to_probs, generator),
-                 "verify": lambda: verify(to_probs(logits), q, drafted, generator)}
-        return {name: timed(lambda: [part() for _ in range(repeats)], self.device)[0] / repeats
-                for name, part in parts.items()}
 
     @torch.inference_mode()
     def first_difference(self, texts, mode="speculative"):
@@ -215,6 +234,7 @@ class Bench:
     def rows(self, temperature, n_rounds):
         """One row of the table per mode, and the first round's texts."""
         seconds, parts, stats, texts = self.rounds(temperature, n_rounds)
+        n_prefills = n_rounds * len(self.prompts)  # a forward pass and a token each
 
         def times_faster_than_plain(own):
             return statistics.median(plain / mine for plain, mine in zip(seconds["plain"], own))
@@ -223,18 +243,18 @@ class Bench:
         for mode in self.modes:
             per_token, s = statistics.median(seconds[mode]), stats[mode]
             per_step = s.tokens_per_step if s.steps else None  # transformers does not tell
+            ms = 1e3 * (s.tokens + n_prefills) / (s.steps + n_prefills)  # of a forward pass for a second of a token
             rows.append({
                 "mode": mode, "temperature": temperature, "tokens_per_second": 1 / per_token,
-                "tokens_per_step": per_step, "step_ms": per_step and 1e3 * per_token * per_step,
+                "tokens_per_step": per_step, "step_ms": per_step and per_token * ms,
                 "speedup": times_faster_than_plain(seconds[mode]), "bound": None,
                 "acceptance": [a if a == a else None for a in s.acceptance], "histogram": s.histogram,
             })
             if mode in self.heads:
                 rows[-1] |= {name: getattr(self.heads[mode].config, name) for name in HEAD}
-                ms = {name: 1e3 * statistics.median(p[name] for p in parts[mode]) for name in parts[mode][0]}
-                rows[-1]["parts_ms"] = {**ms, "rest": rows[-1]["step_ms"] - sum(ms.values())}
-                forward = [p["trunk"] + p["targets"] for p in parts[mode]]  # as if all else were free
-                rows[-1]["bound"] = s.tokens_per_step * times_faster_than_plain(forward)
+                own = {name: ms * statistics.median(p[name] for p in parts[mode]) for name in parts[mode][0]}
+                rows[-1]["parts_ms"] = {**own, "rest": rows[-1]["step_ms"] - sum(own.values())}
+                rows[-1]["bound"] = times_faster_than_plain([p["trunk"] + p["targets"] for p in parts[mode]])
         return rows, texts
 
 

@@ -13,7 +13,6 @@ import multiprocessing
 import signal
 import statistics
 import sys
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import resource_tracker
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 from bench_speculative import hardware, timed
 from common import pick_device
 from model import GPT
-from train import Run, autocast_context, model_config, optimizer_step, pick_dtype
+from train import Run, autocast_context, model_config, optimizer_step, pick_dtype, stop_signals
 
 VOCABULARIES, FUTURES, RANKS = (4096, 50257), (4, 8), (1, 2, 4, 8, 16)
 PEAK = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}  # FLOP/s in bfloat16, dense, as NVIDIA states them
@@ -117,34 +116,16 @@ def cells(cfg):
             yield "ours", replace(cfg, n_future=n, rank=r), V
 
 
-def mask_signals(how, *signals):
-    """Block or unblock signals in this thread; a process that starts from it inherits that."""
+def block_signals(block, *signals):
+    """Let signals (Ctrl-C and SIGTERM) wait, or not any more; a process that starts meanwhile inherits it."""
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
-        signal.pthread_sigmask(getattr(signal, how), signals)
-
-
-@contextmanager
-def signals_wait():
-    """Ctrl-C and SIGTERM wait for the end of the block; a process that starts in it has both blocked.
-
-    They are blocked in this thread alone, so Python may hear of them through another one, and notes them.
-    """
-    signals, noted = (signal.SIGINT, signal.SIGTERM), []
-    handlers = [signal.signal(number, lambda number, frame: noted.append(number)) for number in signals]
-    mask_signals("SIG_BLOCK", *signals)
-    try:
-        yield
-    finally:
-        mask_signals("SIG_UNBLOCK", *signals)
-        for number, handler in zip(signals, handlers):
-            signal.signal(number, handler)
-    if noted:
-        signal.raise_signal(noted[0])
+        how = signal.SIG_BLOCK if block else signal.SIG_UNBLOCK
+        signal.pthread_sigmask(how, signals or {signal.SIGINT, signal.SIGTERM})
 
 
 def answer(sender, args):
     """In the fresh process: send measure(*args), or None where the memory does not suffice."""
-    mask_signals("SIG_UNBLOCK", signal.SIGTERM)  # what a daemon is ended with
+    block_signals(False, signal.SIGTERM)  # what a daemon is ended with
     try:
         row = measure(*args)
     except RuntimeError as e:  # torch.OutOfMemoryError is one
@@ -160,8 +141,12 @@ def measure_apart(*args):
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=answer, args=(sender, args), daemon=True)
     resource_tracker.ensure_running()  # start would begin with this, which lets signals through again
-    with signals_wait():  # Ctrl-C is ours alone, as a daemon ends when we do
+    with stop_signals() as caught:  # another thread may still hear of what this one blocks
+        block_signals(True)  # they wait until it has started; and Ctrl-C is ours alone, as a daemon ends when we do
         process.start()
+        block_signals(False)
+    for number in caught:
+        signal.raise_signal(number)
     sender.close()
     try:
         row = receiver.recv()

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch.nn import functional as F
 
 from model import KVCache, fp32
 
@@ -62,7 +61,7 @@ def draw(p, generator):
 
 
 def coin(p, generator):
-    """True with probability p, elementwise."""
+    """True with probability p, elementwise; False where p is NaN, 0 / 0."""
     return torch.rand(p.shape, generator=generator, dtype=p.dtype, device=p.device) < p
 
 
@@ -77,7 +76,7 @@ class Greedy:
         """Like `verify`: keeps the drafts up to the first that is not the token of its row, or whose row of q is 0."""
         tokens = self.draw(p)
         kept = (tokens[:-1] == drafted) & q[:-1].any(-1)
-        n_accepted = kept.long().cumprod(0).sum(0, keepdim=True)
+        n_accepted = kept.cumprod(0).sum(0, keepdim=True)
         return n_accepted, tokens.index_select(0, n_accepted)
 
 
@@ -128,11 +127,11 @@ def keep_probability(p, q, drafted):
     the one before it. So log k is a walk with steps log p / q, held down at 0: the walk minus its running maximum.
     """
     x = drafted.unsqueeze(-1)
-    p_x, q_x = p.gather(-1, x), q.gather(-1, x)  # (n - 1, 1)
-    ratio = torch.where(q_x > 0, p_x / q_x, 0.0).clamp(max=1e30)  # inf - inf would be NaN
-    walk = F.pad(ratio.log().cumsum(0), (0, 0, 1, 0))  # (n, 1), 0 where i = 0
-    highest = walk.T.expand(len(walk), -1).tril().amax(1, keepdim=True)  # so far; the 0s above the diagonal are i = 0
-    return (walk - highest).exp()
+    steps = (p.gather(-1, x) / q.gather(-1, x)).log()  # (n - 1, 1)
+    # p(x) = 0, and q(x) = 0, where there is no draft to keep: not -inf, of which tril on mps and torch 2.6 makes NaN
+    steps = steps.nan_to_num(-1e30, posinf=-1e30, neginf=-1e30)
+    walk = steps.T.expand(len(p), -1).tril(-1).cumsum(1)  # (n, n - 1), row i: i steps, and then it stands still
+    return (walk[:, -1:] - walk.amax(1, keepdim=True).relu()).exp()  # relu: the walk begins at 0
 
 
 def missing(k, p, q):
@@ -158,9 +157,10 @@ def verify(p, q, drafted, generator):
     k = keep_probability(p, q, drafted)  # (n, 1)
     rest = missing(k, p, q)
     m = rest.sum(-1, keepdim=True)  # (n, 1)
-    heads = coin(torch.where(m > 0, m / (m + 1 - k), 0.0)[1:], generator)  # (n - 1, 1)
-    n_accepted = (heads * torch.arange(1, len(p), device=p.device).unsqueeze(-1)).amax(0)  # (1,), the last of the heads
-    rest = torch.where(m > 0, rest, p).index_select(0, n_accepted)  # p: rounding may have left the row empty
+    heads = coin(m / (m + 1 - k), generator)  # (n, 1); what the first one shows changes nothing
+    n_heads = heads.cumsum(0)
+    n_accepted = (n_heads < n_heads[-1]).sum(0)  # (1,), the last of the heads: so many places come before it, or 0
+    rest = rest.add(p, alpha=1e-30).index_select(0, n_accepted)  # for a row that rounding left empty, which becomes p
     return n_accepted, draw(rest, generator)
 
 
@@ -176,14 +176,13 @@ def draft(model, e, token, to_probs, generator):
     factors see their previous token, P_a^(j)(x_j) is P_a^(j)(x_j | x_{j-1}), and all else stays.
     e (C,) is the hidden state of the token before x_1.
     """
-    log_w, factor = model.cp_factors(e)  # (r,), P_a^(s)
-    places = range(2, model.config.n_future + 1)
-    if len(log_w) == 1 and not model.cp_head.sees_previous:  # independent heads: one draw for all of them
-        q = to_probs(torch.cat([factor(s, None) for s in places]))  # (n - 1, n_token)
+    mixed = model.config.rank > 1  # else there is no component to find out, and the factor itself is the row
+    if not mixed and not model.cp_head.sees_previous:  # independent heads: one draw for all of them
+        q = to_probs(model.cp_head.logits(e, model.lm_head.weight, slice(1, None)).squeeze(1))  # (n - 1, n_token)
         return draw(q, generator), torch.cat((q, torch.zeros_like(q[:1])))
-    mixed = len(log_w) > 1  # else the factor itself is the row
+    log_w, factor = model.cp_factors(e)  # (r,), P_a^(s)
     log_b, log_p, x, drafted, q = log_w.unsqueeze(-1), factor(1, None) if mixed else None, token, [], []
-    for s in places:
+    for s in range(2, model.config.n_future + 1):
         before, log_p = log_p, factor(s, x)  # (r, V)
         log_q = log_p
         if mixed:

@@ -172,7 +172,7 @@ class CPHead(nn.Module):
     def vectors(self, e, positions=slice(None)):
         """M_a^(s) e or W_a^(s) e of a slice of positions: e (..., C) -> (..., n', r, C or V)."""
         A = self.factors[positions]  # (n', r, C or V, C)
-        return F.linear(e, A.flatten(0, 2)).unflatten(-1, A.shape[:3])
+        return F.linear(e, A.flatten(0, 2)).view(*e.shape[:-1], *A.shape[:3])
 
     def logits(self, e, unembed, positions=slice(None)):
         """log P_a^(s), up to a constant, of a slice of positions, without context: e (..., C) -> (..., n', r, V)."""
@@ -221,7 +221,7 @@ class CPHead(nn.Module):
 
     def gates(self, e):
         """G^(s) e of equation (4), s = 2..n: e (..., C) -> (..., n - 1, C)."""
-        return F.linear(e, self.gate.flatten(0, 1)).unflatten(-1, self.gate.shape[:2])
+        return F.linear(e, self.gate.flatten(0, 1)).view(*e.shape[:-1], *self.gate.shape[:2])
 
     def previous_term(self, row, gate):
         """What the token before adds to every component's vector in front of the unembedding W:
@@ -324,7 +324,7 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit block_size {self.config.block_size}")
         pos = torch.arange(T, device=idx.device) + past
         x = self.transformer.wte(idx) + self.transformer.wpe(pos.clamp(max=self.config.block_size - 1))
-        x = self.transformer.drop(x)
+        x = self.transformer.drop(x) if self.training else x
         mask = None  # else (T, keys), 0 or -inf: token i of the new ones sees the past and the new ones up to itself
         if isinstance(past, torch.Tensor):
             keys = torch.arange(cache.kv[0].size(3), device=idx.device)
@@ -353,13 +353,14 @@ class GPT(nn.Module):
         effect at s = 1 and without context. With r = 1, where no factors are mixed, it is so up to a constant.
         """
         head, W = self.cp_head, self.lm_head.weight
+        log_w = head.log_weights(e) if self.config.rank > 1 else fp32(e.new_zeros(1))  # w = 1
 
         def log_probs(logits):
             return logits.log_softmax(-1) if self.config.rank > 1 else logits
 
         if not head.sees_previous:
             log_p = log_probs(head.logits(e, W)).unbind()
-            return head.log_weights(e), lambda s, previous: log_p[s - 1]
+            return log_w, lambda s, previous: log_p[s - 1]
         h, gates = head.vectors(e).unbind(), head.gates(e).unbind()
 
         def factor(s, previous):
@@ -368,7 +369,7 @@ class GPT(nn.Module):
                 h_s = h_s + head.previous_term(W.index_select(0, previous), gates[s - 2])
             return log_probs(fp32(F.linear(h_s, W)))
 
-        return head.log_weights(e), factor
+        return log_w, factor
 
     def forward(self, idx):
         """Next-token logits at every position: idx (B, T) -> (B, T, V)."""

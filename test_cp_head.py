@@ -335,10 +335,11 @@ def test_low_precision_models_have_float32_probabilities():
     """A bfloat16 model computes its log-probabilities in float32; a float64 one keeps float64."""
     bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
     for dtype, expected in ((bf16, fp32), (fp32, fp32), (fp64, fp64)):
-        model, x = tiny_model(context="previous").to(dtype), torch.tensor([1])
-        e = torch.randn(8, dtype=dtype)
-        log_w, factor = model.cp_factors(e)
-        assert {t.dtype for t in (log_w, factor(1, None), factor(2, x), model.target_logits(e))} == {expected}
+        for rank in (1, 2):
+            model, x = tiny_model(context="previous", rank=rank).to(dtype), torch.tensor([1])
+            e = torch.randn(8, dtype=dtype)
+            log_w, factor = model.cp_factors(e)
+            assert {t.dtype for t in (log_w, factor(1, None), factor(2, x), model.target_logits(e))} == {expected}
 
 
 # -----------------------------------------------------------------------------

@@ -149,7 +149,8 @@ BAD = [
     ("train", "--init_from nowhere.pt", "There is no checkpoint nowhere.pt; train one first"),
     ("train", "--init_from out/toy/nope.pt", "There is no checkpoint out/toy/nope.pt; out/toy holds out/toy/ckpt.pt"),
     ("train", "--init_from out/toy", "out/toy is a folder; name the checkpoint in it, out/toy/ckpt.pt"),
-    ("train", "--resume --out_dir out/plain --no-sample_component", "True, not False; leave --no-sample_component away"),
+    ("train", "--resume --out_dir out/plain --no-sample_component",
+     "sample_component = True, not False; leave --no-sample_component away"),
     ("train", "--init_from out/cut/ckpt.pt", "is not a checkpoint"),
     ("train", "--init_from out/plain/ckpt.pt --data_dir data/other", "another tokenizer"),
     ("train", "--init_from out/nanogpt/ckpt.pt --data_dir data/large", "holds no model that fits: n_token"),
@@ -443,8 +444,8 @@ def test_a_larger_max_iters_trains_on(home, monkeypatch):
     assert torch.load("out/longer/ckpt.pt", weights_only=True)["iter_num"] == 30
 
 
-KILLED = (f"{SMALL} --eval_interval 1 --warmup 0 --lr 1e-3 --min_lr 1e-3 --out_dir out/killed "  # one rate at any length
-          "--sample_component")
+KILLED = (f"{SMALL} --eval_interval 1 --warmup 0 --lr 1e-3 --min_lr 1e-3 "  # one rate at any length
+          "--sample_component --out_dir out/killed")
 
 
 def kill_many(script, args, check, n=20, until=1.1):

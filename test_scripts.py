@@ -22,10 +22,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench_training
+import decode
 import prepare_tinystories as prep
 import sample as sampler
 import train as trainer
-from bench_speculative import Bench, check_same_law, print_table, to_transformers
+from bench_speculative import Bench, check_same_law, parts_timed, print_table, to_transformers
 from decode import Stats
 from model import GPT
 from test_cp_head import tiny_model
@@ -493,25 +494,38 @@ def test_bfloat16_autocast_trains(trained):
 
 
 def test_bench_arithmetic(monkeypatch):
-    """Speed-up: the median of the rounds' ratios. Bound, equation (5): tokens per step * plain step / forward pass."""
-    parts = [dict(trunk=trunk, targets=0.2, draft=0.1, verify=0.05) for trunk in (0.6, 0.6, 0.8)]
+    """Speed-up: the median of the rounds' ratios. Bound, equation (5): the same over the forward passes alone. A step's
+    time: that of all forward passes, the three rounds' prefills among them."""
+    parts = [dict(trunk=trunk, targets=0.1, draft=0.05, verify=0.03) for trunk in (0.1, 0.1, 0.3)]
     rounds, parts = {"plain": [1.0, 2.0, 4.0], "speculative": [0.5, 0.5, 0.5]}, {"speculative": parts}
-    stats = {"plain": Stats(3, 3), "speculative": Stats(2, 5, offered=[2, 0], accepted=[1, 0])}
-    bench = Bench(tiny_model(target="lm_head"), [[1]], 4, 0)
+    stats = {"plain": Stats(12, 12), "speculative": Stats(7, 12, offered=[2, 0], accepted=[1, 0])}
+    bench = Bench(tiny_model(target="lm_head"), [[1]], 5, 0)  # in three rounds 15 tokens, out of 10 forward passes
     monkeypatch.setattr(bench, "rounds", lambda temperature, n_rounds: (rounds, parts, stats, {}))
     plain, fast = bench.rows(0.0, 3)[0]
     assert (plain["speedup"], plain["bound"], plain["tokens_per_second"]) == (1.0, None, 0.5)
-    assert fast["speedup"] == 4.0 and fast["bound"] == 2.5 * 2.5 and fast["tokens_per_second"] == 2.0
-    assert fast["acceptance"] == [0.5, None] and fast["step_ms"] == 1250
-    assert fast["parts_ms"] == pytest.approx({"trunk": 600, "targets": 200, "draft": 100, "verify": 50, "rest": 300})
+    assert fast["speedup"] == 4.0 and fast["bound"] == 10 and fast["tokens_per_second"] == 2.0
+    assert fast["acceptance"] == [0.5, None] and fast["step_ms"] == 750 and fast["tokens_per_step"] == 12 / 7
+    assert fast["parts_ms"] == pytest.approx({"trunk": 150, "targets": 150, "draft": 75, "verify": 45, "rest": 330})
 
 
 def test_bench_times_the_parts_of_a_step():
-    """All parts run on a small block, and take time."""
+    """Each part once in every step, trunk and targets in the prefill, too, in order and apart; the decoder is itself
+    again behind the block, and the parts of a round are less than the whole."""
+    model = tiny_model(block_size=16, n_future=4)
+    bench, stats = Bench(model, [[1], [2, 3]], 12, 0), Stats()
+    before = decode.draft, decode.verify, model.hidden
+    with parts_timed(model) as moments:
+        texts = bench.decode("speculative", 0.0, 0, stats)
+    assert (decode.draft, decode.verify, model.hidden) == before and texts == bench.decode("speculative", 0.0, 0)
+    passes = stats.steps + 2
+    assert {name: len(pairs) for name, pairs in moments.items()} == {
+        "trunk": passes, "targets": passes, "draft": stats.steps, "verify": stats.steps}
+    steps = sorted((pair, name) for name, pairs in moments.items() for pair in pairs)
+    assert [name for _, name in steps[:7]] == ["trunk", "targets", "draft", "trunk", "targets", "verify", "draft"]
+    assert all(start < end <= following for ((start, end), _), ((following, _), _) in zip(steps, steps[1:]))
     for temperature in (0.0, 1.0):
-        model = tiny_model(block_size=2, n_future=4)
-        parts = Bench(model, [[1]], 2, 0).part_seconds(model, temperature, repeats=2)
-        assert list(parts) == ["trunk", "targets", "draft", "verify"] and min(parts.values()) > 0
+        seconds, parts, _, _ = bench.rounds(temperature, 2)
+        assert all(0 < sum(p.values()) < s for p, s in zip(parts["speculative"], seconds["speculative"], strict=True))
 
 
 @pytest.mark.parametrize("bias", [True, False])
