@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -662,6 +663,34 @@ def test_ctrl_c_ends_the_benchmark_of_training(tmp_path):
         os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
         out, err = process.communicate(timeout=60)  # ends when no process holds the pipes any more
         assert (process.returncode, err.strip()) == (code, line)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no signals between threads")
+def test_ctrl_c_waits_until_a_process_has_started(monkeypatch):
+    """Also where another thread, which nothing blocks, hears of it. Guards a child that is left half started, and says
+    so in a traceback."""
+    started, go = [], threading.Event()
+    thread = threading.Thread(target=lambda: go.wait() and signal.pthread_kill(threading.get_ident(), signal.SIGINT))
+    thread.start()
+
+    class Process:
+        def __init__(self, **options):
+            pass
+
+        def start(self):
+            go.set()
+            thread.join()
+            started.append(True)
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn"), "Process", Process)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            bench_training.measure_apart()
+        assert started and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_bench_finds_where_texts_part():
