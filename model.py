@@ -349,14 +349,14 @@ class GPT(nn.Module):
     def cp_factors(self, e):
         """All of equation (1) at one hidden state: e (C,) -> log w (r,) and a function factor.
 
-        factor(s, previous) is log P_a^(s) (r, V), s = 1..n, given the token x_{s-1} = previous (1,), which has no
-        effect at s = 1 and without context. With r = 1, where no factors are mixed, it is so up to a constant.
+        factor(s, previous) is log P_a^(s) (r, n_token), s = 1..n, given the token x_{s-1} = previous (1,), which has no
+        effect at s = 1 and without context. With r = 1, where no factors are mixed, (1, V), up to a constant.
         """
         head, W = self.cp_head, self.lm_head.weight
         log_w = head.log_weights(e) if self.config.rank > 1 else fp32(e.new_zeros(1))  # w = 1
 
-        def log_probs(logits):
-            return logits.log_softmax(-1) if self.config.rank > 1 else logits
+        def log_probs(logits):  # without the padding: if it had all the mass, nothing would be left to draw from
+            return logits[..., : self.config.n_token].log_softmax(-1) if self.config.rank > 1 else logits
 
         if not head.sees_previous:
             log_p = log_probs(head.logits(e, W)).unbind()

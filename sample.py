@@ -93,7 +93,7 @@ def parse_args():
     parser.add_argument("--prompt", type=utf8, default="", help="beginning of the text (none: the model begins)")
     parser.add_argument("--num_samples", type=number(int, 1), default=1, help="texts to write (1)")
     parser.add_argument("--max_new_tokens", type=number(int, 0), default=256, help="longest text in tokens (256)")
-    parser.add_argument("--temperature", type=number(float, 0), default=1.0,
+    parser.add_argument("--temperature", type=number(float, 0, 1e6), default=1.0,
                         help="0 is greedy, 1 the model's own law (1)")
     parser.add_argument("--top_k", type=number(int, 1), help="draw from the k most probable tokens only")
     parser.add_argument("--top_p", type=number(float, 1e-6, 1),

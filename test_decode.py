@@ -410,6 +410,18 @@ def test_draft_rows_are_the_conditionals_of_the_joint(variant, monkeypatch):
         assert not q[2].any()
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+def test_drafts_are_tokens_whatever_the_padding_has(rank):
+    """A head that gives all its mass to ids that are no tokens costs speed alone: rows of q sum to 1 without them."""
+    model = tiny_model(rank=rank, factors="full", vocab_size=6, n_token=4).float()
+    with torch.no_grad():
+        model.cp_head.factors[:, :, 4:] = 1000 * torch.ones(8)
+        drafted, q = decode.draft(model, torch.ones(8), torch.tensor([1]), partial(warp, n_token=4),
+                                  torch.Generator().manual_seed(0))
+    assert (drafted < 4).all() and q.shape == (3, 4)
+    torch.testing.assert_close(q.sum(-1), torch.tensor([1.0, 1.0, 0.0]))
+
+
 # -----------------------------------------------------------------------------
 # the decoders, exactly
 

@@ -181,6 +181,7 @@ BAD = [
     ("sample", "--out_dir out/plain --mode speculative", "no head to draft from"),
     ("sample", "--temperature -0.1", "--temperature: must be at least 0"),
     ("sample", "--temperature 1e-40", "--temperature: 0 is greedy"),
+    ("sample", "--temperature 1e39", "--temperature: must be at least 0 and at most 1000000.0, not 1e39"),
     ("sample", "--temperature inf", "--temperature: must be at least 0"),
     ("sample", "--top_k 0", "--top_k: must be at least 1"),
     ("sample", "--top_p 0", "--top_p: must be at least 1e-06 and at most 1"),
