@@ -210,7 +210,7 @@ class Bench:
             self.decode(mode, temperature, self.seed, prompts=self.prompts[:1])
         for i in range(n_rounds):
             for mode in self.modes:
-                with parts_timed(self.heads[mode]) if mode in self.heads else nullcontext({}) as moments:
+                with parts_timed(self.heads[mode]) if mode in self.heads else nullcontext() as moments:
                     spent, text = timed(lambda: self.decode(mode, temperature, self.seed + i, stats[mode]), self.device)
                 n_tokens = sum(map(len, text))
                 seconds[mode].append(spent / n_tokens)
@@ -243,17 +243,17 @@ class Bench:
         for mode in self.modes:
             per_token, s = statistics.median(seconds[mode]), stats[mode]
             per_step = s.tokens_per_step if s.steps else None  # transformers does not tell
-            ms = 1e3 * (s.tokens + n_prefills) / (s.steps + n_prefills)  # of a forward pass for a second of a token
+            per_pass = (s.tokens + n_prefills) / (s.steps + n_prefills)  # tokens that a forward pass yields
             rows.append({
                 "mode": mode, "temperature": temperature, "tokens_per_second": 1 / per_token,
-                "tokens_per_step": per_step, "step_ms": per_step and per_token * ms,
+                "tokens_per_step": per_step, "step_ms": per_step and 1e3 * per_token * per_pass,
                 "speedup": times_faster_than_plain(seconds[mode]), "bound": None,
                 "acceptance": [a if a == a else None for a in s.acceptance], "histogram": s.histogram,
             })
             if mode in self.heads:
                 rows[-1] |= {name: getattr(self.heads[mode].config, name) for name in HEAD}
-                own = {name: ms * statistics.median(p[name] for p in parts[mode]) for name in parts[mode][0]}
-                rows[-1]["parts_ms"] = {**own, "rest": rows[-1]["step_ms"] - sum(own.values())}
+                ms = {name: 1e3 * per_pass * statistics.median(p[name] for p in parts[mode]) for name in parts[mode][0]}
+                rows[-1]["parts_ms"] = {**ms, "rest": rows[-1]["step_ms"] - sum(ms.values())}
                 rows[-1]["bound"] = times_faster_than_plain([p["trunk"] + p["targets"] for p in parts[mode]])
         return rows, texts
 

@@ -141,8 +141,8 @@ def measure_apart(*args):
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=answer, args=(sender, args), daemon=True)
     resource_tracker.ensure_running()  # start would begin with this, which lets signals through again
-    with stop_signals() as caught:  # another thread may still hear of what this one blocks
-        block_signals(True)  # they wait until it has started; and Ctrl-C is ours alone, as a daemon ends when we do
+    with stop_signals() as caught:  # they wait until it has started
+        block_signals(True)  # which it inherits: Ctrl-C is ours alone, as a daemon ends when we do
         process.start()
         block_signals(False)
     for number in caught:
