@@ -4,9 +4,10 @@
     python bench_speculative.py --out_dir out/toy --peers    beside Hugging Face's transformers, with the same weights
     python bench_speculative.py --out_dir out/a --beside out/b out/c    beside other heads on the same trunk
 
-Plain and speculative decoding continue the same prompts for the same number of tokens (no stop token), in turn, round
-after round; speeds are medians over the rounds, and a speed-up is the median of the rounds' own ratios. The last line
-of stdout is one JSON object.
+Plain and speculative decoding continue the same prompts for the same number of tokens (no stop
+token), in turn, round after round; speeds are medians over the rounds, and a speed-up is the median
+of the rounds' own ratios. The last line of stdout is one JSON object. docs/results.md says how to
+read the table.
 """
 
 import copy
@@ -16,27 +17,66 @@ import platform
 import statistics
 import sys
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 
-import decode
-from common import ArgumentParser, number, run_script
-from decode import Stats, generate, generate_cached, generate_speculative, window_ids
+from common import ArgumentParser, number, path, run_script
+from decode import Greedy, Stats, generate, generate_cached, generate_speculative, make_sampler, window_ids
+from model import BadInput
 from plot import check_plot, draw_bench, save
-from sample import add_model_flags, load, prompt_ids
+from sample import add_model_flags, fast_kernels, load, prompt_ids
+
+HEAD = ("head", "n_future", "rank")  # what says of which kind a head is
+
+# -----------------------------------------------------------------------------
+# clocks
 
 
 def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    if device.type == "mps":
-        torch.mps.synchronize()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def timed(function, device):
+    """(seconds, result) of function(), with the device's queue empty before and after."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = function()
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+class Laps:
+    """A lap function for `speculative_step`: adds up the device's own time by part, without waiting
+    for the device.
+
+    On CUDA a moment is an event in the device's queue, else it is a time. The clocks cost a step
+    some microseconds.
+    """
+
+    def __init__(self, device):
+        self.device, self.moments = device, []
+
+    def __call__(self, part):
+        moment = time.perf_counter()
+        if self.device.type == "cuda":
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        self.moments.append((part, moment))
+
+    def seconds(self):
+        """{part: seconds}; on CUDA the queue must have come past them."""
+        totals = Counter()
+        for (_, start), (part, end) in pairwise(self.moments):
+            totals[part] += end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+        return totals
 
 
 def hardware(device):
@@ -49,52 +89,6 @@ def hardware(device):
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def timed(function, device):
-    """(seconds, result) of function(), with the device's queue empty before and after."""
-    synchronize(device)
-    start = time.perf_counter()
-    result = function()
-    synchronize(device)
-    return time.perf_counter() - start, result
-
-
-def now(device):
-    """A moment of the device's own time, without waiting for it: on CUDA an event in its queue, else seconds."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds_between(start, end):
-    """Of two moments of `now`; CUDA's queue must have come past them."""
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
-
-
-@contextmanager
-def parts_timed(model):
-    """A dict that gets the (start, end) of every part of every speculative step in the block, the prefill's among them:
-    trunk, the forward pass of n tokens; targets, their logits; draft; verify. The clocks cost a step some microseconds.
-    """
-    def clocked(function, moments):
-        def part(*args):
-            start = now(device)
-            result = function(*args)
-            moments.append((start, now(device)))
-            return result
-        return part
-
-    device = model.lm_head.weight.device
-    parts = {"trunk": (model, "hidden"), "targets": (model, "target_logits"), "draft": (decode, "draft"),
-             "verify": (decode, "verify")}
-    moments = {name: [] for name in parts}
-    with ExitStack() as stack:
-        for name, (owner, function) in parts.items():
-            stack.enter_context(patch.object(owner, function, clocked(getattr(owner, function), moments[name])))
-        yield moments
-
-
 # -----------------------------------------------------------------------------
 # other people's decoders on the same weights
 
@@ -103,22 +97,23 @@ LOOKUP = 10  # tokens that prompt lookup drafts at most
 
 
 def to_transformers(model):
-    """The same GPT as a Hugging Face GPT2LMHeadModel: the same law of the next token, to rounding.
+    """The same GPT as a Hugging Face GPT2LMHeadModel: the same distribution of the next token, to
+    rounding.
 
-    SystemExit with one line without transformers, or where the target is not the LM head.
+    BadInput without transformers, or where the target is not the LM head.
     """
     if model.config.target != "lm_head":
-        sys.exit("--peers needs a model with target lm_head: others know nothing of the CP head's marginal.")
+        raise BadInput("--peers needs a model with target lm_head: others know nothing of the head's marginal.")
     try:
         import transformers
     except ImportError:
-        sys.exit("--peers needs transformers: python -m pip install transformers")
+        raise BadInput("--peers needs transformers: python -m pip install transformers") from None
     transformers.logging.set_verbosity_error()
     c = model.config
     peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=c.n_token, n_positions=c.block_size + LOOKUP, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
         activation_function="gelu", bos_token_id=None, eos_token_id=None))
-    peer = peer.to(device=model.lm_head.weight.device, dtype=model.lm_head.weight.dtype).eval()
+    peer = peer.to(device=model.device, dtype=model.dtype).eval()
     ours, state = model.state_dict(), peer.state_dict()
     with torch.no_grad():
         for name, theirs in state.items():
@@ -128,16 +123,19 @@ def to_transformers(model):
             elif any(name.endswith(f"{layer}.weight") for layer in ("c_attn", "c_proj", "c_fc")):
                 theirs.copy_(tensor.T)  # they are stored as inputs x outputs
             else:
-                rows = min(len(theirs), len(tensor))  # without the rows of the vocabulary that are no tokens; the
-                theirs[rows:].zero_()  # positions behind the block are for guesses of the lookup that get thrown away
+                rows = min(len(theirs), len(tensor))  # without the rows of the vocabulary that are no tokens; positions
+                theirs[rows:].zero_()  # past the block are for guesses of the lookup that get thrown away
                 theirs[:rows].copy_(tensor[:rows])
     return peer
 
 
-def transformers_generate(peer, prompt, max_new_tokens, *, temperature, generator, stats, **options):
-    """peer.generate in the form of our decoders; its randomness is torch's own, so the generator only seeds it."""
-    torch.manual_seed(generator.initial_seed())
-    sampling = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
+def transformers_generate(peer, prompt, max_new_tokens, *, sampler, stats=None, **options):
+    """peer.generate in the form of our decoders; its randomness is torch's own, which our generator
+    seeds."""
+    sampling = dict(do_sample=False)
+    if not isinstance(sampler, Greedy):
+        torch.manual_seed(torch.randint(2**31, (), generator=sampler.generator, device=peer.device).item())
+        sampling = dict(do_sample=True, temperature=1.0, top_k=0)
     idx = torch.tensor([prompt], device=peer.device)
     return peer.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=max_new_tokens, **sampling,
                          **options)[0, len(prompt) :].tolist()
@@ -147,153 +145,208 @@ def transformers_generate(peer, prompt, max_new_tokens, *, temperature, generato
 # the measurement
 
 
-HEAD = ("n_future", "rank", "factors", "context")  # what says of which kind a head is
+@dataclass
+class Mode:
+    """A decoder with its model; kernels is the context that it runs in, speculative whether its
+    steps have parts."""
+
+    function: callable
+    model: torch.nn.Module
+    speculative: bool = False
+    kernels: callable = None
+
+    def context(self):
+        return (self.kernels or partial(fast_kernels, self.model))()
 
 
-def check_same_law(model, other, out_dir):
-    """SystemExit with one line unless both models write the same texts: then their heads compare."""
+def check_same_target(model, other, out_dir):
+    """BadInput unless both models write the same texts: then their heads compare."""
     if model.config.target != "lm_head":
-        sys.exit("--beside needs a model with target lm_head: with another, the head itself says what gets written.")
-    head = {name: getattr(model.config, name) for name in (*HEAD, "dropout")}
+        raise BadInput("--beside needs a model with target lm_head: with another, the head itself says what gets "
+                       "written.")
+    same = {name: getattr(model.config, name) for name in (*HEAD, "dropout")}
     theirs = other.state_dict()
-    same = other.cp_head is not None and replace(other.config, **head) == model.config and all(
-        name.startswith("cp_head.") or torch.equal(p, theirs[name]) for name, p in model.state_dict().items())
-    if not same:
-        sys.exit(f"--beside: {out_dir} is not another head on the very trunk of --out_dir, with target lm_head.")
+    if other.head is None or replace(other.config, **same) != model.config or not all(
+            name.startswith("head.") or torch.equal(p, theirs[name]) for name, p in model.state_dict().items()):
+        raise BadInput(f"--beside: {out_dir} is not another head on the very trunk of --out_dir, with target lm_head.")
 
 
 class Bench:
     """beside: other heads on the model's trunk, a dict of names and models."""
 
     def __init__(self, model, prompts, n_tokens, seed, peers=False, beside=None):
-        self.model, self.prompts, self.n_tokens, self.seed = model, prompts, n_tokens, seed
-        self.device = model.lm_head.weight.device
-        self.heads = {"speculative": model} | {f"speculative, {name}": other for name, other in (beside or {}).items()}
-        self.modes = {"plain": (generate_cached, model)}
-        self.modes |= {mode: (generate_speculative, head) for mode, head in self.heads.items()}
+        self.model, self.prompts, self.n_tokens, self.seed, self.device = model, prompts, n_tokens, seed, model.device
+        self.modes = {"plain": Mode(generate_cached, model), "speculative": Mode(generate_speculative, model, True)}
+        for name, other in (beside or {}).items():
+            self.modes[f"speculative, {name}"] = Mode(generate_speculative, other, True)
         if peers:
-            peer = to_transformers(model)
-            lookup = partial(transformers_generate, prompt_lookup_num_tokens=LOOKUP)
-            self.modes |= {"no_cache": (generate, model), "transformers": (transformers_generate, peer),
-                           "transformers_prompt_lookup": (lookup, peer)}
+            self.modes["no_cache"] = Mode(generate, model)
+            self.add_transformers()
         if model.config.target == "marginal":  # plain decoding pays for r heads here; what would the trunk alone cost?
             lm_head_only = copy.copy(model)
             lm_head_only.config = replace(model.config, target="lm_head")
-            self.modes["lm_head_only"] = (generate_cached, lm_head_only)
+            self.modes["lm_head_only"] = Mode(generate_cached, lm_head_only)
 
-    def decode(self, mode, temperature, seed, stats=None, prompts=None):
-        """Continue every prompt; returns the texts."""
-        function, model = self.modes[mode]
-        generator = torch.Generator(self.device).manual_seed(seed)
-        return [list(function(model, prompt, self.n_tokens, temperature=temperature, generator=generator, stats=stats))
-                for prompt in prompts or self.prompts]
+    def add_transformers(self):
+        """transformers' two decoders with the kernels that are faster for them, PyTorch's default
+        or ours."""
+        peer = to_transformers(self.model)
+        kernels = {"default": nullcontext, "without oneDNN": partial(fast_kernels, self.model)}
+        seconds = {name: [] for name in kernels}
+        for _ in range(4):
+            for name, context in kernels.items():
+                self.modes["transformers"] = Mode(transformers_generate, peer, kernels=context)
+                seconds[name].append(timed(lambda: self.decode("transformers", 0.0, 0, n_prompts=1), self.device)[0])
+        self.peer_kernels = min(seconds, key=lambda name: min(seconds[name][1:]))  # the first time warms up
+        best = kernels[self.peer_kernels]
+        self.modes["transformers"] = Mode(transformers_generate, peer, kernels=best)
+        lookup = partial(transformers_generate, prompt_lookup_num_tokens=LOOKUP)
+        self.modes["transformers_prompt_lookup"] = Mode(lookup, peer, kernels=best)
+
+    def decode(self, name, temperature, seed, n_prompts=None, **options):
+        """Continue every prompt, or the first n_prompts; returns the texts."""
+        mode = self.modes[name]
+        sampler = make_sampler(temperature, generator=torch.Generator(self.device).manual_seed(seed))
+        with mode.context():
+            return [list(mode.function(mode.model, prompt, self.n_tokens, sampler=sampler, **options))
+                    for prompt in self.prompts[:n_prompts]]
 
     def best_threads(self):
         """The number of CPU threads at which plain decoding is fastest."""
-        if self.device.type != "cpu":
-            return torch.get_num_threads()
         most = torch.get_num_threads()  # torch's own default: the cores that there are
+        if self.device.type != "cpu":
+            return most
         seconds = {n: [] for n in sorted({most, *(2**k for k in range(most.bit_length()))})}
-        self.decode("plain", 1.0, 0, prompts=self.prompts[:1])
+        self.decode("plain", 1.0, 0, n_prompts=1)
         for _ in range(5):
             for n in seconds:
                 torch.set_num_threads(n)
-                seconds[n].append(timed(lambda: self.decode("plain", 1.0, 0, prompts=self.prompts[:1]), self.device)[0])
+                seconds[n].append(timed(lambda: self.decode("plain", 1.0, 0, n_prompts=1), self.device)[0])
         return min(seconds, key=lambda n: statistics.median(seconds[n]))
 
     def rounds(self, temperature, n_rounds):
-        """By mode: seconds per token of every round, for the speculative ones those of the parts of a step in them, the
-        Stats of all rounds together, and the first round's texts."""
-        seconds, parts = {mode: [] for mode in self.modes}, {mode: [] for mode in self.heads}
-        stats, texts = {mode: Stats() for mode in self.modes}, {}
-        for mode in self.modes:  # warm up
-            self.decode(mode, temperature, self.seed, prompts=self.prompts[:1])
+        """By mode: a list of rounds, each a dict of seconds, tokens, texts and, if speculative,
+        seconds by part; and the Stats of all rounds together."""
+        rounds, stats = {name: [] for name in self.modes}, {name: Stats() for name in self.modes}
+        for name in self.modes:  # warm up
+            self.decode(name, temperature, self.seed, n_prompts=1)
         for i in range(n_rounds):
-            for mode in self.modes:
-                with parts_timed(self.heads[mode]) if mode in self.heads else nullcontext() as moments:
-                    spent, text = timed(lambda: self.decode(mode, temperature, self.seed + i, stats[mode]), self.device)
-                n_tokens = sum(map(len, text))
-                seconds[mode].append(spent / n_tokens)
-                texts.setdefault(mode, text)
-                if mode in self.heads:
-                    parts[mode].append({name: sum(seconds_between(*pair) for pair in pairs) / n_tokens
-                                        for name, pairs in moments.items()})
-        return seconds, parts, stats, texts
+            for name, mode in self.modes.items():
+                laps = Laps(self.device)
+                decode = partial(self.decode, name, temperature, self.seed + i, stats=stats[name],
+                                 **({"lap": laps} if mode.speculative else {}))
+                seconds, texts = timed(decode, self.device)
+                rounds[name].append({"seconds": seconds, "tokens": sum(map(len, texts)), "texts": texts,
+                                     "parts": laps.seconds()})
+        return rounds, stats
+
+    def rows(self, temperature, n_rounds):
+        """One row of the table per mode, and the first round's texts by mode."""
+        rounds, stats = self.rounds(temperature, n_rounds)
+        rows = [self.row(name, temperature, rounds, stats[name]) for name in self.modes]
+        return rows, {name: rounds[name][0]["texts"] for name in rounds}
+
+    def row(self, name, temperature, rounds, stats):
+        def ratios(seconds):  # to plain decoding, round by round
+            return [plain["seconds"] / plain["tokens"] / own for plain, own in zip(rounds["plain"], seconds)]
+
+        mode, n_passes = self.modes[name], stats.steps + len(rounds[name]) * len(self.prompts)  # prefills, too
+        per_token = [r["seconds"] / r["tokens"] for r in rounds[name]]
+        speedups = ratios(per_token)
+        row = {"mode": name, "temperature": temperature, "tokens_per_second": 1 / statistics.median(per_token),
+               "speedup": statistics.median(speedups), "speedup_range": [min(speedups), max(speedups)], "bound": None,
+               "tokens_per_step": stats.tokens_per_step if stats.steps else None,  # transformers does not tell
+               "acceptance": [a if a == a else None for a in stats.acceptance], "histogram": stats.histogram,
+               "distinct": distinct(rounds[name][0]["texts"])}
+        if mode.speculative:
+            per_pass = 1e3 * sum(r["tokens"] for r in rounds[name]) / n_passes  # ms a forward pass, of seconds a token
+            row |= {key: getattr(mode.model.config, key) for key in HEAD}
+            row["step_ms"] = per_pass * statistics.median(per_token)
+            parts = {part: per_pass * statistics.median(r["parts"][part] / r["tokens"] for r in rounds[name])
+                     for part in ("draft", "trunk", "targets", "verify")}
+            row["parts_ms"] = {**parts, "rest": row["step_ms"] - sum(parts.values())}
+            trunk = [(r["parts"]["trunk"] + r["parts"]["targets"]) / r["tokens"] for r in rounds[name]]
+            row["bound"] = statistics.median(ratios(trunk))
+        return row
 
     @torch.inference_mode()
-    def first_difference(self, texts, mode="speculative"):
-        """Where greedy texts first part, and the gap between the two largest logits there; None where none part."""
-        for i, (prompt, plain, fast) in enumerate(zip(self.prompts, texts["plain"], texts[mode])):
+    def first_difference(self, texts, name="speculative"):
+        """Where greedy texts first part, and the gap between the two largest logits there; None
+        where none part."""
+        for i, (prompt, plain, fast) in enumerate(zip(self.prompts, texts["plain"], texts[name])):
             for k, (a, b) in enumerate(zip(plain, fast)):
                 if a != b:
-                    logits = self.model(window_ids(prompt + plain[:k], self.model))[0, -1]
-                    top = logits[: self.model.config.n_token].topk(2).values
+                    top = self.model(window_ids(prompt + plain[:k], self.model))[0, -1].topk(2).values
                     return {"prompt": i, "token": k, "logit_gap": (top[0] - top[1]).item()}
         return None
 
-    def rows(self, temperature, n_rounds):
-        """One row of the table per mode, and the first round's texts."""
-        seconds, parts, stats, texts = self.rounds(temperature, n_rounds)
-        n_prefills = n_rounds * len(self.prompts)  # a forward pass and a token each
 
-        def times_faster_than_plain(own):
-            return statistics.median(plain / mine for plain, mine in zip(seconds["plain"], own))
+def distinct(texts, length=8):
+    """The share of all runs of `length` tokens in the texts that are different ones: a loop brings
+    it towards 0."""
+    runs = [tuple(text[i : i + length]) for text in texts for i in range(len(text) - length + 1)]
+    return len(set(runs)) / len(runs) if runs else 1.0
 
-        rows = []
-        for mode in self.modes:
-            per_token, s = statistics.median(seconds[mode]), stats[mode]
-            per_step = s.tokens_per_step if s.steps else None  # transformers does not tell
-            per_pass = (s.tokens + n_prefills) / (s.steps + n_prefills)  # tokens that a forward pass yields
-            rows.append({
-                "mode": mode, "temperature": temperature, "tokens_per_second": 1 / per_token,
-                "tokens_per_step": per_step, "step_ms": per_step and 1e3 * per_token * per_pass,
-                "speedup": times_faster_than_plain(seconds[mode]), "bound": None,
-                "acceptance": [a if a == a else None for a in s.acceptance], "histogram": s.histogram,
-            })
-            if mode in self.heads:
-                rows[-1] |= {name: getattr(self.heads[mode].config, name) for name in HEAD}
-                ms = {name: 1e3 * per_pass * statistics.median(p[name] for p in parts[mode]) for name in parts[mode][0]}
-                rows[-1]["parts_ms"] = {**ms, "rest": rows[-1]["step_ms"] - sum(ms.values())}
-                rows[-1]["bound"] = times_faster_than_plain([p["trunk"] + p["targets"] for p in parts[mode]])
-        return rows, texts
+
+# -----------------------------------------------------------------------------
+# what is printed
 
 
 def describe(bench, args):
     """What was measured, on what."""
-    config, device = bench.model.config, bench.device
-    trunk, head = bench.model.n_params()
-    return {
+    config, device, (trunk, head) = bench.model.config, bench.device, bench.model.n_params()
+    card = {
         "out_dir": args.out_dir, "device": str(device), "hardware": hardware(device), "torch": torch.__version__,
         "dtype": args.dtype, "threads": torch.get_num_threads(), "trunk_parameters": trunk, "head_parameters": head,
-        **{name: getattr(config, name) for name in HEAD},
-        "target": config.target, "vocab_size": config.n_token, "prompts": len(bench.prompts),
-        "tokens_per_prompt": bench.n_tokens, "rounds": args.rounds, "seed": args.seed,
-        **({"transformers": version("transformers"), "prompt_lookup_tokens": LOOKUP} if args.peers else {}),
+        **{name: getattr(config, name) for name in HEAD}, "target": config.target, "vocab_size": config.n_token,
+        "prompts": len(bench.prompts), "tokens_per_prompt": bench.n_tokens, "rounds": args.rounds, "seed": args.seed,
     }
+    if args.peers:
+        card |= {"transformers": version("transformers"), "transformers_kernels": bench.peer_kernels,
+                 "prompt_lookup_tokens": LOOKUP}
+    return card
 
 
-def print_card(card):
+def print_card(card, bench):
     for key, value in card.items():
-        print(f"{key:18} {value}")
+        print(f"{key:20} {value}")
     if card["target"] == "marginal":
         print("target = marginal: plain decoding computes r heads for its one token, too. lm_head_only is the same\n"
               "trunk with its plain LM head, for its speed alone: that head was not trained to predict on its own.")
+    for name, mode in bench.modes.items():
+        if mode.speculative:
+            print(f"{name}: head {mode.model.config.head}, n = {mode.model.config.n_future}, "
+                  f"r = {mode.model.config.rank}")
 
 
 def print_table(rows):
     width = max(len(row["mode"]) for row in rows)
-    print(f"\n{'mode':{width}} temp  tokens/s speed-up  bound tok/step  acceptance by position")
+    print(f"\n{'mode':{width}} temp  tokens/s speed-up        range  bound tok/step  acceptance by offset")
     for row in rows:
         acceptance = " ".join("-" if a is None else f"{a:.2f}" for a in row["acceptance"])
+        spread = "{:.2f}..{:.2f}".format(*row["speedup_range"])
         bound = f"{row['bound']:.2f}x" if row["bound"] else ""
         per_step = f"{row['tokens_per_step']:.2f}" if row["tokens_per_step"] else ""
         print(f"{row['mode']:{width}} {row['temperature']:4.1f} {row['tokens_per_second']:9.0f} {row['speedup']:7.2f}x "
-              f"{bound:>6} {per_step:>8}  {acceptance}")
+              f"{spread:>12} {bound:>6} {per_step:>8}  {acceptance}")
         if "parts_ms" in row:
             shares = (f"{k}:{h / sum(row['histogram']):.0%}" for k, h in enumerate(row["histogram"]) if k)
             print(f"{'':{width}}  steps by tokens: {' '.join(shares)}")
             parts = " + ".join(f"{part} {ms:.2f}" for part, ms in row["parts_ms"].items())
             print(f"{'':{width}}  a step {row['step_ms']:.2f} ms = {parts}")
+        if row["mode"] == "plain":
+            print(f"{'':{width}}  {row['distinct']:.0%} of its runs of 8 tokens are different ones")
+
+
+def print_differences(differences):
+    print()
+    for name, part in differences.items():
+        print(f"temperature 0, {name}: " + ("the text of plain decoding, token for token" if part is None else
+              f"texts part at token {part['token']} of prompt {part['prompt']}; the two top logits differ by "
+              f"{part['logit_gap']:.1e} there"))
+
+
+# -----------------------------------------------------------------------------
 
 
 def parse_args():
@@ -308,44 +361,40 @@ def parse_args():
                         help="CPU threads (the number that is best for plain decoding)")
     parser.add_argument("--peers", action="store_true",
                         help="also time decoding without a cache, and Hugging Face's transformers on the same weights")
-    parser.add_argument("--beside", metavar="OUT_DIR", nargs="+", default=[],
+    parser.add_argument("--beside", metavar="OUT_DIR", nargs="+", type=path, default=[],
                         help="also time the heads of other checkpoints, which were trained on the same, frozen trunk")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the speed-ups, the acceptance and the histogram")
+    parser.add_argument("--plot", type=path, metavar="FILE.png",
+                        help="draw the speed-ups, the acceptance and the histogram")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
+    torch.set_flush_denormal(True)  # probabilities below 1e-38 are 0; x86 would be slow at them
     if args.plot:
         check_plot(args.plot)  # now, not after minutes of measuring
     model, enc, ckpt = load(args.out_dir, args.device, args.dtype)
-    if model.cp_head is None:
-        sys.exit(f"{args.out_dir} has n_future = 1: there is no head to draft from, so nothing to compare.")
+    if model.head is None:
+        raise BadInput(f"{args.out_dir} has n_future = 1: there is no head to draft from, so nothing to compare.")
     beside = {out_dir: load(out_dir, args.device, args.dtype)[0] for out_dir in args.beside}
     for out_dir, other in beside.items():
-        check_same_law(model, other, out_dir)
+        check_same_target(model, other, out_dir)
     prompts = [prompt_ids(enc, text) for text in ckpt["meta"]["prompts"]]
     room = model.config.block_size - max(map(len, prompts))
     n_tokens = args.max_new_tokens or max(2, min(256, room))
     if args.peers and n_tokens > room:
-        sys.exit(f"--peers: transformers has no window that moves on, so --max_new_tokens must be at most {room}.")
+        raise BadInput(f"--peers: transformers' window does not move on, so --max_new_tokens must be at most {room}.")
     bench = Bench(model, prompts, n_tokens, args.seed, args.peers, beside)
     torch.set_num_threads(args.threads or bench.best_threads())
     card = describe(bench, args)
-    print_card(card)
-    for mode, head in bench.heads.items():
-        print(f"{mode}: n = {head.config.n_future}, r = {head.config.rank}, context {head.config.context}")
+    print_card(card, bench)
 
     greedy, texts = bench.rows(0.0, args.rounds)
     sampled, _ = bench.rows(1.0, args.rounds)
     print_table(greedy + sampled)
-    card["first_difference"] = {mode: bench.first_difference(texts, mode) for mode in texts
-                                if mode not in ("plain", "lm_head_only")}
-    print()
-    for mode, part in card["first_difference"].items():
-        print(f"temperature 0, {mode}: " + ("the text of plain decoding, token for token" if part is None else
-              f"texts part at token {part['token']} of prompt {part['prompt']}; the two top logits differ by "
-              f"{part['logit_gap']:.1e} there"))
+    card["first_difference"] = {name: bench.first_difference(texts, name) for name in texts
+                                if name not in ("plain", "lm_head_only")}
+    print_differences(card["first_difference"])
     print(json.dumps({"card": card, "rows": greedy + sampled}), flush=True)
     if args.plot:
         save(draw_bench(card, greedy + sampled), args.plot)

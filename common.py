@@ -1,17 +1,26 @@
-"""What the scripts share: errors in one line, files that are whole or not there, checkpoints, devices."""
+"""What the scripts share: errors in one line, files that are whole or not there, one writer per
+folder, checkpoints."""
 
 import argparse
 import errno
+import hashlib
+import json
+import math
 import os
 import re
+import secrets
+import signal
 import sys
+import threading
 import warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout  # comes with torch
+from tqdm import tqdm
 
-from model import GPT
+from model import GPT, BadInput
 
 # -----------------------------------------------------------------------------
 # a user's mistake gets one line, not a traceback
@@ -21,8 +30,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with the script's docstring for help and errors of one line."""
 
     def __init__(self, description, **options):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, **options)
+        plain = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=plain, allow_abbrev=False, **options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help explains the flags)\n")
@@ -30,11 +39,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def number(kind, low, high=float("inf"), above=False):
     """An argparse type: a finite int or float in [low, high], in (low, high] with `above`."""
-    limits = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < float("inf") else "")
+    limits = f"above {low}" if above else f"at least {low}"
+    limits += f" and at most {high}" if high < math.inf else ""
 
     def parse(text):
         value = kind(text)
-        if not (low < value if above else low <= value) or not value <= high or value == float("inf"):
+        if not low <= value <= high or above and value == low or value == math.inf:
             raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
         return value
 
@@ -42,13 +52,22 @@ def number(kind, low, high=float("inf"), above=False):
     return parse
 
 
+seed = number(int, 0, 2**32 - 1)  # a CPU's generator looks at 32 bits: larger ones would repeat these
+
+
 def utf8(text):
-    """An argparse type: text, without the escapes that Python puts where the shell's bytes are not utf-8."""
+    """An argparse type: text, without the escapes that Python puts where the shell's bytes are not
+    utf-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError("is not valid utf-8") from None
     return text
+
+
+def path(text):
+    """An argparse type: a path, whose ~ a shell leaves as it is in --flag=~/folder."""
+    return os.path.expanduser(text)
 
 
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -61,6 +80,8 @@ def run_script(main):
             stream.reconfigure(errors="replace")  # a pipe may not speak utf-8
     try:
         main()
+    except BadInput as e:
+        sys.exit(str(e))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
@@ -70,11 +91,19 @@ def run_script(main):
     except OSError as e:
         then = "; free some space and try again" if e.errno in DISK_FULL else ""
         sys.exit(f"{e.filename or 'writing'}: {e.strerror or e}{then}")
-    except (MemoryError, RuntimeError) as e:  # torch has words for it, and on a CPU no class of its own
-        if not isinstance(e, MemoryError) and not re.search("out of memory|not enough memory|allocate memory", str(e)):
+    except (MemoryError, RuntimeError) as e:  # torch has words for it, and on a CPU no class
+        words = "out of memory|not enough memory|allocate memory"
+        if not isinstance(e, MemoryError) and not re.search(words, str(e)):
             raise
-        sys.exit(f"Out of memory ({' '.join(str(e).split())[:200]}). A smaller model, --batch_size or --block_size "
-                 "needs less.")
+        sys.exit(f"Out of memory ({' '.join(str(e).split())[:200]}). A smaller model, --batch_size or "
+                 "--block_size needs less.")
+
+
+def progress_bar(**options):
+    """tqdm, which is silent where there is no stderr (pythonw, 2>&-)."""
+    if sys.stderr is None:
+        options["disable"] = True
+    return tqdm(mininterval=1.0, **options)
 
 
 # -----------------------------------------------------------------------------
@@ -83,74 +112,231 @@ def run_script(main):
 
 @contextmanager
 def replacing(*paths):
-    """A binary file to write for each path, which take the paths' places when the block ends well, else are gone.
+    """A binary file to write for each path; they take the paths' places when the block ends well.
 
-    Whenever the process dies, a path holds the old file or the new one, never a part of it. Of several paths the last
-    is away while the others change: where it is, they belong together.
+    Whenever the process dies, a path holds the old file or the new one, never a part of it. Of
+    several paths the last is away while the others change: where it is, they belong together. A
+    link stays, and the file that it leads to changes.
     """
-    tmps = [Path(path).with_name(Path(path).name + ".tmp") for path in paths]
+    paths = [Path(path).resolve() for path in paths]
+    tmps = [path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp") for path in paths]
     try:
         with ExitStack() as stack:
             for tmp in tmps:
                 tmp.parent.mkdir(parents=True, exist_ok=True)
-            files = [stack.enter_context(open(tmp, "wb")) for tmp in tmps]
+            files = [stack.enter_context(open(tmp, "xb")) for tmp in tmps]
             yield files if len(files) > 1 else files[0]
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())  # now, when nothing is lost yet if the disk is full
         if len(paths) > 1:
-            Path(paths[-1]).unlink(missing_ok=True)
+            paths[-1].unlink(missing_ok=True)
         for tmp, path in zip(tmps, paths):
             os.replace(tmp, path)
     except BaseException as e:
         for tmp in tmps:
             if tmp.parent.is_dir():
                 tmp.unlink(missing_ok=True)
-        error = e.__context__ if isinstance(e.__context__, (OSError, KeyboardInterrupt)) else e  # torch.save hides it
-        if isinstance(error, OSError) and (error.filename is None or str(error.filename).endswith(".tmp")):
-            error.filename = str(paths[0] if len(paths) == 1 else Path(paths[0]).parent)
+        hidden = isinstance(e.__context__, (OSError, KeyboardInterrupt))  # by torch.save's own error
+        error = e.__context__ if hidden else e
+        if isinstance(error, OSError) and str(error.filename or ".tmp").endswith(".tmp"):
+            error.filename = str(paths[0] if len(paths) == 1 else paths[0].parent)
         raise error
 
 
+@contextmanager
+def locked(folder):
+    """The folder, made if need be, for this process alone: BadInput if another one writes there.
+
+    The system frees the lock when the process ends, however it ends. What a killed writer left
+    half-written goes.
+    """
+    folder = Path(folder)
+    check_writable(folder / "probe")
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BadInput(f"Another process writes in {folder}; wait for its end, or take another "
+                       "folder.") from None
+    try:
+        for file in folder.iterdir():
+            if re.search(r"\.[0-9a-f]{8}\.tmp$", file.name):
+                file.unlink()
+        yield folder
+    finally:
+        lock.release()
+
+
+def check_writable(path):
+    """OSError if no file can be written where path is: to be called before long work."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    with open(probe, "xb"):
+        pass
+    probe.unlink()
+
+
 # -----------------------------------------------------------------------------
-# devices and checkpoints
+# the machine
 
 
 def pick_device(name):
     """The torch.device of a --device flag; auto is cuda, then mps, then cpu."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
     try:
         x = torch.zeros(1, device=name)
         x.item()  # fails now, not later, where there is no such device or it holds no values
         return x.device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        sys.exit(f"--device {name} cannot be used here ({str(e).splitlines()[0]}); try cpu")
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
+        why = str(e).splitlines()[0]
+        raise BadInput(f"--device {name} cannot be used here ({why}); try cpu") from None
 
 
-def load_model(path, fresh_head=False, **head):
-    """(model, checkpoint dict) of a file that train.py or nanoGPT's train.py wrote; options as in GPT.from_checkpoint.
+@contextmanager
+def stop_signals():
+    """A list that is empty until Ctrl-C, SIGTERM or SIGHUP, which ends the run after its step; a
+    second one does at once. Off the main thread, where Python allows no handlers, it stays
+    empty."""
+    caught, before = [], {}
 
-    Only plain tensors and plain Python are read (weights_only), so a foreign file cannot run code.
-    """
+    def note(number, frame):
+        caught.append(number)
+        restore()
+
+    def restore():
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    main = threading.current_thread() is threading.main_thread()
+    for s in [getattr(signal, name) for name in names] if main else []:
+        if signal.getsignal(s) not in (signal.SIG_IGN, None):  # ignored by a shell's background job
+            before[s] = signal.signal(s, note)
+    try:
+        yield caught
+    finally:
+        restore()
+
+
+def compiled(function, device):
+    """torch.compile(function), after a trial that tells whether there is a compiler at all."""
+    try:
+        torch.compile(torch.add)(*torch.ones(2, 2, device=device))
+    except Exception as e:  # of a compiler, a linker, Triton: torch raises many kinds
+        raise BadInput(f"--compile does not work here ({type(e).__name__}); it needs a C++ compiler, "
+                       "on a GPU also Triton. Train without --compile.") from None
+    return torch.compile(function)
+
+
+# -----------------------------------------------------------------------------
+# checkpoints and data
+
+
+def load_model(path, fresh_head=False, **changes):
+    """(model, checkpoint dict) of a file of our train.py or nanoGPT's; options as in
+    GPT.from_checkpoint."""
+    ckpt = read_checkpoint(path)
+    try:
+        return GPT.from_checkpoint(ckpt, fresh_head, **changes), ckpt
+    except BadInput as e:
+        raise BadInput(f"{path} holds no model that fits: {e}. If only its head is at fault, train.py "
+                       f"--init_from {path} --fresh_head keeps the trunk.") from None
+
+
+def read_checkpoint(path):
+    """The dict of a checkpoint. Only plain tensors and plain Python are read, so a foreign file
+    cannot run code."""
     path = Path(path)
     if path.is_dir():
-        sys.exit(f"{path} is a folder; name the checkpoint in it, {path / 'ckpt.pt'}")
-    if not path.is_file():
-        there = [str(p) for p in sorted(path.parent.glob("*.pt"))]
-        sys.exit(f"There is no checkpoint {path}; " + (f"{path.parent} holds {', '.join(there)}" if there else
-                 f"train one first: python train.py --out_dir {path.parent}"))
+        raise BadInput(f"{path} is a folder; name the checkpoint in it, {path / 'ckpt.pt'}")
+    if not path.exists():
+        there = ", ".join(str(p) for p in sorted(path.parent.glob("*.pt")))
+        advice = (f"{path.parent} holds {there}" if there else
+                  f"train one first: python train.py --out_dir {path.parent}")
+        raise BadInput(f"There is no checkpoint {path}; {advice}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a foreign file torch has more to say than our one line
-            ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        ckpt["model"], ckpt["model_args"]
-    except Exception as e:  # a pickle that asks for code, half a file, another format: torch raises many kinds
-        sys.exit(f"{path} is not a checkpoint of plain tensors with 'model' and 'model_args', or it is damaged "
-                 f"({type(e).__name__}); nothing in it was run. Train anew or take another file.")
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            warnings.simplefilter("ignore")  # of a foreign file torch has more to say than one line
+            ckpt = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as e:  # a pickle that asks for code, half a file: torch raises many kinds
+        if "memory" in str(e):
+            raise
+        ckpt = None
+    keys = ("model", "model_args")
+    if (not isinstance(ckpt, dict) or not all(isinstance(ckpt.get(key), dict) for key in keys)
+            or not all(map(torch.is_tensor, ckpt["model"].values()))):
+        raise BadInput(f"{path} is not a checkpoint of plain tensors with 'model' and 'model_args', or "
+                       "it is damaged; nothing in it was run. Train anew or take another file.")
+    return ckpt
+
+
+def check_meta(meta, where):
+    """BadInput unless meta is what prepare_tinystories.py writes, as far as anything here relies on
+    it."""
     try:
-        return GPT.from_checkpoint(ckpt, fresh_head, **head), ckpt
-    except Exception as e:
-        reason = " ".join(str(e).split())[:300]
-        sys.exit(f"{path} holds no model that fits: {reason or type(e).__name__}. If only its head is at fault, "
-                 f"train.py --init_from {path} --fresh_head keeps the trunk.")
+        tokens = {token.encode("latin-1") for token in meta["tokenizer"]["tokens"]}
+        texts = [meta["tokenizer"]["name"], meta["tokenizer"]["pattern"], *meta["prompts"]]
+        good = (len(tokens) + 1 == meta["vocab_size"] and {bytes([b]) for b in range(256)} <= tokens
+                and 0 < meta["bytes_per_token"] < math.inf and meta["prompts"]
+                and all(isinstance(text, str) for text in texts)
+                and all(meta["splits"][split]["tokens"] > 0 for split in ("train", "val")))
+    except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
+        good = False
+    if not good:
+        raise BadInput(f"{where} is not a meta file of prepare_tinystories.py, or it is damaged; "
+                       "write the data anew.")
+
+
+HASHED = 2**27  # bytes of a .bin file whose hash is compared: a matter of tenths of a second
+
+
+def read_meta(data_dir):
+    """data_dir/meta.json, after a look at whether train.bin and val.bin are the files that it
+    speaks of."""
+    path = Path(data_dir) / "meta.json"
+    again = f"python prepare_tinystories.py --data_dir {data_dir} ..."
+    if not path.exists():
+        raise BadInput(f"There is no data in {data_dir}; write some: {again}")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        meta = None
+    check_meta(meta, path)
+    for name in ("train", "val"):
+        file, split = path.with_name(f"{name}.bin"), meta["splits"][name]
+        size = 2 * split["tokens"]
+        same = file.exists() and file.stat().st_size == size
+        if same and size <= HASHED:
+            same = hashlib.sha256(file.read_bytes()).hexdigest() == split.get("sha256")
+        if not same:
+            raise BadInput(f"{file} is not the file of {size:,} bytes that {path} speaks of; write "
+                           f"them anew: {again}")
+    return meta
+
+
+def check_tokenizer(ckpt, meta, path):
+    """BadInput unless a checkpoint knows the data's tokens under the same ids. nanoGPT's holds no
+    tokenizer to compare, so its number of ids must be the data's, padded or not; 50,257 are
+    GPT-2's."""
+    name, n = meta["tokenizer"]["name"], meta["vocab_size"]
+    if "meta" in ckpt:
+        check_meta(ckpt["meta"], path)
+        theirs = ckpt["meta"]["tokenizer"]["name"]
+        same = ckpt["meta"]["tokenizer"] == meta["tokenizer"]
+    else:
+        vocab_size = ckpt["model_args"].get("vocab_size")
+        theirs = "gpt2" if vocab_size in (50257, 50304) else f"one of {vocab_size} ids"
+        same = vocab_size in (n, padded(n)) and theirs in (name, f"one of {vocab_size} ids")
+    if not same:
+        raise BadInput(f"{path} was trained with another tokenizer ({theirs}) than the data's ({name}); "
+                       "take --data_dir with the data it was trained on, or train anew.")
+
+
+def padded(n_token):
+    return -(-n_token // 64) * 64

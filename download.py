@@ -1,168 +1,110 @@
-"""Download a large text file over a connection that may break: the next attempt goes on where the last one stopped.
+"""Download a large text file over a connection that may break: the next attempt goes on where the
+last one stopped.
 
     from download import download
     path = download("https://example.com/stories.txt", "data/stories.txt", max_bytes=50_000_000)
 
-Until the file is whole it is called stories.txt.part; stories.txt.part.etag says of which version it is a part. Proxies
-come from the environment (https_proxy, no_proxy), as urllib has it.
+Until the file is whole it is called stories.txt.VERSION.part, so no part is continued with another
+version of the file. requests does the work: proxies, redirects, certificates, and waiting for a
+busy server.
 """
 
-import http.client
-import math
+import hashlib
 import os
-import re
-import ssl
 import sys
-import urllib.error
-import urllib.request
+import time
 from pathlib import Path
-from time import sleep  # a name of this module, so that tests can replace it
 
-from tqdm import tqdm
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
-from common import DISK_FULL
+from common import progress_bar
+from model import BadInput
 
-CHUNK = 1 << 16
-ADVICE = "Check the address, or download the file yourself and pass it with --input."
+BROKEN = requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError
 
 
 def download(url, path, max_bytes=None, timeout=30, retries=5):
-    """Fetch `url` into the file `path` unless that exists, and return `path` as a pathlib.Path.
+    """Fetch url into the file path unless that exists, and return path as a pathlib.Path.
 
-    max_bytes: take only so many bytes from the beginning of the file.
-    timeout: seconds to wait for a connection, and for each read.
-    retries: how many attempts in a row may bring nothing new before it gives up.
-
-    `path` exists only when it is whole, even after kill -9; a later call goes on from what is in `path`.part. What goes
-    wrong outside this program (network, server, disk) raises SystemExit with one line that says what to do. Two
-    processes must not fetch into the same path at the same time.
+    max_bytes: take only so many bytes from the beginning. timeout: seconds to wait for a connection
+    and for each read. retries: how many attempts in a row may bring nothing new. BadInput where the
+    network or the server fails for good; what has come by then stays, and the next call goes on
+    from there.
     """
-    path = Path(path)
+    path, failures, most = Path(path), 0, 0
     if path.exists():
         return path
-    part, version = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.etag")
-    failures, ranges = 0, True
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        best = _size(part)
-        while True:
-            try:
-                if _attempt(url, part, version, max_bytes, timeout, ranges):
-                    break
-                ranges = False  # start over, and ask for no range again before that has brought something
-            except _Again as e:
-                what, wait = e.args
-                # Progress is more bytes than ever before: a server without ranges that breaks off at the same place
-                # each time brings bytes in every attempt, for ever.
-                size = _size(part)
-                failures, best, ranges = (0, size, True) if size > best else (failures + 1, best, ranges)
-                if failures >= retries:
-                    raise _failure(url, f"{what}. What was fetched is kept: run the command again to go on, or "
-                                   "download the file elsewhere and pass it with --input.") from None
-                wait = wait or min(2 ** max(failures - 1, 0), 30)
-                print(f"{path.name}: {what}; trying again in {wait} s", file=sys.stderr)
-                sleep(wait)
-        os.replace(part, path)
-        version.unlink(missing_ok=True)
-    except OSError as e:  # those of the network have become _Again or SystemExit, so this is the disk
-        then = "; free some space and run again, what is there is kept." if e.errno in DISK_FULL else "."
-        raise _failure(url, f"cannot write {part}: {e.strerror or e}{then}") from None
-    return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    session = requests.Session()
+    busy = Retry(total=retries, connect=0, read=0, backoff_factor=0.5,
+                 status_forcelist=(429, 500, 502, 503, 504))
+    session.mount(url.split("://")[0] + "://", HTTPAdapter(max_retries=busy))
+    while True:
+        try:
+            os.replace(attempt(session, url, path, max_bytes, timeout), path)
+            return path
+        except BROKEN as e:
+            parts = path.parent.glob(f"{path.name}.*.part")
+            size = max((part.stat().st_size for part in parts), default=0)
+            failures, most = (0, size) if size > most else (failures + 1, most)
+            if failures > retries:
+                raise BadInput(
+                    f"Could not download {url} ({type(e).__name__}). What was fetched is kept: run "
+                    "again to go on, or download the file elsewhere and pass it with --input.") from None
+            print(f"{path.name}: {type(e).__name__}; trying again", file=sys.stderr)
+            time.sleep(min(2**failures, 30) / 2)
+        except requests.RequestException as e:
+            raise failure(url, " ".join(str(e).split())[:200]) from None
 
 
-class _Again(Exception):
-    """An attempt failed but is worth repeating: (what happened, seconds that the server asks to wait, or 0)."""
+def attempt(session, url, path, max_bytes, timeout):
+    """Fetch what the part lacks, and return the part, which is whole then."""
+    options = dict(timeout=timeout, allow_redirects=True)
+    plain = {"Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
+    head = check(session.head(url, headers=plain, **options), url).headers
+    version = head.get("ETag") or head.get("Last-Modified", "")
+    part = path.with_name(f"{path.name}.{hashlib.sha256(version.encode()).hexdigest()[:8]}.part")
+    whole = min(int(head.get("Content-Length", sys.maxsize)), max_bytes or sys.maxsize)
+    size = part.stat().st_size if part.exists() else 0
+    if size < whole or not size:
+        last = whole - 1 if whole < sys.maxsize else ""
+        headers = {**plain, "Range": f"bytes={size}-{last}"} if whole else plain
+        with check(session.get(url, headers=headers, stream=True, **options), url) as response:
+            at_size = response.headers.get("Content-Range", "").startswith(f"bytes {size}-")
+            size = append(response, part, size if at_size else 0, whole)  # 0: it knows no ranges
+        if size < whole < sys.maxsize:
+            raise requests.ConnectionError(f"{size:,} of {whole:,} bytes came")
+    with open(part, "r+b") as file:
+        file.truncate(min(size, whole))
+    return part
 
 
-def _failure(url, what):
-    return SystemExit(" ".join(f"Could not download {url}: {what}".split()))  # some of urllib's reasons have two lines
-
-
-def _size(file):
-    return file.stat().st_size if file.exists() else 0
-
-
-def _attempt(url, part, version, max_bytes, timeout, ranges):
-    """Send one request and append its body to `part`: True if that is whole now, False if it must be started over."""
-    offset, limit = _size(part), math.inf if max_bytes is None else max_bytes
-    if offset >= limit:
-        with open(part, "ab") as file:
-            file.truncate(limit)
-        return True
-    known = version.read_text("latin-1") if offset and version.exists() else ""
-    headers = {}
-    if ranges and (offset or max_bytes is not None):
-        headers["Range"] = f"bytes={offset}-{'' if max_bytes is None else max_bytes - 1}"
-        if known:
-            headers["If-Range"] = known  # if the file has changed since, all of it comes, with status 200
-    with _request(url, headers, timeout) as response:
-        etag = response.headers.get("ETag", "")  # If-Range does not take a weak one, W/"..."
-        now = etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
-        if response.status == 200:
-            offset, total = 0, math.inf if response.length is None else response.length
-            part.write_bytes(b"")
-        else:
-            pattern = rf"bytes {offset}-(\d+)/(\d+|\*)" if response.status == 206 else rf"bytes \*/{offset}"
-            span = re.fullmatch(pattern, response.headers.get("Content-Range", "").strip())
-            if not span or known and now and known != now:
-                if not headers:
-                    raise _failure(url, f"the server sent another part of the file than asked for. {ADVICE}")
-                return False
-            if response.status == 416:  # nothing lies beyond what we have
-                part.touch()
-                return True
-            total = int(span[1]) + 1 if span[2] == "*" else int(span[2])
-        if now or not offset:  # after part was emptied: no new version beside old bytes, wherever a kill comes
-            version.write_text(now, "latin-1")
-        size = _append(response, part, limit, goal=min(total, limit))
-    if size > total:
-        part.unlink()
-        raise _failure(url, f"the server sent more than the {total} bytes that it announced. {ADVICE}")
-    if size < min(total, limit) and total < math.inf:  # http.client says nothing of a body that ends early
-        raise _Again(f"the connection closed early, at {size} of {min(total, limit)} bytes", 0)
-    return True
-
-
-def _request(url, headers, timeout):
-    """The response, which may be 416 if a range was asked for; what else goes wrong is _Again or SystemExit."""
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
-    except urllib.error.HTTPError as e:
-        if e.code == 416 and headers:
-            return e
-        e.close()
-        if e.code in (408, 429) or e.code >= 500:
-            wait = e.headers.get("Retry-After", "")
-            raise _Again(f"HTTP {e.code} {e.reason}", int(wait) if re.fullmatch(r"\d\d?", wait) else 0) from None
-        raise _failure(url, f"HTTP {e.code} {e.reason}. {ADVICE}") from None
-    except (ValueError, http.client.InvalidURL) as e:
-        raise _failure(url, f"this is not a valid address ({e}). {ADVICE}") from None
-    except (OSError, http.client.HTTPException) as e:
-        reason = getattr(e, "reason", e)
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            raise _failure(url, f"the server's certificate cannot be verified ({reason}). {ADVICE}") from None
-        raise _Again(f"no connection ({reason})", 0) from None
-    html = response.headers.get_content_type() == "text/html"
-    if response.status in (200, 206) and not html:
-        return response
-    response.close()
-    what = "an HTML page instead of a text (is there a login?)" if html else f"no file but HTTP {response.status}"
-    raise _failure(url, f"the server sent {what}. {ADVICE}")
-
-
-def _append(response, part, limit, goal):
-    """Append the body to `part` until that has `limit` bytes or the body ends; returns the size of `part`."""
-    size = _size(part)
-    with (open(part, "ab") as file,
-          tqdm(desc=part.stem, initial=size, total=goal, unit="B", unit_scale=True) as bar):
-        while size < limit:
-            try:
-                chunk = response.read1(min(CHUNK, limit - size))
-            except (OSError, http.client.HTTPException) as e:
-                raise _Again(f"the connection broke ({e})", 0) from None
-            if not chunk:
-                break
-            file.write(chunk)
-            size += len(chunk)
+def append(response, part, size, whole):
+    """Write the body to part from byte size to byte whole at most; returns where it ends."""
+    total = whole if whole < sys.maxsize else None
+    with (open(part, "r+b" if size else "wb") as file,
+          progress_bar(desc=part.stem, initial=size, total=total, unit="B", unit_scale=True) as bar):
+        file.seek(size)
+        for chunk in response.iter_content(1 << 16):
+            chunk = chunk[: whole - size]
+            size += file.write(chunk)
             bar.update(len(chunk))
+            if size == whole:
+                break
     return size
+
+
+def check(response, url):
+    """The response, or BadInput where it is an error or a page of HTML."""
+    if response.status_code not in (200, 206):
+        raise failure(url, f"the server answered HTTP {response.status_code}")
+    if "text/html" in response.headers.get("Content-Type", ""):
+        raise failure(url, "the server sent an HTML page, not a text (is there a login?)")
+    return response
+
+
+def failure(url, why):
+    return BadInput(f"Could not download {url}: {why}. Check the address, or download the file "
+                    "yourself and pass it with --input.")

@@ -1,20 +1,22 @@
-"""A GPT that predicts its next n tokens at once, as a rank-r CP decomposition of their joint distribution.
+"""A GPT that predicts its next n tokens at once, as a rank-r CP decomposition of their joint.
 
-The trunk is GPT-2 with nanoGPT's parameter names and shapes: a checkpoint of nanoGPT's train.py loads
-strictly and gives the same logits. On top sits the CP head (arXiv 2410.17765), a mixture of r experts,
-each of which is a product of n softmax heads on the same hidden state e of position t:
+The trunk is GPT-2 with nanoGPT's parameter names and shapes: a checkpoint of nanoGPT's train.py
+loads strictly and gives the same logits. On top sits a head. The CP head (arXiv 2410.17765) is a
+mixture of r experts, each of which is a product of n softmax factors on the same hidden state e of
+position t:
 
-    P(x_{t+1}, ..., x_{t+n} | x_{<=t}) = sum_a w_a(e) * prod_s P_a^(s)(x_{t+s} | e)                    (1)
+    P(x_{t+1}, ..., x_{t+n} | x_{<=t}) = sum_a w_a(e) * prod_s P_a^(s)(x_{t+s} | e)             (1)
 
-With context "previous", which is not the paper's, each factor also sees the token before its own,
-P_a^(s)(x_{t+s} | x_{t+s-1}, e): a mixture of Markov chains. See `CPHead.previous_term`, equation (4).
+Read `GPT.loss` first, then `CPHead`. HEADS is the registry that --head chooses from.
 
-Shapes use the field's names: B batch, T time, C = n_embd, V = vocab_size, n = n_future, r = rank.
-Probabilities are computed in float32 or wider, whatever the dtype of the model.
+Shapes use the field's names: B batch, T time, N = B * T, C = n_embd, V = vocab_size, n = n_future,
+r = rank. An offset s = 1..n counts the tokens from position t on. Log-probabilities are float32 or
+wider, whatever the model is.
 """
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -22,46 +24,50 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
+class BadInput(ValueError):
+    """What a user, a file or a setting got wrong, in one line.
+
+    A script prints that line and ends; a bug is another exception and keeps its traceback.
+    """
+
+
 @dataclass
 class GPTConfig:
     # the trunk, as in nanoGPT
     block_size: int = 1024
-    vocab_size: int = 50304  # rows of the embedding: the tokenizer's size, padded to a multiple of 64 for speed
+    vocab_size: int = 50304  # rows of the embedding: the tokenizer's size, padded for speed
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True
     # the head
+    head: str = "cp"  # a name in HEADS
     n_future: int = 1  # n, tokens predicted at once; 1 is plain nanoGPT without a head
     rank: int = 1  # r, components of the mixture; 1 is independent heads
-    factors: str = "reduced"  # P_a^(s): "reduced" softmax(W M_a^(s) e), W the LM head; "full" softmax(W_a^(s) e)
-    context: str = "none"  # what P_a^(s) sees beside e: "none" (the paper); "previous" the token before its own, too
-    target: str = "marginal"  # next-token law: "marginal" sum_a w_a P_a^(1) (the paper); "lm_head" the trunk's own
+    target: str = "marginal"  # p(next token): "marginal", sum_a w_a P_a^(1); "lm_head", the trunk's
     n_token: int = 0  # ids below this are real tokens, the rest is padding; 0 means all of them
 
     def __post_init__(self):
         self.n_token = self.n_token or self.vocab_size
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_future", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.block_size < 2:
-            raise ValueError("block_size must be at least 2")
+        whole = ("vocab_size", "n_layer", "n_head", "n_embd", "n_future", "rank", "n_token")
+        for name, least in [("block_size", 2), *((name, 1) for name in whole)]:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise BadInput(f"{name} must be a whole number of at least {least}, not {value!r}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        if not 0 < self.n_token <= self.vocab_size:
-            raise ValueError(f"n_token {self.n_token} is not in 1..vocab_size {self.vocab_size}")
-        if self.factors not in ("full", "reduced"):
-            raise ValueError(f"factors must be full or reduced, not {self.factors!r}")
-        if self.context not in ("none", "previous"):
-            raise ValueError(f"context must be none or previous, not {self.context!r}")
-        if self.context == "previous" and self.factors != "reduced":
-            raise ValueError("context = previous needs factors = reduced")
+            raise BadInput(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise BadInput(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+        if self.n_token > self.vocab_size:
+            raise BadInput(f"n_token {self.n_token} is more than vocab_size {self.vocab_size}")
+        if self.head not in HEADS:
+            raise BadInput(f"head must be one of {', '.join(HEADS)}, not {self.head!r}")
         if self.target not in ("marginal", "lm_head"):
-            raise ValueError(f"target must be marginal or lm_head, not {self.target!r}")
+            raise BadInput(f"target must be marginal or lm_head, not {self.target!r}")
 
 
-def fp32(x):
+def widen(x):
     """x in float32 at least: half precision is widened, float64 stays float64."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
@@ -73,24 +79,18 @@ def fp32(x):
 class KVCache:
     """Keys and values of every layer, preallocated, and how many positions of them are valid.
 
-    Rolling back to m positions is `cache.length = m`: the rows behind are stale, have no weight and get overwritten.
-    A speculative step writes n rows wherever it starts, so the buffer is n - 1 rows longer than the block.
-
-    length is an int, and attention reads the valid rows alone. It may also be a tensor (1,) on the device: then all
-    shapes are fixed, attention goes over the whole buffer with a mask, and a step can be captured or compiled.
+    Rolling back to m positions is `cache.length = m`: later rows are stale, attention never reads
+    them, and the next tokens overwrite them.
     """
 
     def __init__(self, config, B, dtype, device):
-        rows = config.block_size + config.n_future - 1
-        shape = (2, B, config.n_head, rows, config.n_embd // config.n_head)
+        shape = (2, B, config.n_head, config.block_size, config.n_embd // config.n_head)
         self.kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.length = 0
 
     def append(self, layer, kv):
-        """Write kv (2, B, nh, T, hs) behind a layer's valid rows; returns all of them (2, B, nh, length + T, hs)."""
+        """Write kv (2, B, nh, T, hs) after a layer's valid rows: -> (2, B, nh, length + T, hs)."""
         T = kv.size(3)
-        if isinstance(self.length, torch.Tensor):
-            return self.kv[layer].index_copy_(3, self.length + torch.arange(T, device=kv.device), kv)
         self.kv[layer].narrow(3, self.length, T).copy_(kv)
         return self.kv[layer].narrow(3, 0, self.length + T)
 
@@ -98,7 +98,7 @@ class KVCache:
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v of all heads
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
         self.dropout = config.dropout
@@ -108,10 +108,9 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         q, kv = qkv[0], qkv[1:]  # (B, nh, T, hs), (2, B, nh, T, hs)
         k, v = kv if cache is None else cache.append(layer, kv)
-        # `is_causal` lines q up with the FIRST keys, so it is right only without a past; the mask covers the rest
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=T > 1 and mask is None, dropout_p=self.dropout if self.training else 0.0
-        )
+        # is_causal lines q up with the FIRST keys, so it is right only without a past: else the mask
+        dropout, is_causal = self.dropout if self.training else 0.0, T > 1 and mask is None
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout) if self.training else y
 
@@ -142,145 +141,204 @@ class Block(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# the CP head
+# the heads
 
 
 class CPHead(nn.Module):
-    """The weights w_a and the factors P_a^(s) of equation (1).
+    """The CP head of the paper, reduced: P_a^(s) = softmax(W M_a^(s) e), with the trunk's W.
 
-    The components must not start as copies of one another: at equal factors the gradient of w vanishes and the
-    factors' gradients agree, so noise on w alone would never break the symmetry.
+    A head of your own is a subclass that overrides what differs, and a line in HEADS:
+
+        vectors        h_a^(s), which W turns into logits, from e alone: all that an MLP changes
+        vectors_along  h_a^(s) in training, where it may also see the gold tokens before x_{t+s}
+        start, rows    the same in decoding, one offset after another; then set sees_drafts
+
+    The components must not start as copies of one another: at equal maps the router has no gradient
+    and the maps' own gradients agree, so noise on the router alone would never break the symmetry.
     """
+
+    sees_drafts = False  # whether P_a^(s) depends on the tokens between t and t + s
 
     def __init__(self, config):
         super().__init__()
-        n, r, C = config.n_future, config.rank, config.n_embd
-        self.reduced, self.sees_previous = config.factors == "reduced", config.context == "previous"
-        self.mix = nn.Linear(C, r)
-        if self.reduced:  # M_a^(s), a C x C map in front of the shared unembedding: the identity and noise
-            self.factors = nn.Parameter(torch.eye(C) + 0.02 * torch.randn(n, r, C, C))
-        else:  # W_a^(s), an unembedding of its own
-            self.factors = nn.Parameter(0.02 * torch.randn(n, r, config.vocab_size, C))
-        if self.sees_previous:  # G^(s), s = 2..n, and U of equation (4); U = 0 is the head without context
-            self.gate = nn.Parameter(torch.randn(n - 1, C, C) / C**0.5)
-            self.out = nn.Parameter(torch.zeros(C, C))
+        n, self.rank, C = config.n_future, config.rank, config.n_embd
+        self.router = nn.Linear(C, self.rank)  # w = softmax(router(e))
+        self.maps = nn.Parameter(torch.eye(C) + 0.02 * torch.randn(n, self.rank, C, C))  # M_a^(s)
 
     def log_weights(self, e):
         """log w: e (..., C) -> (..., r)."""
-        return F.log_softmax(fp32(self.mix(e)), dim=-1)
+        return F.log_softmax(widen(self.router(e)), dim=-1)
 
-    def vectors(self, e, positions=slice(None)):
-        """M_a^(s) e or W_a^(s) e of a slice of positions: e (..., C) -> (..., n', r, C or V)."""
-        A = self.factors[positions]  # (n', r, C or V, C)
-        return F.linear(e, A.flatten(0, 2)).view(*e.shape[:-1], *A.shape[:3])
+    def vectors(self, e, offsets=slice(None)):
+        """h_a^(s) = M_a^(s) e of a slice of the offsets 1..n: e (..., C) -> (..., n', r, C)."""
+        M = self.maps[offsets]  # (n', r, C, C)
+        return F.linear(e, M.flatten(0, 2)).view(*e.shape[:-1], *M.shape[:3])
 
-    def logits(self, e, unembed, positions=slice(None)):
-        """log P_a^(s), up to a constant, of a slice of positions, without context: e (..., C) -> (..., n', r, V)."""
-        h = self.vectors(e, positions)
-        return fp32(F.linear(h, unembed) if self.reduced else h)  # the shared unembedding W
+    def logits(self, e, unembed, offsets=slice(None)):
+        """W h_a^(s): e (..., C), unembed W (V, C) -> (..., n', r, V)."""
+        return widen(F.linear(self.vectors(e, offsets), unembed))
 
-    def gold_log_probs(self, e, targets, unembed):
-        """log P_a^(s) of the gold tokens alone: e (N, C), targets (N, n) -> (N, n, r)."""
-        if self.reduced:
-            return gold_log_probs_of(self.vectors_along(e, targets, unembed), targets, unembed)
-        n, r = self.factors.shape[:2]
-        factors = self.factors.flatten(0, 1).unbind()  # unbind, not indexing: its backward fills one gradient
-        gold = [gold_log_prob(e, factors[s * r + a], targets[:, s], len(e)) for s in range(n) for a in range(r)]
-        return torch.stack(gold, dim=-1).unflatten(-1, (n, r))
+    # training: all positions at once, along the gold tokens
 
-    def vectors_along(self, e, targets, unembed):
-        """h_a^(s), what W turns into logits, along the gold tokens: e (N, C), targets (N, n) -> (N, n, r, C)."""
-        h = self.vectors(e)
-        if self.sees_previous:
-            term = self.previous_term(F.embedding(targets[:, :-1], unembed), self.gates(e))  # (N, n - 1, C)
-            h = h + F.pad(term, (0, 0, 1, 0)).unsqueeze(2)  # (N, n, 1, C), 0 where s = 1
-        return h
+    def log_joint(self, e, gold, unembed):
+        """log P of the first 1, 2, ..., n gold tokens, (1): e (N, C), gold (N, n) -> (N, n)."""
+        return joint_log_probs(self.log_weights(e), self.gold_log_probs(e, gold, unembed))
 
-    def sampled_joint(self, log_w, e, targets, unembed):
-        """joint_log_probs of log_w (N, r) and gold_log_probs, (N, n), at less cost for the same gradient on average.
+    def gold_log_probs(self, e, gold, unembed):
+        """log P_a^(s) of the gold tokens alone: e (N, C), gold (N, n) -> (N, n, r)."""
+        h = self.vectors_along(e, gold, unembed)  # (N, n, r, C)
+        y = gold.unsqueeze(-1).expand(h.shape[:-1])
+        return gold_log_prob(h.flatten(0, -2), unembed, y.flatten(), len(e)).view(y.shape)
 
-        With c the component that a window came from,
+    def vectors_along(self, e, gold, unembed):
+        """h_a^(s) given the gold tokens before x_{t+s}: e (N, C), gold (N, n) -> (N, n, r, C)."""
+        return self.vectors(e)
 
-            d log P(x_1..x_n) = sum_a P(c = a | x_1..x_n) d(log w_a + sum_s log P_a^(s)(x_s)),                   (6)
+    # decoding: one hidden state e (C,), one offset after another; see `Conditionals`
 
-        the weights get the whole sum, and the factors, e and W that of one c for each position, drawn from the
-        posterior. Only the last column, the joint of the whole window, has a gradient. Reduced factors only.
-        """
-        if not self.reduced:
-            raise ValueError("sample_component needs factors = reduced")
-        h = self.vectors_along(e, targets, unembed)
-        with torch.no_grad():  # W detached, or autocast would keep a copy of it without a gradient for what follows
-            gold = gold_log_probs_of(h, targets, unembed.detach())
-            joint = joint_log_probs(log_w, gold)
-            posterior = (log_w + gold.sum(1)).softmax(-1)  # (N, r)
-            c = draw_component(posterior)
-        h_c = h.gather(2, c[:, None, :, None].expand(-1, h.size(1), 1, h.size(3)))  # (N, n, 1, C)
-        surrogate = (posterior * log_w).sum(-1) + gold_log_probs_of(h_c, targets, unembed).sum((1, 2))
-        joint[:, -1] += surrogate - surrogate.detach()
-        return joint
+    def start(self, e, unembed):
+        """What `rows` needs at e. Here that is every row, (n, r, V): none depends on the drafts."""
+        return self.logits(e, unembed).log_softmax(-1)
+
+    def rows(self, state, s, x):
+        """log P_a^(s) of all tokens given x (1,) = x_{t+s-1}: (r, V), each row normalised."""
+        return state[s - 1]
+
+    def log_marginal(self, e, unembed):
+        """log sum_a w_a P_a^(1), the target "marginal": e (..., C) -> (..., V)."""
+        log_p = self.logits(e, unembed, slice(0, 1)).squeeze(-3).log_softmax(-1)  # (..., r, V)
+        return torch.logsumexp(self.log_weights(e).unsqueeze(-1) + log_p, dim=-2)
+
+
+class FullCPHead(CPHead):
+    """The CP head with an unembedding of its own for every factor: P_a^(s) = softmax(W_a^(s) e).
+
+    n * r * V * C parameters, so it is for small vocabularies. Its vectors are the logits already.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        shape = config.n_future, config.rank, config.vocab_size, config.n_embd
+        self.maps = nn.Parameter(0.02 * torch.randn(shape))  # W_a^(s)
+
+    def logits(self, e, unembed, offsets=slice(None)):
+        return widen(self.vectors(e, offsets))
+
+    def gold_log_probs(self, e, gold, unembed):
+        n, r = self.maps.shape[:2]
+        maps = self.maps.flatten(0, 1).unbind()  # not indexing: unbind's backward is one gradient
+        log_p = [gold_log_prob(e, maps[s * r + a], gold[:, s], len(e))
+                 for s in range(n) for a in range(r)]
+        return torch.stack(log_p, dim=-1).unflatten(-1, (n, r))
+
+
+class ChainHead(CPHead):
+    """A CP head whose factors also see the token before their own: a mixture of Markov chains.
+
+        h_a^(s) = M_a^(s) e + U (norm(W[x_{t+s-1}]) * G^(s) e),   s > 1                             (4)
+
+    It is not in the paper. * goes element by element, and norm is a LayerNorm without weights. In
+    the logits the term is a table of token pairs of rank C, whose C parts are weighted by what e
+    says. U starts at 0, where this is the CP head.
+    """
+
+    sees_drafts = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        n, C = config.n_future, config.n_embd
+        self.gate = nn.Parameter(torch.randn(n - 1, C, C) / C**0.5)  # G^(s), s = 2..n
+        self.out = nn.Parameter(torch.zeros(C, C))  # U, which all offsets and components share
 
     def gates(self, e):
-        """G^(s) e of equation (4), s = 2..n: e (..., C) -> (..., n - 1, C)."""
+        """G^(s) e, s = 2..n: e (..., C) -> (..., n - 1, C)."""
         return F.linear(e, self.gate.flatten(0, 1)).view(*e.shape[:-1], *self.gate.shape[:2])
 
-    def previous_term(self, row, gate):
-        """What the token before adds to every component's vector in front of the unembedding W:
-
-            h_a^(s) = M_a^(s) e + U (norm(W[x_{s-1}]) * G^(s) e)                                               (4)
-
-        In the logits that is a table of token pairs of rank C, whose C parts are weighted by what e says.
-        row (..., C), the rows W[x_{s-1}]; gate (..., C), theirs of `gates` -> (..., C).
-        """
+    def term(self, row, gate):
+        """The second term of (4): row (..., C) of W, the token's; gate (..., C), G^(s) e."""
         return F.linear(F.layer_norm(row, row.shape[-1:]) * gate, self.out)
 
+    def vectors_along(self, e, gold, unembed):
+        term = self.term(F.embedding(gold[:, :-1], unembed), self.gates(e))  # (N, n - 1, C)
+        return self.vectors(e) + F.pad(term, (0, 0, 1, 0)).unsqueeze(2)  # 0 where s = 1
 
-def draw_component(p):
-    """One of each row, in proportion to p: (N, r) -> (N, 1). Unlike torch.multinomial it neither waits for a GPU nor
-    stops at a NaN, of which train.py has more to say."""
-    return (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
+    def start(self, e, unembed):
+        return self.vectors(e).unbind(), self.gates(e).unbind(), unembed
+
+    def rows(self, state, s, x):
+        h, gates, unembed = state
+        h_s = h[s - 1]  # (r, C)
+        if s > 1:
+            h_s = h_s + self.term(unembed.index_select(0, x), gates[s - 2])
+        return widen(F.linear(h_s, unembed)).log_softmax(-1)
 
 
-def gold_log_probs_of(h, targets, unembed):
-    """log softmax(W h)[gold token] for each position and component: h (N, n, r, C), targets (N, n) -> (N, n, r)."""
-    y = targets.unsqueeze(-1).expand(h.shape[:-1])
-    return gold_log_prob(h.flatten(0, -2), unembed, y.flatten(), len(h)).view(y.shape)
+HEADS = {"cp": CPHead, "full": FullCPHead, "chain": ChainHead}
 
 
-def gold_log_prob(x, weight, y, n_positions):
-    """log softmax(weight x)[y] of many rows: x (N, C), weight (V, C), y (N,) -> (N,).
+class Conditionals:
+    """The rows that drafts are drawn from: log P(x_s | x_1, ..., x_{s-1}, e), one after another.
 
-    Goes through the rows in chunks, whose logits the backward pass computes again instead of keeping them. A chunk
-    has no more rows than there are positions (256 at least), so memory holds at most the logits of plain training,
-    and never the (B, T, n, r, V) of all factors.
+    The tokens so far say which component they came from, and the row is the exact conditional of
+    equation (1):
+
+        b_a ~ w_a * prod_{j<s} P_a^(j)(x_j),     q_s = sum_a b_a P_a^(s)                            (2)
     """
-    def chunk(x, weight, y):
-        return -F.cross_entropy(fp32(F.linear(x, weight)), y, reduction="none")
 
-    n_logits = 2**20 if x.device.type == "cpu" else 2**27  # what fits a CPU's cache; what fills a GPU
-    rows = max(256, min(n_positions, n_logits // len(weight)))
-    return torch.cat([recompute(chunk, x_i, weight, y_i) for x_i, y_i in zip(x.split(rows), y.split(rows))])
+    def __init__(self, head, e, unembed, n_token):
+        self.head, self.n_token, self.s = head, n_token, 1
+        self.state = head.start(e, unembed)
+        if head.rank > 1:
+            self.log_b = head.log_weights(e).unsqueeze(-1)  # (r, 1), up to a constant
+            self.log_p = head.rows(self.state, 1, None)  # (r, V)
+
+    def next(self, x):
+        """Token x (1,) stands at offset s: -> log q_{s+1} (1, n_token), up to a constant."""
+        self.s += 1
+        if self.head.rank == 1:  # one component: its row is the conditional
+            return self.head.rows(self.state, self.s, x)[:, : self.n_token]
+        self.log_b = self.log_b + self.log_p.index_select(-1, x)
+        self.log_p = self.head.rows(self.state, self.s, x)
+        joint = (self.log_b + self.log_p)[:, : self.n_token]  # log of w_a P_a(x_1) .. P_a(x_{s+1})
+        return (joint - joint.amax()).exp().sum(0, keepdim=True).log()  # amax: the sum is never 0
 
 
-def recompute(function, *args):
-    """function(*args), keeping its inputs for the backward pass instead of what it computes on the way."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+# -----------------------------------------------------------------------------
+# the parts of the loss
 
 
-def joint_log_probs(log_w, gold):
-    """log P of the first 1, 2, ..., n tokens of a window, equation (1): log_w (N, r), gold (N, n, r) -> (N, n)."""
-    return torch.logsumexp(log_w.unsqueeze(1) + gold.cumsum(1), dim=-1)
+def joint_log_probs(log_w, log_p):
+    """log P of the first 1, 2, ..., n tokens, (1): log_w (N, r), log_p (N, n, r) -> (N, n)."""
+    return torch.logsumexp(log_w.unsqueeze(1) + log_p.cumsum(1), dim=-1)
 
 
 def balance_loss(log_w):
-    """Load balancing as in Switch Transformers (arXiv 2101.03961): r * sum_a f_a m_a, log_w (N, r) -> scalar.
+    """Load balancing, r * sum_a f_a m_a (Switch Transformers, arXiv 2101.03961): (N, r) -> scalar.
 
-    f_a is the share of positions whose largest weight is a (no gradient), m_a the mean weight over the batch.
-    1 when the components share the work, r when one does it all. It looks at the batch mean: every single
-    position stays free to choose one component.
+    f_a is the share of positions whose largest weight is a (no gradient), m_a the mean weight over
+    the batch. It is 1 when the components share the work, and r when one does it all. It looks at
+    the batch mean: every single position stays free to choose one component.
     """
     w, r = log_w.exp(), log_w.size(-1)
     f = F.one_hot(w.argmax(-1), r).to(w.dtype).mean(0)
     return r * (f * w.mean(0)).sum()
+
+
+def gold_log_prob(x, weight, y, n_positions):
+    """log softmax(weight x)[y] of many rows: x (M, C), weight (V, C), y (M,) -> (M,).
+
+    Goes through the rows in chunks, whose logits the backward pass computes again instead of
+    keeping them. A chunk has no more rows than there are positions (256 at least), so memory holds
+    at most the logits of plain training, and never the (B, T, n, r, V) of all factors.
+    """
+    def chunk(x, weight, y):
+        return -F.cross_entropy(widen(F.linear(x, weight)), y, reduction="none")
+
+    n_logits = 2**20 if x.device.type == "cpu" else 2**27  # fits a CPU's cache; fills a GPU
+    rows = max(256, min(n_positions, n_logits // len(weight)))
+    recompute = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
+    pieces = zip(x.split(rows), y.split(rows))
+    return torch.cat([recompute(x_i, weight, y_i) for x_i, y_i in pieces])
 
 
 # -----------------------------------------------------------------------------
@@ -301,10 +359,10 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
         self.apply(self._init_weights)
-        for name, p in self.named_parameters():  # GPT-2: residual projections are scaled by the depth
+        for name, p in self.named_parameters():  # as GPT-2 scales residual projections
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-        self.cp_head = CPHead(config) if config.n_future > 1 else None
+        self.head = HEADS[config.head](config) if config.n_future > 1 else None
 
     @staticmethod
     def _init_weights(module):
@@ -313,25 +371,31 @@ class GPT(nn.Module):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self):
+        return self.lm_head.weight.dtype
+
+    def new_cache(self, B=1):
+        return KVCache(self.config, B, self.dtype, self.device)
+
     def hidden(self, idx, cache=None):
         """The hidden states after the final norm: idx (B, T) -> (B, T, C).
 
-        With a KVCache, idx continues the cache.length tokens that are in it, and cache.length grows by T. Rows
-        past block_size - 1 have no position embedding; a fixed-size step may compute them and must not use them.
+        With a KVCache, idx continues the tokens that are in it, and cache.length grows by T.
         """
         T, past = idx.size(1), cache.length if cache is not None else 0
-        if cache is None and T > self.config.block_size:
-            raise ValueError(f"{T} tokens do not fit block_size {self.config.block_size}")
-        pos = torch.arange(T, device=idx.device) + past
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos.clamp(max=self.config.block_size - 1))
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens do not fit block_size {self.config.block_size}")
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[past : past + T]
         x = self.transformer.drop(x) if self.training else x
-        mask = None  # else (T, keys), 0 or -inf: token i of the new ones sees the past and the new ones up to itself
-        if isinstance(past, torch.Tensor):
-            keys = torch.arange(cache.kv[0].size(3), device=idx.device)
-            mask = torch.zeros(T, len(keys), dtype=x.dtype, device=idx.device)
-            mask = mask.masked_fill(keys > pos.unsqueeze(-1), float("-inf"))
-        elif past and T > 1:
-            mask = torch.full((T, past + T), float("-inf"), dtype=x.dtype, device=idx.device).triu_(past + 1)
+        mask = None
+        if past and T > 1:  # a new token sees the past and the new ones up to itself: 0, else -inf
+            mask = torch.full((T, past + T), -math.inf, dtype=x.dtype, device=x.device)
+            mask.triu_(past + 1)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, layer, cache, mask)
         if cache is not None:
@@ -339,107 +403,105 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def target_logits(self, e):
-        """The model's own next-token law, which decoding must reproduce, up to a constant: e (..., C) -> (..., V)."""
-        if self.cp_head is None or self.config.target == "lm_head":
-            return fp32(self.lm_head(e))
-        log_w = self.cp_head.log_weights(e).unsqueeze(-1)  # (..., r, 1)
-        log_p = self.cp_head.logits(e, self.lm_head.weight, slice(0, 1)).squeeze(-3).log_softmax(-1)  # (..., r, V)
-        return torch.logsumexp(log_w + log_p, dim=-2)  # log sum_a w_a P_a^(1)
+        """log p(next token), up to a constant, of the target: e (..., C) -> (..., n_token)."""
+        if self.head is None or self.config.target == "lm_head":
+            logits = self.lm_head(e)
+        else:
+            logits = self.head.log_marginal(e, self.lm_head.weight)
+        return widen(logits)[..., : self.config.n_token]
 
-    def cp_factors(self, e):
-        """All of equation (1) at one hidden state: e (C,) -> log w (r,) and a function factor.
-
-        factor(s, previous) is log P_a^(s) (r, n_token), s = 1..n, given the token x_{s-1} = previous (1,), which has no
-        effect at s = 1 and without context. With r = 1, where no factors are mixed, (1, V), up to a constant.
-        """
-        head, W = self.cp_head, self.lm_head.weight
-        log_w = head.log_weights(e) if self.config.rank > 1 else fp32(e.new_zeros(1))  # w = 1
-
-        def log_probs(logits):  # without the padding: if it had all the mass, nothing would be left to draw from
-            return logits[..., : self.config.n_token].log_softmax(-1) if self.config.rank > 1 else logits
-
-        if not head.sees_previous:
-            log_p = log_probs(head.logits(e, W)).unbind()
-            return log_w, lambda s, previous: log_p[s - 1]
-        h, gates = head.vectors(e).unbind(), head.gates(e).unbind()
-
-        def factor(s, previous):
-            h_s = h[s - 1]  # (r, C)
-            if s > 1:
-                h_s = h_s + head.previous_term(W.index_select(0, previous), gates[s - 2])
-            return log_probs(fp32(F.linear(h_s, W)))
-
-        return log_w, factor
+    def conditionals(self, e):
+        """The conditionals of the head's joint at one hidden state e (C,)."""
+        return Conditionals(self.head, e, self.lm_head.weight, self.config.n_token)
 
     def forward(self, idx):
-        """Next-token logits at every position: idx (B, T) -> (B, T, V)."""
+        """Next-token logits at every position: idx (B, T) -> (B, T, n_token)."""
         return self.target_logits(self.hidden(idx))
 
-    def loss(self, idx, targets, joint_weight=1.0, balance_weight=0.0, joint_share=1.0, sample_component=False):
+    def loss(self, idx, gold, joint_weight=1.0, balance_weight=0.0, joint_share=1.0):
         """The training loss and its parts, in nats.
 
-        idx (B, T); targets (B, T, n): targets[b, t, s - 1] is the token s places after idx[b, t].
-        target "marginal": joint + balance_weight * balance
-        target "lm_head":  next + joint_weight * joint + balance_weight * balance
-        joint_share < 1: the head sees that share of the positions, drawn anew every time, at that share of its cost.
-        The loss stays unbiased, and neighbouring windows share n - 1 of their tokens anyway.
-        sample_component: train one component of each position's, see CPHead.sampled_joint.
-        Returns the loss and a dict of detached parts: next (next-token loss of the target law), joint (-log P of
-        the window, per token), offset (n,) (-log P(x_{t+s} | x_{t+1..t+s-1}); its mean is joint), balance (see
-        balance_loss), usage (r,) (mean weight of each component).
+        idx (B, T); gold (B, T, n): gold[b, t, s - 1] is the token s places after idx[b, t].
+            target "marginal": joint + balance_weight * balance
+            target "lm_head":  next + joint_weight * joint + balance_weight * balance
+        joint_share < 1: the joint sees that share of the positions, drawn anew every time, at that
+        share of its cost. The loss stays unbiased, and neighbouring windows share n - 1 of their
+        tokens anyway.
+
+        Returns the loss and a dict of detached parts: next (next-token loss of the target), joint
+        (-log P of the window, per token), offset (n,) (-log P(x_{t+s} | x_{t+1..t+s-1}); its mean
+        is joint), balance (see balance_loss), usage (r,) (mean weight of each component).
         """
-        e = self.hidden(idx).flatten(0, 1)  # (N, C), N = B * T
-        targets, unembed = targets.flatten(0, 1), self.lm_head.weight
-        if self.cp_head is None:
-            loss = F.cross_entropy(fp32(self.lm_head(e)), targets[:, 0])
+        e = self.hidden(idx).flatten(0, 1)  # (N, C)
+        gold, W = gold.flatten(0, 1), self.lm_head.weight  # (N, n), (V, C)
+        if self.head is None:
+            loss = F.cross_entropy(widen(self.lm_head(e)), gold[:, 0])
             return loss, dict(next=loss.detach(), joint=loss.detach(), offset=loss.detach()[None])
-        if self.config.target == "lm_head":
-            next_loss = -gold_log_prob(e, unembed, targets[:, 0], len(e)).mean()
+
+        log_w = self.head.log_weights(e)  # (N, r)
+        balance = balance_loss(log_w)
+        some = slice(None)
         if joint_share < 1:
             some = torch.randperm(len(e), device=e.device)[: math.ceil(joint_share * len(e))]
-            e, targets = e[some], targets[some]
-        log_w = self.cp_head.log_weights(e)  # (N, r)
-        if sample_component and self.config.rank > 1:
-            joint = self.cp_head.sampled_joint(log_w, e, targets, unembed)  # (N, n)
-        else:
-            joint = joint_log_probs(log_w, self.cp_head.gold_log_probs(e, targets, unembed))
-        joint_loss, balance = -joint[:, -1].mean() / self.config.n_future, balance_loss(log_w)
-        offset = -joint.detach().mean(0).diff(prepend=joint.new_zeros(1))  # chain rule: log P(x_s | x_<s)
+        joint = self.head.log_joint(e[some], gold[some], W)  # (positions, n)
+        joint_loss = -joint[:, -1].mean() / self.config.n_future
+        offset = -joint.detach().mean(0).diff(prepend=joint.new_zeros(1))  # -log P(x_s | x_<s)
+
         if self.config.target == "lm_head":
+            next_loss = -gold_log_prob(e, W, gold[:, 0], len(e)).mean()
             loss = next_loss + joint_weight * joint_loss + balance_weight * balance
         else:
-            loss, next_loss = joint_loss + balance_weight * balance, offset[0]
-        parts = dict(next=next_loss, joint=joint_loss, offset=offset, balance=balance, usage=log_w.exp().mean(0))
+            next_loss = offset[0]
+            loss = joint_loss + balance_weight * balance
+        parts = dict(next=next_loss, joint=joint_loss, offset=offset, balance=balance,
+                     usage=log_w.exp().mean(0))
         return loss, {name: part.detach() for name, part in parts.items()}
 
     def n_params(self):
-        """Parameters of the trunk (embeddings included, the tied unembedding counted once) and of the head."""
-        head = sum(p.numel() for p in self.cp_head.parameters()) if self.cp_head else 0
+        """Parameters of the trunk (embeddings included, the tied one counted once), of the head."""
+        head = sum(p.numel() for p in self.head.parameters()) if self.head else 0
         return sum(p.numel() for p in self.parameters()) - head, head
 
-    def checkpoint(self):
+    # checkpoints
+
+    def to_checkpoint(self):
         """Plain tensors and plain Python, in nanoGPT's layout: what from_checkpoint needs."""
         return {"model": self.state_dict(), "model_args": asdict(self.config)}
 
     @classmethod
-    def from_checkpoint(cls, ckpt, fresh_head=False, **head):
+    def from_checkpoint(cls, ckpt, fresh_head=False, **changes):
         """The model of a checkpoint dict, ours or one of nanoGPT's train.py, loaded strictly.
 
-        `head` overrides fields of GPTConfig (n_future, rank, factors, context, target, dropout, n_token). Where they
-        ask for another head than the checkpoint's, or with fresh_head, that one is left out and a fresh one is put on
-        the trunk. If only the context is another, the rest of the head stays: with "previous" the new part is 0 yet.
+        changes: fields of GPTConfig that differ from the checkpoint's (n_future, rank, head,
+        target, dropout, n_token). Where they ask for another head, or with fresh_head, a fresh one
+        is put on the trunk. A head that extends the checkpoint's, as "chain" extends "cp", keeps
+        what both have. BadInput where the file does not fit.
         """
         known = {f.name for f in fields(GPTConfig)}
         old = GPTConfig(**{k: v for k, v in ckpt["model_args"].items() if k in known})
-        config = replace(old, **head)
-        # nanoGPT saves a compiled model's names with a prefix, and old versions saved the causal mask
-        state = {k.removeprefix("_orig_mod."): v for k, v in ckpt["model"].items() if not k.endswith(".attn.bias")}
-        model = cls(config)
-        fresh = {k: v for k, v in model.state_dict().items() if k.startswith("cp_head.")}
-        if fresh_head or any(getattr(old, k) != getattr(config, k) for k in ("n_future", "rank", "factors")):
-            state = {k: v for k, v in state.items() if not k.startswith("cp_head.")} | fresh
-        elif old.context != config.context:  # add or drop just what the context needs
-            needs = ("cp_head.gate", "cp_head.out")
-            state = {k: v for k, v in state.items() if k not in needs} | {k: fresh[k] for k in needs if k in fresh}
-        model.load_state_dict(state)
-        return model
+        config, model = replace(old, **changes), cls(old)
+        # nanoGPT saves a compiled model's names with a prefix, and once saved the causal mask
+        state = {name.removeprefix("_orig_mod."): tensor for name, tensor in ckpt["model"].items()
+                 if not name.endswith(".attn.bias")}
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as e:  # torch's list of what is missing, superfluous or of another shape
+            raise BadInput(" ".join(str(e).split())[:300]) from None
+        if config == old and not fresh_head:
+            return model
+        other = cls(config)
+        other.load_state_dict({**other.state_dict(), **kept_tensors(model, other, fresh_head)})
+        return other
+
+
+def kept_tensors(model, other, fresh_head=False):
+    """What `other` takes from `model`: the trunk, and of the head what one shares that extends it."""
+    def split(state):
+        head = {name: tensor for name, tensor in state.items() if name.startswith("head.")}
+        return head, {name: tensor for name, tensor in state.items() if name not in head}
+
+    (head, trunk), (fresh, _) = split(model.state_dict()), split(other.state_dict())
+    common = {name: tensor for name, tensor in head.items() if name in fresh}
+    extends = len(common) == min(len(head), len(fresh)) and all(
+        tensor.shape == fresh[name].shape for name, tensor in common.items())
+    return {**trunk, **common} if extends and not fresh_head else trunk

@@ -4,17 +4,18 @@
     python plot.py out/laptop_r1 out/laptop_r4 --x seconds --output loss.png
     python plot.py --ranks bench.txt --output ranks.png
 
-Left: the losses in train.py's log.jsonl, of training and of validation. Right: the last validation's loss by offset.
-With --ranks the file holds what bench_speculative.py --beside printed, and its heads are drawn over the rank.
-`bench_speculative.py --plot FILE` draws its own figure with draw_bench. Only this file needs matplotlib.
+Left: the losses in train.py's log.jsonl, of training and of validation. Right: the last
+validation's loss by offset. With --ranks the file holds what bench_speculative.py --beside printed,
+and its heads are drawn over the rank. `bench_speculative.py --plot FILE` draws its own figure with
+draw_bench. Only this file needs matplotlib.
 """
 
 import json
-import sys
 import textwrap
 from pathlib import Path
 
-from common import ArgumentParser, replacing, run_script
+from common import ArgumentParser, check_writable, path, replacing, run_script
+from model import BadInput
 
 FORMATS = (".png", ".pdf", ".svg")
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito: colour-blind safe
@@ -22,10 +23,10 @@ X_AXES = {"iter": ("steps", 1), "seconds": ("minutes", 60)}  # field of the log:
 
 
 def read_log(path):
-    """The log.jsonl at path, or in the folder path: {"train": points, "val": points}. A point is a dict of iter,
-    seconds, next and, where the model has a head, joint and offset (a list).
+    """The log.jsonl at path, or in the folder path: {"train": points, "val": points}. A point is a
+    dict of iter, seconds, next and, where the model has a head, joint and offset (a list).
 
-    SystemExit with one line if there is no such file or it is not a log of train.py.
+    BadInput if it is not a log of train.py.
     """
     path = Path(path) / "log.jsonl" if Path(path).is_dir() else Path(path)
     points = {"train": [], "val": []}
@@ -37,14 +38,15 @@ def read_log(path):
                 point |= {"joint": float(parts["joint"]), "offset": [float(loss) for loss in parts["offset"]]}
             points["val" if "val" in line else "train"].append(point)
     except (ValueError, KeyError, TypeError, AttributeError):
-        sys.exit(f"{path} is not a log of train.py")
+        raise BadInput(f"{path} is not a log of train.py") from None
     if not any(points.values()):
-        sys.exit(f"{path} is empty")
+        raise BadInput(f"{path} is empty")
     return points
 
 
 def smooth(values):
-    """Running mean over at most 11 values and a tenth of all, centred: narrower at both ends, so it never lags."""
+    """Running mean over at most 11 values and a tenth of all, centred: narrower at both ends, so it
+    never lags."""
     half, last = min(5, len(values) // 20), len(values) - 1
     widths = [min(half, i, last - i) for i in range(len(values))]
     return [sum(values[i - k : i + k + 1]) / (2 * k + 1) for i, k in enumerate(widths)]
@@ -55,7 +57,7 @@ def new_figure(width, height, width_ratios=(1,)):
     try:
         import matplotlib
     except ImportError:
-        sys.exit("Plots need matplotlib: python -m pip install matplotlib")
+        raise BadInput("Plots need matplotlib: python -m pip install matplotlib") from None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -77,11 +79,12 @@ def say(figure, title, card):
 
 
 def draw_runs(names, logs, x="iter"):
-    """The Figure of the losses of up to seven runs, a colour each. logs: what read_log returns; x: iter or seconds.
+    """The Figure of the losses of up to seven runs, a colour each. logs: what read_log returns; x:
+    iter or seconds.
 
-    Left, over steps or minutes: next-token loss and joint loss per token, pale and smoothed in training, with markers
-    in validation. Right: the last validation's loss by offset. n_future = 1 has neither joint nor offsets; where no
-    run has offsets (yet), there is no right panel.
+    Left, over steps or minutes: next-token loss and joint loss per token, pale and smoothed in
+    training, with markers in validation. Right: the last validation's loss by offset. n_future = 1
+    has neither joint nor offsets; where no run has offsets (yet), there is no right panel.
     """
     offsets = [log["val"][-1].get("offset") if log["val"] else None for log in logs]
     figure, panels = new_figure(10, 4.4, (1.5, 1) if any(offsets) else (1,))
@@ -112,11 +115,12 @@ def draw_runs(names, logs, x="iter"):
 
 
 def draw_bench(card, rows):
-    """The Figure of a bench, a colour per temperature; card and rows as in the JSON object that the bench prints.
+    """The Figure of a bench, a colour per temperature; card and rows as in the JSON object that the
+    bench prints.
 
-    Three panels: the speed-ups of all modes over plain decoding, with the bound, equation (5) of the README; of mode
-    speculative, the share of drafts accepted by position, with a gap where no step got that far, and the share of the
-    steps that yielded 1, 2, ... tokens.
+    Three panels: the speed-ups of all modes over plain decoding, with the bound, equation (5) of
+    docs/results.md; of mode speculative, the share of drafts accepted by offset, with a gap where
+    no step got that far, and the share of the steps that yielded 1, 2, ... tokens.
     """
     rows = [row for row in rows if row["mode"] != "plain" and row.get("speedup")]
     n_bars = len(rows) + sum(row.get("bound") is not None for row in rows)
@@ -148,50 +152,51 @@ def draw_bench(card, rows):
         width, total = 0.8 / len(speculative), sum(row["histogram"])
         places = [k + (i + 0.5) * width - 0.4 for k in range(1, len(row["histogram"]))]  # no step yields 0 tokens
         steps.bar(places, [count / total for count in row["histogram"][1:]], width, **style)
-    acceptance.set(xlabel="position of the draft", ylabel="share accepted, where reached", title="acceptance")
+    acceptance.set(xlabel="offset of the draft", ylabel="share accepted, where reached", title="acceptance")
     acceptance.set_ylim(0, 1.05)
     steps.set(xlabel="tokens", ylabel="share of the steps", title="tokens per step")
     steps.grid(visible=False, axis="x")
     for panel in (acceptance, steps):
         panel.locator_params("x", integer=True, nbins=12)
     figure.legend(*acceptance.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
-    what = "{hardware}, {device}, {dtype}, threads = {threads}, n = {n_future}, r = {rank}, context {context}"
+    what = "{hardware}, {device}, {dtype}, threads = {threads}, head {head}, n = {n_future}, r = {rank}"
     say(figure, what, card)
     return figure
 
 
 def read_bench(path):
-    """The card, and the rows of the heads that share its n_future and factors, of the JSON object at the end of the
-    file that bench_speculative.py's output went to. SystemExit with one line if it does not end so.
+    """The card, and the rows of the heads that share its n_future, of the JSON object at the end of
+    the file that bench_speculative.py's output went to. BadInput if it does not end so.
     """
+    data = Path(path).read_bytes()
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))  # what PowerShell's > writes
     try:
-        bench = json.loads(Path(path).read_text(encoding="utf-8").splitlines()[-1])
-        card = bench["card"]
-        same = ("n_future", "factors")
-        rows = [row for row in bench["rows"] if [row.get(key) for key in same] == [card[key] for key in same]]
-        [card[key] for key in ("hardware", "device", "dtype", "vocab_size")]
+        bench = json.loads(data.decode("utf-16" if utf16 else "utf-8-sig").strip().splitlines()[-1])
+        card = {key: bench["card"][key] for key in ("hardware", "device", "dtype", "vocab_size", "n_future")}
+        rows = [row for row in bench["rows"] if row.get("n_future") == card["n_future"]]
         [row["tokens_per_step"] + row["speedup"] + row["temperature"] + row["rank"] for row in rows][0]
-        [row["context"] + "" for row in rows]
+        [row["head"] + "" for row in rows]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        sys.exit(f"{path} does not end with the JSON object of this version's bench_speculative.py")
+        raise BadInput(f"{path} does not end with the JSON object of this version's bench_speculative.py") from None
     return card, rows
 
 
 def draw_ranks(card, rows):
-    """The Figure of several heads on one trunk, a colour per context and a line per temperature over the rank r.
+    """The Figure of several heads on one trunk, a colour per kind of head and a line per
+    temperature over the rank r.
 
-    card, rows: what read_bench returns. Left: the tokens that a speculative step writes. Right: its speed-up over plain
-    decoding, which is what is left of them when the head's own cost is paid.
+    card, rows: what read_bench returns. Left: the tokens that a speculative step writes. Right: its
+    speed-up over plain decoding, which is what is left of them when the head's own cost is paid.
     """
     figure, panels = new_figure(9, 4, (1, 1))
-    points = {}  # (context, temperature): [(rank, tokens per step, speed-up)]
+    points = {}  # (head, temperature): [(rank, tokens per step, speed-up)]
     for row in rows:
-        line = points.setdefault((row["context"], row["temperature"]), [])
+        line = points.setdefault((row["head"], row["temperature"]), [])
         line.append((row["rank"], row["tokens_per_step"], row["speedup"]))
-    contexts, temperatures = (sorted(set(keys)) for keys in zip(*points))
-    for (context, temperature), line in sorted(points.items()):
-        style = dict(color=PALETTE[contexts.index(context)], marker="o", ms=5,
-                     label=f"context {context}, temperature {temperature:g}")
+    kinds, temperatures = (sorted(set(keys)) for keys in zip(*points))
+    for (kind, temperature), line in sorted(points.items()):
+        style = dict(color=PALETTE[kinds.index(kind)], marker="o", ms=5,
+                     label=f"head {kind}, temperature {temperature:g}")
         style |= dict(ls="-") if temperature == temperatures[0] else dict(ls="--", mfc="white")
         ranks, tokens, speedups = zip(*sorted(line))
         panels[0].plot(ranks, tokens, **style)
@@ -208,12 +213,14 @@ def draw_ranks(card, rows):
 
 
 def check_plot(path):
-    """SystemExit with one line if no picture can be drawn into path; to be called before a long measurement."""
+    """BadInput or OSError if no picture can be drawn into path; to be called before a long
+    measurement."""
     if Path(path).suffix.lower() not in FORMATS:
-        sys.exit(f"{path}: the name of a picture must end in one of {', '.join(FORMATS)}")
+        raise BadInput(f"{path}: the name of a picture must end in one of {', '.join(FORMATS)}")
     if Path(path).is_dir():
-        sys.exit(f"{path} is a folder, not the name of a picture")
+        raise BadInput(f"{path} is a folder, not the name of a picture")
     new_figure(1, 1)
+    check_writable(path)
 
 
 def save(figure, path):
@@ -224,9 +231,9 @@ def save(figure, path):
 
 def main():
     parser = ArgumentParser(__doc__)
-    parser.add_argument("runs", nargs="+", help=f"out_dir of train.py, or a log.jsonl; at most {len(PALETTE)}. With "
+    parser.add_argument("runs", nargs="+", type=path, help=f"out_dir of train.py, or a log.jsonl; at most {len(PALETTE)}. With "
                                                 "--ranks: the output of one bench_speculative.py --beside")
-    parser.add_argument("--output", required=True, help=f"the picture: {', '.join(FORMATS)}")
+    parser.add_argument("--output", required=True, type=path, help=f"the picture: {', '.join(FORMATS)}")
     parser.add_argument("--x", choices=X_AXES, help="x axis: steps, or the time of training (iter)")
     parser.add_argument("--ranks", action="store_true", help="draw the heads of a bench over their rank")
     args = parser.parse_args()

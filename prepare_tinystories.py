@@ -1,112 +1,33 @@
-"""Turn text into train.bin, val.bin (uint16 token ids) and meta.json (the tokenizer and what was counted).
+"""Turn text into train.bin, val.bin (uint16 token ids) and meta.json (the tokenizer and what was
+counted).
 
     python prepare_tinystories.py                          downloads TinyStories (2.2 GB; --max_mb 100 takes a part)
     python prepare_tinystories.py --toy                    seeded synthetic stories of known entropy, no download
     python prepare_tinystories.py --input stories.txt      your own text: files, or folders of files
 
-In a text, <|endoftext|> separates documents; a file without it is one document. Each document is followed by the
-<|endoftext|> token. Documents, not tokens, are split into train and val, so no story is in both.
+In a text, <|endoftext|> separates documents; a file without it is one document. Each document is
+followed by the <|endoftext|> token. Documents, not tokens, are split into train and val, so no
+story is in both.
 """
 
-import codecs
 import hashlib
 import json
 import math
 import os
 import random
 import re
-import sys
-import threading
-from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import tiktoken
-from tqdm import tqdm
 
-from common import ArgumentParser, number, replacing, run_script
-from download import download
+from common import ArgumentParser, locked, number, path, progress_bar, replacing, run_script, seed
+from model import BadInput
+from tokenizer import EOT, PATTERN, SEGMENT, build_tokenizer, gpt2_tokenizer, load_tokenizer, segments
 
-EOT = "<|endoftext|>"
 VAL_SHARE = 0.05
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"  # licence CDLA-Sharing-1.0
 COUNTED = 2**26  # bytes of text that are enough to choose the tokenizer's pieces
-LONGEST = 32  # bytes of a piece: a text without spaces is one piece, and must not become one token
-SEGMENT = 2**20  # characters that are encoded at once
-# Pieces: words with the space in front, digits, punctuation (ASCII's and U+2010-205E), spaces; every character is in
-# one of these classes. No \w: Python's re, which counts pieces, and tiktoken's regex, which encodes, disagree on it.
-PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?[^\s\d!-/:-@\[-`{-~\u2010-\u205e]+| ?\d+"
-           r"| ?[!-/:-@\[-`{-~\u2010-\u205e]+|\s+(?!\S)|\s+")
-
-
-# -----------------------------------------------------------------------------
-# the tokenizer: a tiktoken.Encoding that meta.json describes in full
-
-
-def build_tokenizer(documents, vocab_size):
-    """The 256 bytes, the most frequent whole pieces of the documents, and <|endoftext|>: at most vocab_size ids.
-
-    tiktoken looks a whole piece up before it merges bytes, so any text round-trips and no BPE training is needed.
-    257 is bytes. A small corpus has fewer pieces than asked for. Returns the description that `load_tokenizer` reads.
-    """
-    counts = Counter()
-    for text, _ in segments(documents):
-        counts.update(re.findall(PATTERN, text))
-    pieces = [p for p in counts if 1 < len(p.encode()) <= LONGEST]
-    pieces = sorted(pieces, key=lambda p: (-counts[p], p))[: vocab_size - 257]
-    tokens = [bytes([b]) for b in range(256)] + [p.encode() for p in pieces]
-    return {"name": f"pieces{len(tokens) + 1}", "pattern": PATTERN, "tokens": [t.decode("latin-1") for t in tokens]}
-
-
-def gpt2_tokenizer(timeout=60):
-    """GPT-2's BPE, described like any other, so that only this step needs tiktoken's files.
-
-    tiktoken downloads them without a time-out (seconds, here), which never ends behind a silent firewall.
-    """
-    result = []
-
-    def load():
-        try:
-            result.append(tiktoken.get_encoding("gpt2"))
-        except Exception as e:  # requests' own kinds among them
-            result.append(e)
-
-    thread = threading.Thread(target=load, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    enc = result[0] if result else TimeoutError(f"no answer in {timeout} s")
-    if isinstance(enc, Exception):
-        sys.exit(f"GPT-2's BPE files could not be had ({type(enc).__name__}). With a network, try again; without one, "
-                 "set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache, or take --tokenizer pieces, which needs none.")
-    tokens = [enc.decode_single_token_bytes(i).decode("latin-1") for i in range(enc.eot_token)]
-    return {"name": "gpt2", "pattern": enc._pat_str, "tokens": tokens}
-
-
-def load_tokenizer(description):
-    """The tiktoken.Encoding of a description {name, pattern, tokens}; tokens are byte strings written as latin-1.
-
-    Ids are the places in that list; <|endoftext|> comes last and is `eot_token`. Encode text with encode_ordinary,
-    which takes the words "<|endoftext|>" in it for plain text.
-    """
-    ranks = {token.encode("latin-1"): i for i, token in enumerate(description["tokens"])}
-    return tiktoken.Encoding(
-        description["name"], pat_str=description["pattern"], mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
-    )
-
-
-class TextStream:
-    """Token ids in, printable text out: holds back the bytes of a character until it is complete."""
-
-    def __init__(self, enc):
-        self.enc = enc
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token):
-        return self.decoder.decode(self.enc.decode_single_token_bytes(token))
-
-    def end(self):
-        return self.decoder.decode(b"", final=True)
 
 
 # -----------------------------------------------------------------------------
@@ -146,14 +67,16 @@ N_EVENTS = 5
 
 
 class Chooser:
-    """Makes choices and adds up their surprisal, -log2 of the probability of what was chosen, in bits."""
+    """Makes choices and adds up their surprisal, -log2 of the probability of what was chosen, in
+    bits."""
 
     def __init__(self, rng):
         self.rng = rng
         self.bits = 0.0
 
     def pick(self, options):
-        """The k-th option has probability ~ 1/k, like words of a language: greedy decoding has a best choice."""
+        """The k-th option has probability ~ 1/k, like words of a language: greedy decoding has a
+        best choice."""
         weights = [1 / (k + 1) for k in range(len(options))]
         k = self.rng.choices(range(len(options)), weights)[0]
         self.bits -= math.log2(weights[k] / sum(weights))
@@ -163,9 +86,10 @@ class Chooser:
 def toy_story(rng):
     """One story and its surprisal in bits.
 
-    A name brings its pronoun, a place its spot, and they come back later, so a model has to look far behind. A
-    phrase like "sad and cried" is ONE choice that fixes several tokens: no product of independent heads can say
-    "sad and cried or tired and slept" without also saying "sad and slept".
+    A name brings its pronoun, a place its spot, and they come back later, so a model has to look
+    far back. A phrase like "sad and cried" is ONE choice that fixes several tokens: no product of
+    independent heads can say "sad and cried or tired and slept" without also saying "sad and
+    slept".
     """
     chooser = Chooser(rng)
     name, he, his = chooser.pick(PEOPLE)
@@ -184,7 +108,8 @@ def toy_story(rng):
 
 
 def toy_entropy():
-    """The exact entropy of a toy story in bits: by the chain rule, the expected sum over its choices."""
+    """The exact entropy of a toy story in bits: by the chain rule, the expected sum over its
+    choices."""
     def entropy(n):
         weights = np.array([1 / (k + 1) for k in range(n)])
         p = weights / weights.sum()
@@ -204,26 +129,29 @@ def toy_entropy():
 
 
 def text_files(paths):
-    """The utf-8 files among `paths` and in the folders there, in a fixed order, and how many others were skipped.
+    """The utf-8 files among `paths` and in the folders there, each once, in a fixed order, and how
+    many were skipped.
 
-    In folders, hidden files and those that are not utf-8 are left out; a file that was named must be utf-8.
+    In folders, hidden files and those that are not utf-8 are left out; a file that was named must
+    be utf-8.
     """
-    files, skipped = [], 0
+    files, skipped = {}, 0  # by what they lead to: a file that is named twice must not be in train and val
     for path in map(Path, paths):
         if not (path.is_file() or path.is_dir()):
-            sys.exit(f"{path}: no such file or folder.")
+            raise BadInput(f"{path}: no such file or folder.")
         inside = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
         for file in sorted(p for p in inside if p.is_file()) if path.is_dir() else [path]:
             try:
                 for _ in chunks(file):
                     pass
-                files.append(file)
+                files.setdefault(file.resolve(), file)
             except UnicodeDecodeError:
                 if file == path:
-                    sys.exit(f"{file} is not utf-8 text; convert it first.")
+                    raise BadInput(f"{file} is not utf-8 text; convert it first.") from None
                 skipped += 1
+    files = list(files.values())
     if next(documents(files), None) is None:
-        sys.exit(f"There is no text in {' '.join(map(str, paths))}.")
+        raise BadInput(f"There is no text in {' '.join(map(str, paths))}.")
     return files, skipped
 
 
@@ -252,7 +180,8 @@ def documents(files):
 def split_documents(read, seed):
     """Two functions that yield the train and the val documents of read(), which yields them all.
 
-    val is a random VAL_SHARE of the documents; a single document is cut in two, at a line's end if one is near.
+    val is a random VAL_SHARE of the documents; a single document is cut in two, at a line's end if
+    one is near.
     """
     n = sum(1 for _ in read())
     if n == 1:
@@ -266,7 +195,10 @@ def split_documents(read, seed):
 
 
 def download_tinystories(data_dir, max_mb=None):
-    """The files of TinyStoriesV2-GPT4's train and valid split: all of them, or their first max_mb MB."""
+    """The files of TinyStoriesV2-GPT4's train and valid split: all of them, or their first max_mb
+    MB."""
+    from download import download  # only here, so that nothing else needs a network library
+
     files = []
     for split in ("train", "valid"):
         name = f"TinyStoriesV2-GPT4-{split}"
@@ -274,11 +206,13 @@ def download_tinystories(data_dir, max_mb=None):
         files.append(download(f"{TINYSTORIES}{name}.txt", data_dir / f"{name}{part}.txt", max_mb and max_mb * 10**6))
         if max_mb:
             drop_cut_story(files[-1])
-    return text_files(files)[0]
+        text_files(files[-1:])  # each of them must hold text
+    return files
 
 
 def drop_cut_story(path):
-    """Cut a file behind its last <|endoftext|>: of the first MBs of a text, the last story is half a story."""
+    """Cut a file after its last <|endoftext|>: of the first MBs of a text, the last story is half a
+    story."""
     with open(path, "r+b") as file:
         tail = max(0, path.stat().st_size - 2**20)  # no story is as long as that
         file.seek(tail)
@@ -291,38 +225,31 @@ def drop_cut_story(path):
 # encoding and writing
 
 
-def segments(documents):
-    """(text, whether a document ends there): long documents in parts, cut at a line's end where there is one."""
-    for text in documents:
-        start = 0
-        while len(text) - start > SEGMENT:
-            cut = text.rfind("\n", start, start + SEGMENT) + 1 or start + SEGMENT
-            yield text[start:cut], False
-            start = cut
-        yield text[start:], True
-
-
-def batches(parts, size=16 * SEGMENT):
-    """Lists of segments that hold about `size` characters together."""
+def batches(documents, size=16 * SEGMENT):
+    """Lists of (segment, whether a document ends there) that hold about `size` characters
+    together."""
     batch, n = [], 0
-    for part in parts:
-        batch.append(part)
-        n += len(part[0])
-        if n >= size:
-            yield batch
-            batch, n = [], 0
+    for text in documents:
+        *parts, last = segments(text)
+        for part, ends in [*((part, False) for part in parts), (last, True)]:
+            batch.append((part, ends))
+            n += len(part)
+            if n >= size:
+                yield batch
+                batch, n = [], 0
     if batch:
         yield batch
 
 
-def encode(enc, documents, file, name):
-    """Write all documents, each followed by <|endoftext|>, to a binary file as uint16; returns what meta.json says.
+def encode_all(enc, documents, file, name):
+    """Write all documents, each followed by <|endoftext|>, to a binary file as uint16; returns what
+    meta.json says.
 
     tiktoken's threads run side by side, so all cores work.
     """
     counts, sha256 = {"documents": 0, "tokens": 0, "bytes": 0}, hashlib.sha256()
-    with tqdm(desc=f"encoding {name}", unit="B", unit_scale=True, disable=None) as bar:
-        for batch in batches(segments(documents)):
+    with progress_bar(desc=f"encoding {name}", unit="B", unit_scale=True, disable=None) as bar:
+        for batch in batches(documents):
             n_bytes = sum(len(text.encode()) for text, _ in batch)
             encoded = enc.encode_ordinary_batch([text for text, _ in batch], num_threads=os.cpu_count() or 1)
             ids = [np.array(ids + [enc.eot_token] * ends, dtype=np.uint16) for ids, (_, ends) in zip(encoded, batch)]
@@ -333,28 +260,40 @@ def encode(enc, documents, file, name):
             counts["tokens"] += len(data) // 2
             counts["bytes"] += n_bytes
             bar.update(n_bytes)
+    if not counts["documents"]:
+        raise BadInput(f"There is no document for {name}.bin; take more text.")
     return {**counts, "sha256": sha256.hexdigest()}
 
 
 def bench_prompts(documents, n=8):
-    """Beginnings of n documents, for the bench to continue; of few documents, beginnings of their parts."""
+    """Beginnings of n documents, for the bench to continue; of few documents, beginnings of their
+    parts.
+
+    Whole pieces of 64 characters together at most: two sentences, so that greedy texts do not all
+    become one.
+    """
     parts = -(-n // len(documents))
     texts = [text[i * len(text) // parts :] for text in documents[:n] for i in range(parts)]
-    return ["".join(re.findall(PATTERN, text[:100])[:4])[:24] for text in texts[:n]]
+    prompts = []
+    for text in texts[:n]:
+        pieces = re.findall(PATTERN, text[:65])
+        prompts.append("".join(pieces[:-1]) or text[:64])  # the last piece may be cut
+    return prompts
 
 
 def prepare(train, val, description, data_dir, **about):
-    """Encode the documents that train() and val() yield into train.bin, val.bin and meta.json; returns the meta.
+    """Encode the documents that train() and val() yield into train.bin, val.bin and meta.json;
+    returns the meta.
 
-    The old files stay until all three new ones are written; nobody ever finds the tokens of one text under the meta of
-    another (see `replacing`).
+    The old files stay until all three new ones are written; nobody ever finds the tokens of one
+    text under the meta of another (see `replacing`).
     """
     enc = load_tokenizer(description)
     prompts = bench_prompts(list(islice(val(), 8)))
     meta = {**about, "vocab_size": enc.n_vocab, "tokenizer": description, "prompts": prompts, "splits": {}}
     with replacing(*(data_dir / name for name in ("train.bin", "val.bin", "meta.json"))) as (*bins, meta_file):
         for name, read, file in zip(("train", "val"), (train, val), bins):
-            meta["splits"][name] = encode(enc, read(), file, name)
+            meta["splits"][name] = encode_all(enc, read(), file, name)
         # tokens include one <|endoftext|> per document, bytes are those of the text alone
         meta["bytes_per_token"] = meta["splits"]["val"]["bytes"] / meta["splits"]["val"]["tokens"]
         if "entropy_bits_per_story" in meta:
@@ -364,57 +303,69 @@ def prepare(train, val, description, data_dir, **about):
     return meta
 
 
+# -----------------------------------------------------------------------------
+
+
 def parse_args():
     parser = ArgumentParser(__doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--toy", action="store_true", help="synthetic stories from the grammar in this file")
-    source.add_argument("--input", nargs="+", type=Path, metavar="PATH",
+    source.add_argument("--input", nargs="+", type=path, metavar="PATH",
                         help="text files, or folders of text files, in utf-8")
-    parser.add_argument("--data_dir", type=Path, help="where to write (data/tinystories, data/toy or data/text)")
+    parser.add_argument("--data_dir", type=path, help="where to write (data/tinystories, data/toy or data/text)")
     parser.add_argument("--tokenizer", choices=["pieces", "gpt2"], default="pieces",
                         help="pieces: bytes and the corpus's frequent whole pieces, offline; gpt2: GPT-2's BPE")
     parser.add_argument("--vocab_size", type=number(int, 257, 2**16), default=2048,
                         help="ids of the pieces tokenizer; 257 (256 bytes and the end of text) is the least (2048)")
     parser.add_argument("--max_mb", type=number(int, 1), help="download the first MBs of the data set only")
     parser.add_argument("--stories", type=number(int, 2), default=20000, help="stories that --toy writes (20000)")
-    parser.add_argument("--seed", type=int, default=1337, help="seed of the toy's stories and of the split (1337)")
+    parser.add_argument("--seed", type=seed, default=1337, help="seed of the toy's stories and of the split (1337)")
     args = parser.parse_args()
     if args.max_mb and (args.toy or args.input):
         parser.error("--max_mb is for the download; --toy and --input have none")
-    args.data_dir = args.data_dir or Path("data") / ("toy" if args.toy else "text" if args.input else "tinystories")
+    args.data_dir = Path(args.data_dir or f"data/{'toy' if args.toy else 'text' if args.input else 'tinystories'}")
     return args
 
 
-def main():
-    args = parse_args()
-    args.data_dir.mkdir(parents=True, exist_ok=True)
-    about, files = {"seed": args.seed}, []
-    if args.toy:
-        rng = random.Random(args.seed)
-        stories, bits = zip(*(toy_story(rng) for _ in range(args.stories)))
-        train, val = split_documents(lambda: iter(stories), args.seed)
-        about |= {"source": f"toy grammar, {args.stories} stories", "entropy_bits_per_story": toy_entropy()}
-    elif args.input:
+def prepare_toy(args):
+    rng = random.Random(args.seed)
+    stories, bits = zip(*(toy_story(rng) for _ in range(args.stories)))
+    train, val = split_documents(lambda: iter(stories), args.seed)
+    meta = prepare(train, val, choose_tokenizer(args, train), args.data_dir, seed=args.seed,
+                   source=f"toy grammar, {args.stories} stories", entropy_bits_per_story=toy_entropy())
+    per_story, per_token = meta["entropy_bits_per_story"], meta["entropy_bits_per_token"]
+    print(f"entropy of the grammar: {per_story:.2f} bits per story (surprisal of these: {np.mean(bits):.2f}), "
+          f"{per_token:.3f} bits = {per_token * math.log(2):.3f} nats per token")
+    return meta
+
+
+def prepare_text(args):
+    if args.input:
         files, skipped = text_files(args.input)
         if skipped:
             print(f"skipped {skipped} files that are not utf-8")
         train, val = split_documents(lambda: documents(files), args.seed)
-        about["source"] = " ".join(path.resolve().name for path in args.input)
+        source = " ".join(Path(path).resolve().name for path in args.input)
     else:
         files = download_tinystories(args.data_dir, args.max_mb)
         train, val = (lambda: documents(files[:1])), (lambda: documents(files[1:]))
-        about["source"] = " ".join(file.name for file in files)
+        source = " ".join(file.name for file in files)
     every = max(1, sum(file.stat().st_size for file in files) // COUNTED)  # of a large text, each k-th document
-    description = (gpt2_tokenizer() if args.tokenizer == "gpt2" else
-                   build_tokenizer(islice(train(), 0, None, every), args.vocab_size))
-    meta = prepare(train, val, description, args.data_dir, **about)
+    description = choose_tokenizer(args, lambda: islice(train(), 0, None, every))
+    return prepare(train, val, description, args.data_dir, seed=args.seed, source=source)
+
+
+def choose_tokenizer(args, documents):
+    return gpt2_tokenizer() if args.tokenizer == "gpt2" else build_tokenizer(documents(), args.vocab_size)
+
+
+def main():
+    args = parse_args()
+    with locked(args.data_dir):
+        meta = prepare_toy(args) if args.toy else prepare_text(args)
     for split, counts in meta["splits"].items():
         print(f"{split:5}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes']:,} bytes")
     print(f"tokenizer: {meta['vocab_size']:,} ids, {meta['bytes_per_token']:.2f} bytes per token")
-    if args.toy:
-        per_story, per_token = meta["entropy_bits_per_story"], meta["entropy_bits_per_token"]
-        print(f"entropy of the grammar: {per_story:.2f} bits per story (surprisal of these: {np.mean(bits):.2f}), "
-              f"{per_token:.3f} bits = {per_token * math.log(2):.3f} nats per token")
     print(f"wrote {args.data_dir}: train.bin, val.bin, meta.json")
 
 

@@ -1,4 +1,5 @@
-"""The hostile world: interruptions, full disks, bad input. Nothing is lost, and a mistake gets one line."""
+"""The hostile world: interruptions, full disks, bad input. Nothing is lost, and a mistake gets one
+line."""
 
 import errno
 import json
@@ -20,16 +21,21 @@ import torch
 
 import bench_speculative
 import common
+import model
+import plot
 import prepare_tinystories
 import sample
+import tokenizer
 import train
+from model import GPT, GPTConfig
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 MAIN = {"prepare": prepare_tinystories.main, "train": train.main, "sample": sample.main,
-        "bench": bench_speculative.main}
+        "bench": bench_speculative.main, "plot": plot.main}
 SMALL = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 --n_future 3 "
-         "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu "
-         "--max_seconds 0")
+         "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu")
+FROM = "--preset toy --batch_size 4 --n_future 3 --max_iters 1 --eval_windows 4 --device cpu --init_from"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def start(script, args):
@@ -39,7 +45,8 @@ def start(script, args):
 
 
 def call(script, args):
-    """(exit code, the line on stderr) of a script that is run in this process: importing torch takes seconds."""
+    """(exit code, the line on stderr) of a script that is run in this process: importing torch
+    takes seconds."""
     try:
         start(script, args)
     except SystemExit as e:
@@ -49,26 +56,27 @@ def call(script, args):
 
 @pytest.fixture(autouse=True)
 def as_a_script_finds_it():
-    """What a script sets for its process, sample.py's choice of kernels, does not reach the next one; and both signals
-    interrupt, also where the tests run as a shell's background job, which ignores Ctrl-C."""
-    before = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    torch.backends.mkldnn.enabled = True
+    """All signals interrupt, also where the tests run as a shell's background job, which ignores
+    Ctrl-C. The bench's number of threads, of which sums depend to the last bit, is for the bench
+    alone."""
+    before = {s: signal.signal(s, signal.default_int_handler) for s in SIGNALS}
+    n_threads = torch.get_num_threads()
     yield
-    torch.backends.mkldnn.enabled = True
+    torch.set_num_threads(n_threads)
     for s, handler in before.items():
         signal.signal(s, handler)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with toy data, a trained model, a plain one, one in nanoGPT's own format, and other people's files."""
-    torch.backends.mkldnn.enabled = True  # as below; this fixture comes before that one
+    """A folder with toy data, a trained model, a plain one, one in nanoGPT's own format, and other
+    people's files."""
     home = tmp_path_factory.mktemp("home")
     before = os.getcwd()
     os.chdir(home)
     assert call("prepare", "--toy --stories 120") == (0, "")
     assert call("train", SMALL) == (0, "")
-    assert call("train", f"{SMALL} --n_future 1 --max_iters 2 --out_dir out/plain --sample_component") == (0, "")
+    assert call("train", f"{SMALL} --n_future 1 --bias --max_iters 2 --out_dir out/plain") == (0, "")
     assert call("prepare", "--toy --stories 120 --vocab_size 300 --data_dir data/other") == (0, "")
     make_bad_files(home)
     os.chdir(before)
@@ -80,6 +88,12 @@ def make_bad_files(home):
     whole = (home / "out/toy/ckpt.pt").read_bytes()
     fewer = {k: v for k, v in ckpt.items() if k not in ("meta", "train_config", "optimizer")}
     odd = {**ckpt, "model": {**ckpt["model"], "transformer.ln_f.weight": torch.zeros(7)}}
+    nan, huge = ({**ckpt, "model": {**ckpt["model"], "transformer.ln_f.weight": torch.full((16,), value)}}
+                 for value in (float("nan"), 6e5))
+    gpt2 = {"model": GPT(GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=16, bias=False)).state_dict(),
+            "model_args": dict(block_size=32, vocab_size=50304, n_layer=1, n_head=2, n_embd=16, bias=False)}
+    older = {**ckpt, "train_config": {**ckpt["train_config"], "factors": "reduced"}}
+    wordless = {**ckpt, "meta": {**ckpt["meta"], "prompts": []}}
     wide = {**ckpt, "model_args": {**ckpt["model_args"], "n_embd": "wide"}}
 
     class Hostile:
@@ -87,25 +101,39 @@ def make_bad_files(home):
             return open, ("owned", "w")
 
     files = {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello\n", "hostile": pickle.dumps(Hostile())}
-    for name, content in {**files, "nanogpt": fewer, "odd": odd, "wide": wide, "list": [1], "dict": {"a": 1}}.items():
+    others = dict(nanogpt=fewer, odd=odd, wide=wide, list=[1], dict={"a": 1}, nan=nan, huge=huge, gpt2=gpt2, older=older,
+                  wordless=wordless)
+    for name, content in {**files, **others}.items():
         path = home / "out" / name / "ckpt.pt"
         path.parent.mkdir()
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     for name, meta in (("nojson", "{"), ("foreign", '{"a": 1}')):
         shutil.copytree(home / "data/toy", home / "data" / name)
         (home / "data" / name / "meta.json").write_text(meta)
+    meta = json.loads((home / "data/toy/meta.json").read_text())
+    tokens = meta["tokenizer"]["tokens"]
+    for name, edit in dict(smaller=dict(vocab_size=100), zero=dict(bytes_per_token=0), silent=dict(prompts=[]), wordless=
+                           dict(tokenizer={**meta["tokenizer"], "tokens": tokens[1:]}, vocab_size=len(tokens))).items():
+        shutil.copytree(home / "data/toy", home / "data" / name)
+        (home / "data" / name / "meta.json").write_text(json.dumps({**meta, **edit}))
+    shutil.copytree(home / "data/toy", home / "data/swapped")
+    data = bytearray((home / "data/toy/train.bin").read_bytes())
+    data[10] ^= 1
+    (home / "data/swapped/train.bin").write_bytes(data)
     for name in ("cut", "empty", "gone"):
         shutil.copytree(home / "data/toy", home / "data" / name)
     (home / "data/cut/train.bin").write_bytes((home / "data/toy/train.bin").read_bytes()[:-2])
     (home / "data/empty/val.bin").write_bytes(b"")
     (home / "data/gone/train.bin").unlink()
     assert call("prepare", "--toy --stories 120 --seed 2 --data_dir data/again") == (0, "")
-    meta = json.loads((home / "data/toy/meta.json").read_text())  # the same tokenizer, other texts
     again = json.loads((home / "data/again/meta.json").read_text())
-    (home / "data/again/meta.json").write_text(json.dumps({**again, "tokenizer": meta["tokenizer"]}))
+    (home / "data/again/meta.json").write_text(json.dumps({**again, "tokenizer": meta["tokenizer"],
+                                                                   "vocab_size": meta["vocab_size"]}))  # other texts
     (home / "data/blank").mkdir()
     for split in ("train", "valid"):
         (home / f"data/blank/TinyStoriesV2-GPT4-{split}.txt").touch()
+    shutil.copytree(home / "data/blank", home / "data/half")
+    (home / "data/half/TinyStoriesV2-GPT4-train.txt").write_text("A story.")
     (home / "latin1.txt").write_bytes("Çedilla".encode("latin-1"))
     (home / "none.txt").write_text(" \n")
     (home / "folder").mkdir()
@@ -122,25 +150,33 @@ BAD = [
     ("train", "--block_size 100000", "take more text or a smaller --block_size"),
     ("train", "--n_embd 10 --n_head 3", "n_embd 10 is not divisible by n_head 3"),
     ("train", "--freeze_trunk --n_future 1", "n_future = 1 has none"),
-    ("train", "--block_size 1", "block_size must be at least 2"),
+    ("train", "--block_size 1", "block_size must be a whole number of at least 2"),
     ("train", "--lr nan", "--lr: must be at least 0, not nan"),
     ("train", "--lr -1", "--lr: must be at least 0, not -1"),
     ("train", "--lr 1e30", "Training has diverged"),
-    ("train", "--lr 1e30 --sample_component", "Training has diverged"),
     ("train", "--max_iters 0", "--max_iters: must be at least 1 and at most 1000000000, not 0"),
     ("train", "--preset", "--preset: expected one argument"),
     ("train", "--rank 100000000000000000000", "--rank: must be at least 1 and at most 1000000"),
     ("train", "--max_iters many", "invalid int value: 'many'"),
     ("train", "--joint_share 0", "--joint_share: must be above 0 and at most 1, not 0"),
-    ("train", "--factors full --sample_component", "sample_component needs factors = reduced"),
     ("train", "--warmup 1", "--warmup: must be at least 0 and at most 0.99"),
     ("train", "--batch_size 0", "--batch_size: must be at least 1"),
     ("train", "--seed -1", "--seed: must be at least 0"),
     ("train", "--dtype float8", "invalid choice: 'float8'"),
-    ("train", "--factors tucker", "invalid choice: 'tucker'"),
+    ("train", "--head tucker", "invalid choice: 'tucker'"),
+    ("train", "--seed 4294967296", "--seed: must be at least 0 and at most 4294967295"),
+    ("train", "--device hpu", "--device hpu cannot be used here"),
+    ("train", "--device privateuseone", "--device privateuseone cannot be used here"),
+    ("train", "--init_from out/toy/ckpt.pt --n_embd 32", "has n_embd = 16, not 32; leave --n_embd away"),
+    ("train", "--init_from out/toy/ckpt.pt --block_size 64", "has block_size = 32, not 64; leave --block_size away"),
+    ("train", "--init_from out/nanogpt/ckpt.pt --data_dir data/other", "another tokenizer (one of"),
+    ("train", "--init_from out/gpt2/ckpt.pt", "another tokenizer (gpt2)"),
+    ("train", "--out_dir /proc/out", "/proc/out"),
+    ("train", "--resume --out_dir out/older", "holds no state of training"),
+    *(("train", f"--data_dir data/{name}", f"data/{name}/meta.json is not a meta file") for name in
+      ("smaller", "zero", "silent", "wordless")),
+    ("train", "--data_dir data/swapped", "data/swapped/train.bin is not the file of"),
     ("train", "--fresh_head", "name the checkpoint with --init_from"),
-    ("train", "--context next", "invalid choice: 'next'"),
-    ("train", "--context previous --factors full", "context = previous needs factors = reduced"),
     ("train", "--device toaster", "--device toaster cannot be used here"),
     ("train", "--device meta", "--device meta cannot be used here"),
     ("train", "--preset huge", "invalid choice: 'huge'"),
@@ -149,8 +185,7 @@ BAD = [
     ("train", "--init_from nowhere.pt", "There is no checkpoint nowhere.pt; train one first"),
     ("train", "--init_from out/toy/nope.pt", "There is no checkpoint out/toy/nope.pt; out/toy holds out/toy/ckpt.pt"),
     ("train", "--init_from out/toy", "out/toy is a folder; name the checkpoint in it, out/toy/ckpt.pt"),
-    ("train", "--resume --out_dir out/plain --no-sample_component",
-     "sample_component = True, not False; leave --no-sample_component away"),
+    ("train", "--resume --out_dir out/plain --no-bias", "bias = True, not False; leave --no-bias away"),
     ("train", "--init_from out/cut/ckpt.pt", "is not a checkpoint"),
     ("train", "--init_from out/plain/ckpt.pt --data_dir data/other", "another tokenizer"),
     ("train", "--init_from out/nanogpt/ckpt.pt --data_dir data/large", "holds no model that fits: n_token"),
@@ -170,6 +205,9 @@ BAD = [
     ("prepare", "--max_mb 0", "--max_mb: must be at least 1"),
     ("prepare", "--toy --stories 1", "--stories: must be at least 2"),
     ("prepare", "--data_dir data/blank", "There is no text in data/blank/TinyStoriesV2-GPT4-train.txt"),
+    ("prepare", "--data_dir data/half", "There is no text in data/half/TinyStoriesV2-GPT4-valid.txt"),
+    ("prepare", "--toy --data_dir /proc/data", "/proc/data"),
+    ("prepare", "--toy --seed -1", "--seed: must be at least 0"),
     ("prepare", "--toy --data_dir latin1.txt", "latin1.txt"),
     ("prepare", "--toy --data_dir latin1.txt/data", "latin1.txt"),
     *(("sample", f"--out_dir out/{name}", "is not a checkpoint") for name in
@@ -180,7 +218,12 @@ BAD = [
     ("sample", "--out_dir nowhere", "There is no checkpoint nowhere/ckpt.pt; train one first"),
     ("sample", "--out_dir out/plain --mode speculative", "no head to draft from"),
     ("sample", "--temperature -0.1", "--temperature: must be at least 0"),
-    ("sample", "--temperature 1e-40", "--temperature: 0 is greedy"),
+    ("sample", "--temperature 1e-40", "temperature must be 0, which is greedy, or from 1e-6"),
+    ("sample", "--temperature nan", "--temperature: must be at least 0"),
+    ("sample", "--out_dir out/nan", "the model gives NaN or infinite logits: its weights are damaged, or overflow"),
+    ("sample", "--out_dir out/nan --temperature 0 --mode plain", "try --dtype float32"),
+    ("sample", "--out_dir out/huge --dtype float16", "try --dtype float32"),
+    ("sample", "--out_dir out/wordless", "is not a meta file"),
     ("sample", "--temperature 1e39", "--temperature: must be at least 0 and at most 1000000.0, not 1e39"),
     ("sample", "--temperature inf", "--temperature: must be at least 0"),
     ("sample", "--top_k 0", "--top_k: must be at least 1"),
@@ -195,17 +238,23 @@ BAD = [
     ("bench", "--rounds 4", "--rounds: must be at least 5"),
     ("bench", "--max_new_tokens 1", "--max_new_tokens: must be at least 2"),
     ("bench", "--plot out", "out: the name of a picture must end in"),
+    ("bench", "--plot /proc/x/y.png", "/proc/x"),
+    ("bench", "--out_dir out/wordless", "is not a meta file"),
+    ("bench", "--out_dir out/nan", "try --dtype float32"),
+    ("plot", "out/toy --output out.gif", "out.gif: the name of a picture must end in"),
+    ("plot", "nowhere --output x.png", "nowhere: No such file"),
     ("bench", "--threads 0", "--threads: must be at least 1"),
 ]
 
 
 def contents(home):
-    return {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    return {path: path.read_bytes() for path in home.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 @pytest.mark.parametrize("script,args,line", BAD, ids=[f"{script} {args}" for script, args, _ in BAD])
 def test_bad_input_gets_one_line(script, args, line, home, monkeypatch, capsys):
-    """One line that says what is wrong, a non-zero exit, no traceback, and every file is as it was."""
+    """One line that says what is wrong, a non-zero exit, no traceback, and every file is as it
+    was."""
     monkeypatch.chdir(home)
     (home / "data/large").exists() or make_large_vocabulary(home)
     before = contents(home)
@@ -223,7 +272,7 @@ def test_too_little_memory_gets_one_line(error, home, monkeypatch):
         raise error
 
     monkeypatch.chdir(home)
-    monkeypatch.setattr(train, "build_model", allocates)
+    monkeypatch.setattr(train, "GPT", allocates)
     code, message = call("train", SMALL)
     assert code == 1 and message.startswith("Out of memory (") and "--batch_size" in message and "\n" not in message
 
@@ -232,7 +281,7 @@ def make_large_vocabulary(home):
     """Data of a tokenizer that is larger than a nanoGPT checkpoint's vocabulary."""
     text = " ".join(f"w{i:03}x" for i in range(2000))
     (home / "large.txt").write_text(text * 3)
-    description = prepare_tinystories.build_tokenizer(["".join(chr(0x4E00 + i) + " " for i in range(600))], 1500)
+    description = tokenizer.build_tokenizer(["".join(chr(0x4E00 + i) + " " for i in range(600))], 1500)
     prepare_tinystories.prepare(lambda: [text] * 9, lambda: [text], description, home / "data/large")
 
 
@@ -241,18 +290,19 @@ def make_large_vocabulary(home):
 
 
 def test_edges_of_good_input(home, monkeypatch, capsys):
-    """An empty prompt, one longer than the block, no new tokens, a foreign checkpoint that a head is put on."""
+    """An empty prompt, one longer than the block, no new tokens, a foreign checkpoint that a head
+    is put on."""
     monkeypatch.chdir(home)
     for args in ("--max_new_tokens 5", "--max_new_tokens 0", ["--prompt", "Lily went " * 40, "--max_new_tokens", "9"],
                  ["--prompt", "<|endoftext|> é€", "--max_new_tokens", "3"]):
         assert call("sample", args) == (0, "")
         assert "speculative: " in capsys.readouterr().out
-    assert call("train", f"{SMALL} --max_iters 1 --init_from out/nanogpt/ckpt.pt --out_dir out/tuned") == (0, "")
+    assert call("train", f"{FROM} out/nanogpt/ckpt.pt --out_dir out/tuned") == (0, "")
 
 
 def test_output_to_a_closed_pipe_is_no_traceback(home):
     """python sample.py | head"""
-    command = [sys.executable, HERE / "sample.py", "--max_new_tokens", "5000"]
+    command = [sys.executable, ROOT / "sample.py", "--max_new_tokens", "5000"]
     with subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.read(1)
         process.stdout.close()
@@ -266,15 +316,16 @@ def test_gpt2_tokenizer_without_a_network_says_what_to_do(monkeypatch):
 
     silent = threading.Event()
     for get_encoding in (fails, lambda name: silent.wait(20)):
-        monkeypatch.setattr(prepare_tinystories.tiktoken, "get_encoding", get_encoding)
+        monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", get_encoding)
         begin = time.monotonic()
-        with pytest.raises(SystemExit, match="set TIKTOKEN_CACHE_DIR"):
-            prepare_tinystories.gpt2_tokenizer(timeout=0.2)
+        with pytest.raises(model.BadInput, match="set TIKTOKEN_CACHE_DIR"):
+            tokenizer.gpt2_tokenizer(timeout=0.2)
         assert time.monotonic() - begin < 10
     silent.set()
 
 
 def test_a_compiler_that_is_missing_is_explained(home, monkeypatch):
+    """Before anything is trained, and in one line whatever the compiler says."""
     monkeypatch.chdir(home)
     before = contents(home)
 
@@ -285,19 +336,150 @@ def test_a_compiler_that_is_missing_is_explained(home, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compiled)
     code, message = call("train", f"{SMALL} --compile")
-    assert code == 1 and message.startswith("--compile failed") and "without --compile" in message
+    assert code == 1 and message.startswith("--compile does not work here") and "without --compile" in message
     assert contents(home) == before
 
 
+def test_a_checkpoint_that_may_not_be_read_says_so(home, monkeypatch):
+    """Not "damaged": the user would train anew what is whole. (Tests may run as root, who may read
+    everything.)"""
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", "out/toy/ckpt.pt")
+
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("builtins.open", denied)
+    assert call("sample", "") == (1, "out/toy/ckpt.pt: Permission denied")
+
+
 def test_the_gpu_preset_runs_reduced_on_a_cpu(home, monkeypatch):
-    """--preset tinystories with its target, its batches in parts and bfloat16, at a size for a CPU."""
+    """--preset tinystories with its target, its batches in parts and bfloat16, at a size for a
+    CPU."""
     monkeypatch.chdir(home)
     assert call("train", "--preset tinystories --data_dir data/toy --out_dir out/gpu --n_layer 2 --n_head 2 "
                          "--n_embd 32 --block_size 32 --batch_size 4 --eval_windows 4 --max_iters 4 "
-                         "--dtype bfloat16 --device cpu --log_interval 1 --sample_component") == (0, "")
+                         "--dtype bfloat16 --device cpu --log_interval 1") == (0, "")
     log = [json.loads(line) for line in Path("out/gpu/log.jsonl").read_text().splitlines()]
     config = torch.load("out/gpu/ckpt.pt", weights_only=True)["train_config"]
     assert config["grad_accum"] == 4 and config["target"] == "marginal" and 4 < log[-1]["val"]["joint"] < 8
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+@pytest.mark.parametrize("script,args", [("prepare_tinystories.py", "--toy --stories 120 --data_dir data/mute"),
+                                         ("train.py", f"{SMALL} --max_iters 2 --out_dir out/mute")])
+def test_without_stderr_the_scripts_run_without_a_bar(script, args, home):
+    """pythonw, or 2>&- in a shell."""
+    command = f"exec '{sys.executable}' '{ROOT / script}' {args} 2>&-"
+    result = subprocess.run(["sh", "-c", command], cwd=home, stdout=subprocess.PIPE, text=True)
+    assert result.returncode == 0 and "\nwrote " in result.stdout
+
+
+# -----------------------------------------------------------------------------
+# a bug of whoever edits the code keeps its traceback
+
+
+def bug(*args, **kwargs):
+    return a_name_with_a_typo  # noqa: F821
+
+
+BUGS = [("train", SMALL, "model.CPHead.log_joint"), ("train", SMALL, "model.GPT.__init__"),
+        ("train", SMALL, "model.balance_loss"), ("train", SMALL, "train.learning_rate"), ("train", SMALL, "train.evaluate"),
+        ("train", "--preset toy --resume", "train.Run.restore"),
+        ("train", "--preset toy --resume", "model.CPHead.__init__"),
+        ("train", f"{FROM} out/toy/ckpt.pt", "model.CPHead.__init__"),
+        ("train", f"{FROM} out/toy/ckpt.pt", "model.kept_tensors"),
+        ("sample", "", "model.CPHead.__init__"), ("sample", "", "model.CPHead.start"), ("sample", "", "decode.draft"),
+        ("sample", "", "decode.verify"), ("sample", "", "decode.residual"), ("sample", "", "decode.warp"),
+        ("sample", "--temperature 0", "decode.keep_equal"), ("sample", "", "sample.load_tokenizer"),
+        ("bench", "", "decode.verify"), ("bench", "", "model.Conditionals.next"),
+        ("bench", "--plot x.png", "bench_speculative.draw_bench"), ("plot", "out/toy --output x.png", "plot.draw_runs"),
+        ("prepare", "--toy --stories 9 --data_dir data/bug", "prepare_tinystories.build_tokenizer"),
+        ("prepare", "--toy --stories 9 --data_dir data/bug", "prepare_tinystories.toy_story")]
+
+
+@pytest.mark.parametrize("script,args,where", BUGS, ids=[f"{script} {where}" for script, _, where in BUGS])
+def test_a_bug_keeps_its_traceback(script, args, where, home, tmp_path, monkeypatch):
+    """A misspelt name, planted in each script's path, comes out as the NameError that it is; no
+    line of ours hides it."""
+    for folder in ("data/toy", "out/toy"):
+        shutil.copytree(home / folder, tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(where, bug)
+    if script == "bench":
+        monkeypatch.setattr(bench_speculative.Bench, "best_threads", lambda self: 1)
+        args += " --max_new_tokens 4 --rounds 5"
+    with pytest.raises(NameError, match="a_name_with_a_typo"):
+        start(script, args)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_a_bug_in_compiled_code_keeps_its_traceback(home, tmp_path, monkeypatch):
+    """A first step that fails under --compile is not a missing compiler."""
+    shutil.copytree(home / "data/toy", tmp_path / "data/toy")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model, "balance_loss", bug)
+    with pytest.raises(Exception, match="a_name_with_a_typo"):
+        start("train", f"{SMALL} --compile")
+
+
+# -----------------------------------------------------------------------------
+# two writers
+
+
+@pytest.mark.parametrize("script,args,files", [
+    ("train.py", f"{SMALL} --max_iters 60 --eval_interval 1 --out_dir out/both", ("ckpt.pt", "log.jsonl")),
+    ("prepare_tinystories.py", "--toy --stories 9000 --data_dir out/both", ("train.bin", "val.bin", "meta.json"))])
+def test_a_second_writer_is_refused_and_the_first_is_not_disturbed(script, args, files, home, tmp_path):
+    """Two at once in one folder: one of them ends with a line, the other as if it was alone;
+    nothing is mixed."""
+    shutil.copytree(home / "data/toy", tmp_path / "data/toy")
+    command = [sys.executable, ROOT / script, *args.split()]
+    both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)]
+    ends = sorted((process.wait(), *process.communicate()) for process in both)
+    assert [code for code, _, _ in ends] == [0, 1], ends
+    assert ends[1][2].strip() == "Another process writes in out/both; wait for its end, or take another folder."
+    assert {path.name for path in (tmp_path / "out/both").iterdir()} == {*files, ".lock"}
+    (tmp_path / "out/both/ckpt.pt.0a1b2c3d.tmp").write_bytes(b"half of a checkpoint, of a killed run")
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0  # the lock is free again
+    assert not list((tmp_path / "out/both").glob("*.tmp"))
+
+
+def test_a_lock_does_not_outlive_its_process(tmp_path):
+    code = f"import sys, os; sys.path.insert(0, {str(ROOT)!r}); import common; common.locked('x').__enter__(); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == -signal.SIGKILL
+    with common.locked(tmp_path / "x"):
+        with pytest.raises(model.BadInput, match="Another process"), common.locked(tmp_path / "x"):
+            pass
+    with common.locked(tmp_path / "x"):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_to_shows_before_the_work(home, monkeypatch):
+    """Not after 300 steps, at the first save."""
+    def readonly(path):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(common, "check_writable", readonly)
+    monkeypatch.setattr(plot, "check_writable", readonly)
+    monkeypatch.setattr(train, "optimizer_step", bug)
+    monkeypatch.setattr(prepare_tinystories, "toy_story", bug)
+    monkeypatch.setattr(bench_speculative.Bench, "rows", bug)
+    for script, args in (("train", SMALL), ("prepare", "--toy"), ("bench", "--plot x.png"),
+                         ("plot", "out/toy --output x.png")):
+        code, message = call(script, args)
+        assert code == 1 and message.endswith("Read-only file system")
+
+
+def test_a_linked_checkpoint_stays_a_link(home, tmp_path, monkeypatch):
+    """What it leads to changes: somebody keeps large files on another disk."""
+    shutil.copytree(home / "data/toy", tmp_path / "data/toy")
+    monkeypatch.chdir(tmp_path)
+    Path("disk").mkdir()
+    Path("out").mkdir()
+    Path("out/ckpt.pt").symlink_to(tmp_path / "disk/large.pt")
+    assert call("train", f"{SMALL} --max_iters 1 --out_dir out") == (0, "")
+    assert Path("out/ckpt.pt").is_symlink() and torch.load("disk/large.pt", weights_only=True)["iter_num"] == 1
 
 
 # -----------------------------------------------------------------------------
@@ -318,10 +500,11 @@ def assert_same_run(path, other):
     assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", SIGNALS)
 def test_interrupted_run_goes_on_bit_identically(how, home, monkeypatch, capsys):
-    """Ctrl-C between two checkpoints saves the step; --resume ends where a run without a break does, with dropout and
-    a random share of the positions. Guards a resume that forgets the generators (nanoGPT #467)."""
+    """Ctrl-C, or a terminal that closes, between two checkpoints saves the step; --resume ends
+    where a run without a break does, with dropout and a random share of the positions. Guards a
+    resume that forgets the generators (nanoGPT #467)."""
     monkeypatch.chdir(home)
     step, steps = train.optimizer_step, []
 
@@ -374,8 +557,8 @@ def test_an_interrupted_run_that_has_diverged_saves_nothing(home, monkeypatch):
 
 
 def test_a_second_ctrl_c_while_saving_leaves_the_old_files(home, monkeypatch, capsys):
-    """It ends the run at once and without a traceback, although torch.save covers the interrupt with an error of its
-    own.
+    """It ends the run at once and without a traceback, although torch.save covers the interrupt
+    with an error of its own.
     """
     monkeypatch.chdir(home)
     before, replacing = contents(home), common.replacing
@@ -446,12 +629,12 @@ def test_a_larger_max_iters_trains_on(home, monkeypatch):
 
 
 KILLED = (f"{SMALL} --eval_interval 1 --warmup 0 --lr 1e-3 --min_lr 1e-3 "  # one rate at any length
-          "--sample_component --out_dir out/killed")
+          "--out_dir out/killed")
 
 
 def kill_many(script, args, check, n=20, until=1.1):
-    """Start a script n times, kill -9 it at a random moment each time, and look at what it left; then let it end.
-    until: the latest moment, over the time that it takes undisturbed.
+    """Start a script n times, kill -9 it at a random moment each time, and look at what it left;
+    then let it end. until: the latest moment, over the time that it takes undisturbed.
 
     Run in a process of its own that has computed nothing yet: threads do not survive a fork.
     """
@@ -475,8 +658,9 @@ def kill_many(script, args, check, n=20, until=1.1):
 
 
 def check_data(seen=[]):
-    """The three files belong together. While they are renamed meta.json is away, which says that there is no data until
-    the next run ends: a matter of milliseconds that few kills hit, where encoding without it would be hit by most."""
+    """The three files belong together. While they are renamed meta.json is away, which says that
+    there is no data until the next run ends: a matter of milliseconds that few kills hit, where
+    encoding without it would be hit by most."""
     seen.append(Path("data/toy/meta.json").exists())
     assert sum(before and not now for before, now in zip(seen, seen[1:])) < 5
     if seen[-1]:
@@ -507,11 +691,12 @@ def kill_train():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("what", ["kill_prepare", "kill_train"])
 def test_twenty_kills_lose_nothing(what, home, tmp_path, monkeypatch):
-    """kill -9 at twenty random moments each: prepare leaves the old or the new files, train a checkpoint that a resumed
-    run takes to the very state of a run that nobody killed."""
+    """kill -9 at twenty random moments each: prepare leaves the old or the new files, train a
+    checkpoint that a resumed run takes to the very state of a run that nobody killed."""
     if what == "kill_train":
         shutil.copytree(home / "data/toy", tmp_path / "data/toy")
-    driver = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_robustness; test_robustness.{what}()"
+    folders = [str(ROOT), str(ROOT / "tests")]
+    driver = f"import sys; sys.path[:0] = {folders}; import test_robustness; test_robustness.{what}()"
     result = subprocess.run([sys.executable, "-c", driver], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     if what == "kill_train":
@@ -525,12 +710,13 @@ def test_twenty_kills_lose_nothing(what, home, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script,args", [("train.py", SMALL), ("prepare_tinystories.py", "--toy --stories 400")])
 def test_a_full_disk_leaves_the_old_files(script, args, home, tmp_path):
-    """A write that fails half-way (here at a limit of the file size): one line, the old files whole, nothing else."""
+    """A write that fails half-way (here at a limit of the file size): one line, the old files
+    whole, nothing else."""
     resource = pytest.importorskip("resource")
     for folder in ("data/toy", "out/toy"):
         shutil.copytree(home / folder, tmp_path / folder)
     before = contents(tmp_path)
-    result = subprocess.run([sys.executable, HERE / script, *args.split()], cwd=tmp_path, capture_output=True,
+    result = subprocess.run([sys.executable, ROOT / script, *args.split()], cwd=tmp_path, capture_output=True,
                             text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
     assert result.returncode == 1 and "free some space" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr and contents(tmp_path) == before

@@ -1,0 +1,197 @@
+"""The benches: their arithmetic, their clocks, other people's decoders, and the cost of
+training."""
+
+import copy
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+from test_cp_head import heads, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench_training
+from bench_speculative import Bench, Laps, check_same_target, distinct, print_table, to_transformers
+from decode import Stats
+from model import HEADS, BadInput, GPT
+from train import TrainConfig
+
+
+def test_arithmetic():
+    """Speed-up: the median of the rounds' ratios. Bound, equation (5): the same over the forward
+    passes alone. A step's time: that of all forward passes, the three rounds' prefills among
+    them."""
+    def rounds(seconds, trunk=0.0):
+        parts = dict(trunk=5 * trunk, targets=0.5, draft=0.25, verify=0.15, rest=9.0)
+        return {"seconds": seconds, "tokens": 5, "texts": [[1, 2, 3, 4, 5]], "parts": parts}
+
+    found = {"plain": [rounds(s) for s in (5.0, 10.0, 20.0)], "speculative": [rounds(2.5, t) for t in (0.1, 0.1, 0.3)]}
+    bench = Bench(tiny_model(target="lm_head"), [[1]], 5, 0)  # in three rounds 15 tokens, out of 10 forward passes
+    plain = bench.row("plain", 0.0, found, Stats(12, 12))
+    fast = bench.row("speculative", 0.0, found, Stats(7, 12, offered=[2, 0], accepted=[1, 0]))
+    assert (plain["speedup"], plain["bound"], plain["tokens_per_second"]) == (1.0, None, 0.5)
+    assert fast["speedup"] == 4.0 and fast["speedup_range"] == [2.0, 8.0] and fast["bound"] == pytest.approx(10)
+    assert fast["acceptance"] == [0.5, None] and fast["tokens_per_second"] == 2.0 and fast["tokens_per_step"] == 12 / 7
+    assert fast["step_ms"] == pytest.approx(750)
+    assert fast["parts_ms"] == pytest.approx({"draft": 75, "trunk": 150, "targets": 150, "verify": 45, "rest": 330})
+
+
+def test_laps_add_up_by_part(monkeypatch):
+    """A part lasts from the lap before it; the first lap only starts the clock."""
+    times = iter([1.0, 3.0, 7.0, 8.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    laps = Laps(torch.device("cpu"))
+    for part in ("rest", "draft", "trunk", "draft"):
+        laps(part)
+    assert laps.seconds() == {"draft": 3.0, "trunk": 4.0}
+
+
+def test_the_parts_of_a_step_are_less_than_the_whole():
+    bench = Bench(tiny_model(block_size=16, n_future=4), [[1], [2, 3]], 12, 0)
+    for temperature in (0.0, 1.0):
+        rounds, stats = bench.rounds(temperature, 2)
+        for r in rounds["speculative"]:
+            assert set(r["parts"]) == {"rest", "draft", "trunk", "targets", "verify"}
+            assert 0 < sum(r["parts"].values()) < r["seconds"] and r["tokens"] == 24
+        assert stats["speculative"].steps > 0 and not rounds["plain"][0]["parts"]
+
+
+def test_distinct_runs():
+    """A loop of 8 tokens has 8 different runs however long it is; a text that never repeats itself
+    has 1."""
+    assert distinct([list(range(8)) * 10]) == 8 / 73 and distinct([list(range(50))]) == 1.0 == distinct([[1]])
+
+
+def test_it_finds_where_texts_part():
+    """The first difference, and the gap of the two top logits there, padded ids left out."""
+    model = tiny_model(n_token=4)
+    bench = Bench(model, [[1], [2]], 3, 0)
+    assert bench.first_difference({"plain": [[0, 1, 2], [3]], "speculative": [[0, 1, 2], [3]]}) is None
+    part = bench.first_difference({"plain": [[0, 1, 2], [3, 1, 1]], "speculative": [[0, 1, 2], [3, 2, 1]]})
+    logits = model(torch.tensor([[2, 3]]))[0, -1].sort().values
+    assert (part["prompt"], part["token"]) == (1, 1) and part["logit_gap"] == (logits[-1] - logits[-2]).item()
+
+
+# -----------------------------------------------------------------------------
+# beside
+
+
+def test_heads_are_timed_side_by_side():
+    """--beside: other heads on one trunk in the same rounds, each with its own rows; one line for
+    another trunk, a target that is the head's own, and a checkpoint without a head."""
+    model = tiny_model(target="lm_head").float()
+    other = GPT.from_checkpoint(model.to_checkpoint(), rank=3, n_future=5, head="chain").eval()
+    model, other = model.double(), other.double()
+    bench = Bench(model, [[1, 2]], 12, 0, beside={"out/b": other})
+    for temperature in (0.0, 1.0):
+        rows, texts = bench.rows(temperature, 2)
+        assert [row["mode"] for row in rows] == ["plain", "speculative", "speculative, out/b"]
+        found = [(row["n_future"], row["rank"], row["head"]) for row in rows[1:]]
+        assert found == [(3, 2, "cp"), (5, 3, "chain")] and "rank" not in rows[0]
+        assert [len(row["acceptance"]) for row in rows[1:]] == [2, 4]
+        assert all(row["bound"] > 0 and row["parts_ms"]["trunk"] > 0 for row in rows[1:])
+        if temperature == 0:
+            assert bench.first_difference(texts, "speculative, out/b") is None
+    print_table(rows)
+    check_same_target(model, other, "out/b")
+    one_weight = copy.deepcopy(other)
+    with torch.no_grad():
+        one_weight.transformer.h[0].mlp.c_fc.weight[0, 0] += 1
+    for wrong in (one_weight, tiny_model(target="marginal"), tiny_model(target="lm_head", n_future=1),
+                  tiny_model(target="lm_head", n_layer=1), tiny_model(target="lm_head", n_head=1),
+                  tiny_model(target="lm_head", n_token=4), tiny_model(target="lm_head", bias=not model.config.bias)):
+        with pytest.raises(BadInput, match="^--beside: out/b is not another head on the very trunk of --out_dir"):
+            check_same_target(model, wrong, "out/b")
+    with pytest.raises(BadInput, match="^--beside needs a model with target lm_head: with another,"):
+        check_same_target(tiny_model(target="marginal"), other, "out/b")
+
+
+# -----------------------------------------------------------------------------
+# peers
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_peers_have_our_weights(bias):
+    """transformers' GPT-2 gives our logits, without the padded tokens, and its greedy text is ours,
+    with and without its prompt lookup, which may guess past the block. Its sampled texts differ
+    from prompt to prompt."""
+    pytest.importorskip("transformers")
+    model = tiny_model(target="lm_head", vocab_size=12, n_token=9, block_size=32, bias=bias)
+    peer, idx = to_transformers(model), torch.randint(9, (2, 10))
+    with torch.no_grad():
+        torch.testing.assert_close(peer(idx).logits, model(idx), rtol=0, atol=1e-12)
+    bench = Bench(model, [[1, 2] * 6, [3]], 20, 0, peers=True)  # up to the last position of the block
+    assert list(bench.modes) == ["plain", "speculative", "no_cache", "transformers", "transformers_prompt_lookup"]
+    assert bench.peer_kernels in ("default", "without oneDNN")
+    texts = {mode: bench.decode(mode, 0.0, 0) for mode in bench.modes}
+    assert all(bench.first_difference(texts, mode) is None for mode in bench.modes)
+    for mode in ("transformers", "transformers_prompt_lookup"):
+        sampled = bench.decode(mode, 1.0, 0)
+        assert [len(text) for text in sampled] == [20, 20] and sampled != bench.decode(mode, 1.0, 1)
+        assert sampled == bench.decode(mode, 1.0, 0)
+    rows = {row["mode"]: row for row in bench.rows(1.0, 1)[0]}
+    assert rows["transformers"]["tokens_per_step"] is None and rows["transformers"]["speedup"] > 0
+    print_table(list(rows.values()))
+    json.dumps(list(rows.values()), allow_nan=False)
+
+
+def test_peers_are_refused_in_one_line(monkeypatch):
+    """Without transformers, and for a target that no other decoder knows."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(BadInput, match="^--peers needs transformers: python -m pip install transformers$"):
+        to_transformers(tiny_model(target="lm_head"))
+    with pytest.raises(BadInput, match="^--peers needs a model with target lm_head"):
+        to_transformers(tiny_model(target="marginal"))
+
+
+# -----------------------------------------------------------------------------
+# bench_training.py
+
+
+def test_nanogpts_algorithm_is_ours_with_one_future_token():
+    """The rival in bench_training.py computes the same loss and gradients."""
+    model, idx = tiny_model(n_future=1, rank=1), torch.randint(5, (2, 9))
+    both = model.loss, partial(bench_training.nanogpt_loss, model)
+    losses = [loss(idx[:, :-1], idx[:, 1:, None])[0] for loss in both]
+    ours, theirs = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-12)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@heads
+def test_every_head_of_the_registry_makes_a_step(head):
+    """Random tokens through train.py's own step; the products that torch counts hold those of every
+    map."""
+    cfg = TrainConfig(block_size=2, n_layer=2, n_head=2, n_embd=16, n_future=3, rank=2, batch_size=4, joint_share=1.0,
+                      head=head)
+    run, step = bench_training.stepper(cfg, 64, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        step()
+    V, C = 64, 16  # 8 positions, 6 factors; forward and backward take 6 flops a weight
+    assert counter.get_total_flops() > 6 * 8 * 6 * (C * V if head == "full" else C * V + C * C)
+    assert type(run.model.head) is HEADS[head]
+
+
+def test_a_row_for_each_cell(monkeypatch, capsys):
+    """Small shapes: rows of n = 1 in both algorithms and of the head, with their JSON; memory holds
+    16 bytes per parameter at least, AdamW's state among them; what does not fit into memory is
+    said."""
+    args = ("bench_training.py --device cpu --n_layer 1 --n_embd 256 --n_head 2 --block_size 4 --batch_size 1 --futures "
+            "3 --ranks 2 --vocab_sizes").split()
+    monkeypatch.setattr(sys, "argv", [*args, "8191"])
+    bench_training.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["nanogpt"], row["n_future"], row["rank"]) for row in rows] == [
+        (True, 1, 1), (False, 1, 1), (False, 3, 2)]
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 and row["flops"] > 0 for row in rows)
+    assert [row["head_parameters"] > 0 for row in rows] == [False, False, True]
+    for row in rows:
+        assert row["trunk_parameters"] > 8192 * 256  # padded, as train.py does
+        assert row["bytes"] is None or row["bytes"] > 15 * (row["trunk_parameters"] + row["head_parameters"])
+    bench_training.benchmark(TrainConfig(n_embd=256, n_head=2, device="cpu"), [(2**45, 3, 2, False)])
+    assert "not enough memory" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*args, "64", "--n_head", "3"])
+    with pytest.raises(BadInput, match=r"^n_embd 256 is not divisible by n_head 3$"):
+        bench_training.main()

@@ -1,0 +1,189 @@
+"""The download, against a server on this machine that misbehaves: by property, as requests does the
+work."""
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import download as dl
+from model import BadInput
+
+DATA = b"".join(b"%07d\n" % i for i in range(40_000))  # 320,000 bytes, no two places alike
+ROOT = Path(__file__).parent.parent
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Sends server.data, or the range asked for; the server's fields say what goes wrong, `cuts`
+    for each GET in turn."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        s, get = self.server, self.command == "GET"
+        s.log.append((self.command, self.headers.get("Range")))
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if s.ranges else None
+        first, last = (int(asked[1]), int(asked[2] or len(s.data) - 1)) if asked else (0, len(s.data) - 1)
+        status = s.statuses.pop(0) if s.statuses else 206 if asked else 200
+        body = s.data[first : last + 1]
+        self.send_response(status)
+        self.send_header("Content-Type", s.kind)
+        self.send_header("ETag", s.etag)
+        self.send_header("Content-Length", str(len(body)))
+        if asked:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(s.data)}")
+        self.end_headers()
+        if get:
+            cut = s.cuts.pop(0) if s.cuts else len(body)
+            self.wfile.write(body[:cut])
+            if cut < len(body):
+                self.wfile.flush()
+                s.stalls and s.released.wait(20)
+                self.close_connection = True
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(dl.time, "sleep", lambda seconds: None)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *args: None  # the client hung up: nothing to tell
+    server.data, server.kind, server.etag, server.ranges, server.stalls = DATA, "text/plain", '"one"', True, False
+    server.statuses, server.cuts, server.log, server.released = [], [], [], threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}/stories.txt"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.released.set()
+    server.shutdown()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "data" / "stories.txt"
+
+
+def ranges(server):
+    return [asked for command, asked in server.log if command == "GET"]
+
+
+def assert_fetched(path, data=DATA):
+    """The file is whole, and nothing else is left."""
+    assert path.read_bytes() == data and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_fetches_the_file_and_leaves_nothing_else(server, path):
+    assert dl.download(server.url, str(path)) == path
+    assert_fetched(path)
+    dl.download(server.url, path)
+    assert len(ranges(server)) == 1  # what is there is not asked for
+
+
+@pytest.mark.parametrize("has_ranges", [True, False])
+@pytest.mark.parametrize("max_bytes", [1, 100_000, len(DATA), 10**6])
+def test_max_bytes_takes_the_beginning(server, path, max_bytes, has_ranges):
+    server.ranges = has_ranges
+    dl.download(server.url, path, max_bytes=max_bytes)
+    assert_fetched(path, DATA[:max_bytes])
+
+
+@pytest.mark.parametrize("stalls", [False, True])
+def test_a_body_that_breaks_off_or_stalls_is_resumed(server, path, stalls):
+    """Three times, each from where the last one stopped."""
+    server.cuts, server.stalls = [70_000, 130_000, 0], stalls
+    dl.download(server.url, path, timeout=0.5)
+    assert_fetched(path)
+    starts = [int(asked.split("=")[1].split("-")[0]) for asked in ranges(server)]
+    assert starts == sorted(starts) and starts[0] == 0 and starts[-1] > 0 and len(starts) == 4
+
+
+def test_a_later_call_goes_on_with_the_part(server, path):
+    server.cuts = [200_000] + [0] * 9
+    with pytest.raises(BadInput, match="^Could not download .*kept: run again to go on"):
+        dl.download(server.url, path, retries=2)
+    assert not path.exists()
+    dl.download(server.url, path)
+    assert_fetched(path)
+    assert ranges(server)[-1].startswith("bytes=2") or ranges(server)[-1].startswith("bytes=1")
+
+
+def test_a_server_without_ranges_starts_over(server, path):
+    """And one that breaks off at the same place for ever is given up."""
+    server.ranges, server.cuts = False, [100_000]
+    dl.download(server.url, path)
+    assert_fetched(path)
+    path.unlink()
+    server.cuts = [100_000] * 99
+    with pytest.raises(BadInput, match="ConnectionError|ChunkedEncodingError"):
+        dl.download(server.url, path, retries=2)
+
+
+def test_a_part_of_another_version_is_not_continued(server, path):
+    server.cuts = [100_000] + [0] * 9
+    with pytest.raises(BadInput):
+        dl.download(server.url, path, retries=1)
+    server.data, server.etag, server.cuts = DATA[::-1], '"two"', []
+    dl.download(server.url, path)
+    assert path.read_bytes() == DATA[::-1]
+
+
+@pytest.mark.parametrize("status", [404, 403, 500])
+def test_an_error_is_one_line(server, path, status):
+    server.statuses = [status] * 50
+    with pytest.raises(BadInput, match=rf"^Could not download \S+stories\.txt: .*{status}.*--input\.$") as e:
+        dl.download(server.url, path, retries=1)
+    assert "\n" not in str(e.value) and not path.exists()
+
+
+def test_a_busy_server_is_asked_again(server, path):
+    server.statuses = [503, 429]
+    dl.download(server.url, path)
+    assert_fetched(path)
+
+
+def test_a_page_of_html_is_refused(server, path):
+    """A login page, or a captive portal, is no text."""
+    server.kind = "text/html; charset=utf-8"
+    with pytest.raises(BadInput, match="an HTML page, not a text"):
+        dl.download(server.url, path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x", "nonsense", "https://exa mple/x", "ftp://example.com/x"])
+def test_a_wrong_address_is_one_line(server, path, url):
+    with pytest.raises(BadInput, match="^Could not download") as e:
+        dl.download(url, path, retries=1, timeout=5)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_kill_leaves_a_part_and_the_next_call_goes_on(server, path):
+    server.cuts, server.stalls = [150_000], True
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import download; download.download({server.url!r}, {str(path)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while not any(part.stat().st_size >= 65_536 for part in path.parent.glob("*.part")):
+        time.monotonic()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not path.exists()
+    dl.download(server.url, path)
+    assert_fetched(path)
+    assert not ranges(server)[-1].startswith("bytes=0")
+
+
+def test_no_stderr_no_bar(server, path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    server.cuts = [70_000]
+    dl.download(server.url, path)
+    assert_fetched(path)

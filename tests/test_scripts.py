@@ -1,0 +1,331 @@
+"""The scripts from text to bench, run as a user runs them; and what the README says of them."""
+
+import ast
+import http.server
+import json
+import re
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_cp_head import tiny_model
+
+import prepare_tinystories as prep
+import sample as sampler
+import train as trainer
+from decode import Greedy, generate_cached
+from tokenizer import EOT, load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TEXT = 'Once upon a time, Lily saw 12 red balls.\n"Look!" she said. They didn\'t stop.\n\n  The end_of it all.\n'
+
+
+def launch(cwd, script, *args):
+    """Run a script of this repository in cwd, as a user does."""
+    command = [sys.executable, ROOT / script, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
+
+
+def run(cwd, script, *args):
+    """The stdout of a script that must succeed."""
+    result = launch(cwd, script, *args)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+SMALL = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--block_size", 32, "--batch_size", 4, "--max_iters", 8,
+         "--eval_interval", 4, "--eval_windows", 4, "--log_interval", 2, "--device", "cpu"]
+HEAD_ONLY = ["--batch_size", 4, "--max_iters", 8, "--eval_interval", 4, "--eval_windows", 4, "--log_interval", 2,
+             "--device", "cpu", "--init_from"]  # a checkpoint's trunk keeps its own shape
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with toy data and a model that train.py trained on it for a few steps."""
+    cwd = tmp_path_factory.mktemp("run")
+    assert "entropy of the grammar" in run(cwd, "prepare_tinystories.py", "--toy", "--stories", 300)
+    out = run(cwd, "train.py", "--preset", "toy", "--rank", 2, *SMALL)
+    assert "bits per byte" in out and "component usage" in out and "wrote out" in out
+    return cwd
+
+
+# -----------------------------------------------------------------------------
+# train.py
+
+
+def test_train_logs_and_checkpoints(trained):
+    """The log is JSON lines; the checkpoint is plain tensors and plain Python."""
+    log = [json.loads(line) for line in (trained / "out/toy/log.jsonl").read_text().splitlines()]
+    assert [line["iter"] for line in log if "val" in line] == [4, 8]
+    assert [line["iter"] for line in log if "val" not in line] == [2, 4, 6, 8]
+    ckpt = torch.load(trained / "out/toy/ckpt.pt", weights_only=True)
+    assert ckpt["iter_num"] == 8 and ckpt["meta"]["tokenizer"]["tokens"] and ckpt["train_config"]["rank"] == 2
+    assert {p.name for p in (trained / "out/toy").iterdir()} - {".lock"} == {"ckpt.pt", "log.jsonl"}
+
+
+def test_same_seed_trains_the_same_model(trained):
+    run(trained, "train.py", "--preset", "toy", "--rank", 2, *SMALL, "--out_dir", "again")
+    a, b = (torch.load(trained / path / "ckpt.pt", weights_only=True)["model"] for path in ("out/toy", "again"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_max_seconds_ends_a_run_and_its_learning_rate_decay(trained):
+    """The cosine reaches its end with the time, long before max_iters."""
+    run(trained, "train.py", "--preset", "toy", *SMALL, "--max_iters", 10**6, "--max_seconds", 2, "--out_dir", "timed",
+        "--eval_interval", 10**6, "--log_interval", 1)
+    log = [json.loads(line) for line in (trained / "timed/log.jsonl").read_text().splitlines()]
+    cfg = trainer.PRESETS["toy"]
+    assert 2 <= log[-1]["seconds"] < 20 and log[-1]["iter"] < 10**6
+    assert log[-2]["lr"] < 1.5 * cfg.min_lr + 0.1 * cfg.lr < max(line["lr"] for line in log[:-1])
+
+
+def test_heads_on_a_frozen_trunk_leave_it_as_it_was(trained):
+    """--init_from a checkpoint in nanoGPT's own layout with --freeze_trunk: the trunk's tensors
+    stay bit for bit, the head's change."""
+    run(trained, "train.py", "--preset", "toy", "--n_future", 1, *SMALL, "--out_dir", "plain")
+    ckpt = torch.load(trained / "plain/ckpt.pt", weights_only=True)
+    nano = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    torch.save({"model": {"_orig_mod." + name: tensor for name, tensor in ckpt["model"].items()},
+                "model_args": {name: ckpt["model_args"][name] for name in nano}}, trained / "plain/ckpt.pt")
+    run(trained, "train.py", "--preset", "toy", *HEAD_ONLY, "plain/ckpt.pt", "--freeze_trunk", "--out_dir", "tuned")
+    tuned = torch.load(trained / "tuned/ckpt.pt", weights_only=True)["model"]
+    assert all(torch.equal(tensor, tuned[name]) for name, tensor in ckpt["model"].items())
+    assert (tuned["head.maps"] - torch.eye(16)).abs().mean() > 1e-3
+
+
+def test_a_trained_head_becomes_a_chain(trained):
+    """--head chain with --init_from keeps the trained maps and trains the new part; --fresh_head
+    keeps nothing. Its greedy text is plain decoding's, and it goes through the bench, resume and
+    bfloat16 as any other."""
+    chain = ["--preset", "toy", "--rank", 2, *HEAD_ONLY, "out/toy/ckpt.pt", "--freeze_trunk", "--lr", 1e-4,
+             "--head", "chain"]
+    out = run(trained, "train.py", *chain, "--out_dir", "chain")
+    assert "head chain" in out and "of the head, maps, router.weight, router.bias\n" in out
+    out = run(trained, "train.py", *chain, "--fresh_head", "--seed", 1, "--dtype", "bfloat16", "--out_dir", "fresh")
+    assert "of the head, nothing\n" in out
+    old, kept, fresh = (torch.load(trained / out_dir / "ckpt.pt", weights_only=True)["model"]["head.maps"]
+                        for out_dir in ("out/toy", "chain", "fresh"))
+    assert 0 < (old - kept).abs().max() < 0.01 < 0.02 < (old - fresh).abs().max()
+    assert torch.load(trained / "chain/ckpt.pt", weights_only=True)["model"]["head.out"].any()
+    run(trained, "train.py", "--resume", "--out_dir", "chain", "--max_iters", 10)
+    greedy = [run(trained, "sample.py", "--out_dir", "chain", "--temperature", 0, "--max_new_tokens", 60, "--mode",
+                  mode) for mode in ("speculative", "oracle")]
+    assert greedy[0].splitlines()[:-1] == greedy[1].splitlines()[:-1]  # but for the line of statistics
+    out = run(trained, "bench_speculative.py", "--rounds", 5, "--max_new_tokens", 8, "--out_dir", "chain")
+    assert json.loads(out.splitlines()[-1])["card"]["head"] == "chain"
+
+
+def test_plain_model_samples_and_has_nothing_to_bench(trained):
+    run(trained, "train.py", "--preset", "toy", "--n_future", 1, *SMALL, "--out_dir", "plain1", "--grad_accum", 2,
+        "--max_seconds", 60)
+    assert "plain: " in run(trained, "sample.py", "--out_dir", "plain1", "--max_new_tokens", 5)
+    bench = launch(trained, "bench_speculative.py", "--out_dir", "plain1")
+    assert bench.returncode != 0 and "n_future = 1" in bench.stderr and "Traceback" not in bench.stderr
+
+
+# -----------------------------------------------------------------------------
+# sample.py
+
+
+def test_samples_in_three_modes(trained):
+    """The three decoders write the same greedy text; a seed repeats a sample; one token is no
+    step."""
+    texts = {}
+    for mode in ("speculative", "plain", "oracle"):
+        out = run(trained, "sample.py", "--mode", mode, "--temperature", 0, "--prompt", "Lily went",
+                  "--max_new_tokens", 40, "--dtype", "float64")
+        texts[mode], summary = out.rsplit("\n\n", 1)
+        assert re.match(rf"{mode}: \d+ tokens, \d\.\d\d per step", summary)
+    assert texts["speculative"] == texts["plain"] == texts["oracle"] and texts["plain"].startswith("Lily went")
+    warped = ["--num_samples", 2, "--top_k", 20, "--top_p", 0.9, "--temperature", 0.8, "--seed", 0,
+              "--max_new_tokens", 30]
+    first, second = (run(trained, "sample.py", *warped).rsplit("\n\n", 1)[0] for _ in range(2))
+    assert first == second
+    assert "speculative: 1 token, " in run(trained, "sample.py", "--max_new_tokens", 1)
+
+
+def test_coupled_modes_write_the_same_texts(trained):
+    """--coupled at temperature 1, in float64: all samples of the three modes agree; without it they
+    do not."""
+    coupled, free = ([run(trained, "sample.py", "--dtype", "float64", "--num_samples", 2, "--max_new_tokens", 25,
+                          "--mode", mode, *flags).splitlines()[:-1] for mode in ("speculative", "plain", "oracle")]
+                     for flags in (["--coupled"], []))
+    assert coupled[0] == coupled[1] == coupled[2] and free[0] != free[1] and coupled[0][0] != coupled[0][2]
+
+
+def test_show_drafts_marks_every_token_by_its_origin(trained, monkeypatch, capsys):
+    """The text is the same without the marks; colours, on a terminal, are ANSI escapes, and none
+    with NO_COLOR."""
+    def sample(*args):
+        out = run(trained, "sample.py", "--seed", 3, "--max_new_tokens", 30, *args)
+        return out.rsplit("\n\n", 1)[0]  # without the summary
+
+    legend, marked = sample("--show_drafts").split("\n\n", 1)
+    assert "[7]draft 7 accepted" in legend and "[b]bonus" in legend and "\x1b[0m" not in legend + marked
+    assert re.sub(r"\[[1-7cbp]\]", "", marked) == sample() and len(re.findall(r"\[[1-7cbp]\]", marked)) == 30
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr(sys, "argv", "sample.py --show_drafts --max_new_tokens 30 --seed 3".split())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for no_color, n_coloured in (("", 30 + 10), ("1", 0)):  # the tokens, and the legend's ten names
+        monkeypatch.setenv("NO_COLOR", no_color)
+        sampler.main()
+        assert capsys.readouterr().out.count("\x1b[0m") == n_coloured
+
+
+def test_loaded_weights_are_the_checkpoints_stored_by_columns(trained):
+    """On a CPU in float32: the same numbers in the order that is fast on few rows, the tied
+    embedding still tied."""
+    for dtype, by_columns in (("float32", True), ("float64", False)):
+        model, _, ckpt = sampler.load(trained / "out/toy", "cpu", dtype)
+        for name, tensor in ckpt["model"].items():
+            assert torch.equal(model.state_dict()[name], tensor.to(getattr(torch, dtype))), name
+        assert model.transformer.wte.weight is model.lm_head.weight
+        linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        assert all((linear.weight.stride(0) == 1) == by_columns for linear in linears)
+
+
+def test_loading_and_decoding_change_no_setting_of_the_process(trained):
+    """Whoever imports sample.py keeps PyTorch's own kernels; the fast ones are on within the block
+    alone."""
+    before = torch.backends.mkldnn.enabled
+    model, _, _ = sampler.load(trained / "out/toy", "cpu")
+    assert torch.backends.mkldnn.enabled == before
+    with pytest.raises(KeyError), sampler.fast_kernels(model):
+        assert not torch.backends.mkldnn.enabled
+        raise KeyError
+    assert torch.backends.mkldnn.enabled == before
+    with sampler.fast_kernels(tiny_model()):  # float64: nothing to gain
+        assert torch.backends.mkldnn.enabled == before
+
+
+def test_sampling_needs_no_network_library(trained):
+    """sample.py runs where requests is not to be had."""
+    code = "import sys; sys.modules['requests'] = None; import sample; sample.main()"
+    result = subprocess.run([sys.executable, "-c", code, "--max_new_tokens", "3"], cwd=trained, capture_output=True,
+                            text=True, env={"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0 and "speculative: " in result.stdout, result.stderr
+
+
+# -----------------------------------------------------------------------------
+# bench_speculative.py and the download
+
+
+def test_bench_ends_with_one_json_object(trained):
+    out = run(trained, "bench_speculative.py", "--rounds", 5, "--max_new_tokens", 10)
+    result = json.loads(out.splitlines()[-1])
+    assert {"device", "dtype", "threads", "n_future", "rank", "target"} <= set(result["card"])
+    assert [(row["mode"], row["temperature"]) for row in result["rows"]] == [
+        ("plain", 0.0), ("speculative", 0.0), ("plain", 1.0), ("speculative", 1.0)]
+    for row in result["rows"]:
+        assert row["tokens_per_second"] > 0 and row["speedup"] > 0 and 1 <= row["tokens_per_step"] <= 8
+    fast = result["rows"][1]
+    assert len(fast["acceptance"]) == 7 and len(fast["histogram"]) == 9 and fast["bound"] > 0
+    # 8 prompts, 5 rounds, 10 tokens each, the first of which the prefill yields
+    assert sum(k * h for k, h in enumerate(fast["histogram"])) == 8 * 5 * 9
+
+
+def test_marginal_target_and_text_files_end_to_end(trained):
+    """The paper's own target on a user's folder with a foreign file in it; the bench times the LM
+    head apart."""
+    folder = trained / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text(EOT.join([TEXT] * 30), encoding="utf-8")
+    (folder / "b.bin").write_bytes(b"\xff\xfe\x00")
+    out = run(trained, "prepare_tinystories.py", "--input", folder, "--vocab_size", 280)
+    assert "skipped 1 files" in out and "30 documents" not in out and "280 ids" in out
+    run(trained, "train.py", *SMALL, "--target", "marginal", "--head", "full", "--out_dir", "out/text")
+    out = run(trained, "bench_speculative.py", "--rounds", 5, "--max_new_tokens", 8, "--out_dir", "out/text")
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["mode"] for row in rows] == ["plain", "speculative", "lm_head_only"] * 2
+
+
+def test_a_tilde_in_a_flag_is_the_home_folder(tmp_path, monkeypatch):
+    """--data_dir=~/x, which no shell expands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "cwd").mkdir()
+    run(tmp_path / "cwd", "prepare_tinystories.py", "--toy", "--stories", "5", "--data_dir=~/x")
+    assert (tmp_path / "x/meta.json").exists() and not list((tmp_path / "cwd").iterdir())
+
+
+def test_tinystories_is_downloaded_and_prepared(tmp_path, monkeypatch):
+    """Without flags the script fetches both files of the data set, here from a server on this
+    machine: train.txt becomes train.bin and valid.txt val.bin; --max_mb takes the first stories."""
+    for split, n in (("train", 60_000), ("valid", 40)):
+        text = f"\n{EOT}\n".join(f"Story {i} of {split}." for i in range(n))
+        (tmp_path / f"TinyStoriesV2-GPT4-{split}.txt").write_text(text)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(prep, "TINYSTORIES", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("no_proxy", "*")
+    for args, n_train in (([], 60_000), (["--max_mb", "1"], None)):
+        monkeypatch.setattr(sys, "argv", ["prepare_tinystories.py", "--data_dir", str(tmp_path / "data"), *args])
+        prep.main()
+        meta = json.loads((tmp_path / "data/meta.json").read_text())
+        n_train = n_train or (tmp_path / "TinyStoriesV2-GPT4-train.txt").read_bytes()[:10**6].count(EOT.encode())
+        # the last of the 40 has no mark after it; of the first megabyte, what comes after the last
+        # mark is left out
+        n_val = 39 if args else 40
+        assert [meta["splits"][split]["documents"] for split in ("train", "val")] == [n_train, n_val]
+    server.shutdown()
+    enc = load_tokenizer(meta["tokenizer"])
+    ids = np.fromfile(tmp_path / "data/val.bin", dtype=np.uint16)
+    assert enc.decode(ids).startswith(f"Story 0 of valid.{EOT}Story 1 of valid.{EOT}")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+# -----------------------------------------------------------------------------
+# the documents
+
+
+def documents():
+    return {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+
+
+@pytest.mark.parametrize("script", ["prepare_tinystories", "train", "sample", "bench_speculative", "bench_training",
+                                    "plot"])
+def test_help_knows_every_flag_that_the_documents_use(script, tmp_path):
+    commands = re.findall(rf"python {script}\.py([^\n&`|]*)", "\n".join(documents().values()))
+    flags = set(re.findall(r"--\w+", " ".join(commands)))
+    assert flags and flags <= set(re.findall(r"--\w+", run(tmp_path, f"{script}.py", "--help")))
+
+
+def test_what_the_documents_name_exists():
+    """Every `function` of `file.py` in a document is in that file, and every file and link leads
+    somewhere. Guards documents that drift away from the code; their text may say what it wants."""
+    names = {}
+    for path in ROOT.glob("*.py"):
+        tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        names[path.name] = {node.name for node in tree if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    everything = set().union(*names.values()) | {"Greedy", "HEADS", "PRESETS", "TrainConfig"}
+    for document, text in documents().items():
+        for name, file in re.findall(r"`([\w.]+)` (?:in|of) `(\w+\.py)`", text):
+            assert name.split(".")[-1] in names[file] | {"HEADS", "PRESETS"}, (document, name, file)
+        for name in re.findall(r"`([\w.]+)\(\)`", text):
+            assert name.split(".")[-1] in everything, (document, name)
+        for file in re.findall(r"`(\w+\.py)`", text):
+            assert file in names or (ROOT / "tests" / file).exists(), (document, file)
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            folder = ROOT if document == "README.md" else ROOT / "docs"
+            assert link.startswith("http") or (folder / link).exists(), (document, link)
+
+
+def test_the_snippets_of_the_readme_run(trained, monkeypatch, capsys):
+    """Each block of Python that imports something, pasted in order; what its comments promise comes
+    out."""
+    monkeypatch.chdir(trained)
+    blocks = re.findall(r"```python\n((?:import|from) .*?)```", documents()["README.md"], re.S)
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2
+    assert torch.equal(names["product"], torch.full((2, 2), 0.25)) and torch.equal(names["mixture"], torch.eye(2) / 2)
+    assert names["tokens"] == list(generate_cached(names["model"], names["prompt"], 50, sampler=Greedy()))

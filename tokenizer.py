@@ -1,0 +1,128 @@
+"""Text to token ids and back: a tiktoken.Encoding that a plain dict describes in full.
+
+    enc = load_tokenizer(build_tokenizer(["Once upon a time"], vocab_size=300))
+    ids = encode(enc, "Once upon")
+
+The dict {name, pattern, tokens} stands in meta.json and in every checkpoint, so neither needs a
+file beside it. For another tokenizer, write another function that returns such a dict;
+prepare_tinystories.py chooses between them.
+"""
+
+import codecs
+import re
+import threading
+from collections import Counter
+
+import tiktoken
+
+from model import BadInput
+
+EOT = "<|endoftext|>"
+LONGEST = 32  # bytes of a piece: a text without spaces is one piece, and must not become one token
+SEGMENT = 2**17  # characters encoded at once: a million spaces in a row overflow tiktoken's stack
+# Pieces: words with the space in front, digits, punctuation (ASCII's and U+2010-205E), spaces;
+# every character is in one of these classes. No \w: Python's re, which counts pieces, and
+# tiktoken's regex, which encodes, disagree on it.
+PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?[^\s\d!-/:-@\[-`{-~\u2010-\u205e]+| ?\d+"
+           r"| ?[!-/:-@\[-`{-~\u2010-\u205e]+|\s+(?!\S)|\s+")
+
+
+def build_tokenizer(documents, vocab_size):
+    """The 256 bytes, the most frequent whole pieces of the documents, and <|endoftext|>: at most
+    vocab_size ids.
+
+    tiktoken looks a whole piece up before it merges bytes, so any text round-trips and no BPE
+    training is needed. 257 is bytes. A small corpus has fewer pieces than asked for. Returns the
+    description that `load_tokenizer` reads.
+    """
+    counts = Counter()
+    for document in documents:
+        for text in segments(document):
+            counts.update(re.findall(PATTERN, text))
+    pieces = [p for p in counts if 1 < len(p.encode()) <= LONGEST]
+    pieces = sorted(pieces, key=lambda p: (-counts[p], p))[: vocab_size - 257]
+    tokens = [bytes([b]) for b in range(256)] + [p.encode() for p in pieces]
+    return {"name": f"pieces{len(tokens) + 1}", "pattern": PATTERN,
+            "tokens": [token.decode("latin-1") for token in tokens]}
+
+
+def gpt2_tokenizer(timeout=60):
+    """GPT-2's BPE, described like any other, so that only this step needs tiktoken's files.
+
+    tiktoken downloads them without a time-out (seconds, here), so it would wait for ever where a
+    firewall is silent.
+    """
+    result = []
+
+    def load():
+        try:
+            result.append(tiktoken.get_encoding("gpt2"))
+        except Exception as e:  # requests' own kinds among them
+            result.append(e)
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    enc = result[0] if result else TimeoutError(f"no answer in {timeout} s")
+    if isinstance(enc, Exception):
+        raise BadInput(
+            f"GPT-2's BPE files could not be had ({type(enc).__name__}). With a network, try again; "
+            "without one, set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache, or take --tokenizer "
+            "pieces, which needs none.")
+    tokens = [enc.decode_single_token_bytes(i).decode("latin-1") for i in range(enc.eot_token)]
+    return {"name": "gpt2", "pattern": enc._pat_str, "tokens": tokens}
+
+
+def load_tokenizer(description):
+    """The tiktoken.Encoding of a description {name, pattern, tokens}; tokens are byte strings
+    written as latin-1.
+
+    Ids are the places in that list; <|endoftext|> comes last and is `eot_token`.
+    """
+    ranks = {token.encode("latin-1"): i for i, token in enumerate(description["tokens"])}
+    try:
+        return tiktoken.Encoding(description["name"], pat_str=description["pattern"],
+                                 mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+    except Exception as e:  # a pattern that is none: tiktoken raises many kinds
+        raise BadInput(f"the tokenizer {description['name']} cannot be read "
+                       f"({type(e).__name__})") from None
+
+
+def encode(enc, text):
+    """The token ids of a text, in which the words "<|endoftext|>" are plain text."""
+    return [token for part in segments(text) for token in enc.encode_ordinary(part)]
+
+
+def segments(text):
+    """A text in parts of at most SEGMENT characters, cut at a line's end where there is one; one
+    part at least."""
+    start = 0
+    while len(text) - start > SEGMENT:
+        cut = text.rfind("\n", start, start + SEGMENT) + 1 or start + SEGMENT
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+class TextStream:
+    """Token ids in, text out: holds back the bytes of a character until it is complete.
+
+    With printable, control characters other than newline and tab come out as visible escapes
+    (\\x1b): a model of bytes may write any of them, and a terminal would obey.
+    """
+
+    def __init__(self, enc, printable=False):
+        self.enc, self.printable = enc, printable
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token):
+        return self._shown(self.decoder.decode(self.enc.decode_single_token_bytes(token)))
+
+    def end(self):
+        return self._shown(self.decoder.decode(b"", final=True))
+
+    def _shown(self, text):
+        if not self.printable:
+            return text
+        control = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+        return re.sub(control, lambda match: f"\\x{ord(match[0]):02x}", text)
