@@ -1,8 +1,8 @@
 """How much faster is speculative decoding than the fastest plain decoding of the same model?
 
     python bench_speculative.py --out_dir out/toy
-    python bench_speculative.py --out_dir out/toy --peers    beside Hugging Face's transformers, with the same weights
-    python bench_speculative.py --out_dir out/a --beside out/b out/c    beside other heads on the same trunk
+    python bench_speculative.py --out_dir out/toy --peers            beside transformers, same weights
+    python bench_speculative.py --out_dir out/a --beside out/b       beside another head, same trunk
 
 Plain and speculative decoding continue the same prompts for the same number of tokens (no stop
 token), in turn, round after round; speeds are medians over the rounds, and a speed-up is the median
@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -28,7 +27,8 @@ from pathlib import Path
 import torch
 
 from common import ArgumentParser, number, path, run_script
-from decode import Greedy, Stats, generate, generate_cached, generate_speculative, make_sampler, window_ids
+from decode import (Greedy, Stats, generate, generate_cached, generate_speculative, make_sampler,
+                    window_ids)
 from model import BadInput
 from plot import check_plot, draw_bench, save
 from sample import add_model_flags, fast_kernels, load, prompt_ids
@@ -75,7 +75,8 @@ class Laps:
         """{part: seconds}; on CUDA the queue must have come past them."""
         totals = Counter()
         for (_, start), (part, end) in pairwise(self.moments):
-            totals[part] += end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+            seconds = end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+            totals[part] += seconds
         return totals
 
 
@@ -86,7 +87,8 @@ def hardware(device):
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
 
 
 # -----------------------------------------------------------------------------
@@ -103,7 +105,8 @@ def to_transformers(model):
     BadInput without transformers, or where the target is not the LM head.
     """
     if model.config.target != "lm_head":
-        raise BadInput("--peers needs a model with target lm_head: others know nothing of the head's marginal.")
+        raise BadInput("--peers needs a model with target lm_head: others know nothing of the head's "
+                       "marginal.")
     try:
         import transformers
     except ImportError:
@@ -111,8 +114,8 @@ def to_transformers(model):
     transformers.logging.set_verbosity_error()
     c = model.config
     peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=c.n_token, n_positions=c.block_size + LOOKUP, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-        activation_function="gelu", bos_token_id=None, eos_token_id=None))
+        vocab_size=c.n_token, n_positions=c.block_size + LOOKUP, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head, activation_function="gelu", bos_token_id=None, eos_token_id=None))
     peer = peer.to(device=model.device, dtype=model.dtype).eval()
     ours, state = model.state_dict(), peer.state_dict()
     with torch.no_grad():
@@ -122,9 +125,9 @@ def to_transformers(model):
                 theirs.zero_()
             elif any(name.endswith(f"{layer}.weight") for layer in ("c_attn", "c_proj", "c_fc")):
                 theirs.copy_(tensor.T)  # they are stored as inputs x outputs
-            else:
-                rows = min(len(theirs), len(tensor))  # without the rows of the vocabulary that are no tokens; positions
-                theirs[rows:].zero_()  # past the block are for guesses of the lookup that get thrown away
+            else:  # theirs has no padding ids, and positions past the block for the lookup's guesses
+                rows = min(len(theirs), len(tensor))
+                theirs[rows:].zero_()
                 theirs[:rows].copy_(tensor[:rows])
     return peer
 
@@ -132,13 +135,15 @@ def to_transformers(model):
 def transformers_generate(peer, prompt, max_new_tokens, *, sampler, stats=None, **options):
     """peer.generate in the form of our decoders; its randomness is torch's own, which our generator
     seeds."""
-    sampling = dict(do_sample=False)
-    if not isinstance(sampler, Greedy):
-        torch.manual_seed(torch.randint(2**31, (), generator=sampler.generator, device=peer.device).item())
-        sampling = dict(do_sample=True, temperature=1.0, top_k=0)
+    options["do_sample"] = not isinstance(sampler, Greedy)
+    if options["do_sample"]:
+        seed = torch.randint(2**31, (), generator=sampler.generator, device=peer.device)
+        torch.manual_seed(seed.item())
+        options |= dict(temperature=1.0, top_k=0)
     idx = torch.tensor([prompt], device=peer.device)
-    return peer.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=max_new_tokens, **sampling,
-                         **options)[0, len(prompt) :].tolist()
+    text = peer.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=max_new_tokens,
+                         **options)
+    return text[0, len(prompt) :].tolist()
 
 
 # -----------------------------------------------------------------------------
@@ -162,42 +167,45 @@ class Mode:
 def check_same_target(model, other, out_dir):
     """BadInput unless both models write the same texts: then their heads compare."""
     if model.config.target != "lm_head":
-        raise BadInput("--beside needs a model with target lm_head: with another, the head itself says what gets "
-                       "written.")
-    same = {name: getattr(model.config, name) for name in (*HEAD, "dropout")}
-    theirs = other.state_dict()
-    if other.head is None or replace(other.config, **same) != model.config or not all(
-            name.startswith("head.") or torch.equal(p, theirs[name]) for name, p in model.state_dict().items()):
-        raise BadInput(f"--beside: {out_dir} is not another head on the very trunk of --out_dir, with target lm_head.")
+        raise BadInput("--beside needs a model with target lm_head: with another, the head itself says "
+                       "what gets written.")
+    ours, theirs = model.state_dict(), other.state_dict()
+    trunk = [name for name in ours if not name.startswith("head.")]
+    config = replace(other.config, **{name: getattr(model.config, name) for name in (*HEAD, "dropout")})
+    if other.head is None or config != model.config or not all(
+            torch.equal(ours[name], theirs[name]) for name in trunk):
+        raise BadInput(f"--beside: {out_dir} is not another head on the very trunk of --out_dir, with "
+                       "target lm_head.")
 
 
 class Bench:
     """beside: other heads on the model's trunk, a dict of names and models."""
 
     def __init__(self, model, prompts, n_tokens, seed, peers=False, beside=None):
-        self.model, self.prompts, self.n_tokens, self.seed, self.device = model, prompts, n_tokens, seed, model.device
-        self.modes = {"plain": Mode(generate_cached, model), "speculative": Mode(generate_speculative, model, True)}
+        self.model, self.device = model, model.device
+        self.prompts, self.n_tokens, self.seed = prompts, n_tokens, seed
+        self.modes = {"plain": Mode(generate_cached, model),
+                      "speculative": Mode(generate_speculative, model, True)}
         for name, other in (beside or {}).items():
             self.modes[f"speculative, {name}"] = Mode(generate_speculative, other, True)
         if peers:
             self.modes["no_cache"] = Mode(generate, model)
             self.add_transformers()
-        if model.config.target == "marginal":  # plain decoding pays for r heads here; what would the trunk alone cost?
+        if model.config.target == "marginal":  # plain decoding pays for r heads: what is the trunk's part?
             lm_head_only = copy.copy(model)
             lm_head_only.config = replace(model.config, target="lm_head")
             self.modes["lm_head_only"] = Mode(generate_cached, lm_head_only)
 
     def add_transformers(self):
-        """transformers' two decoders with the kernels that are faster for them, PyTorch's default
-        or ours."""
+        """transformers' two decoders, with the kernels that are faster for them, default or ours."""
         peer = to_transformers(self.model)
         kernels = {"default": nullcontext, "without oneDNN": partial(fast_kernels, self.model)}
         seconds = {name: [] for name in kernels}
         for _ in range(4):
             for name, context in kernels.items():
                 self.modes["transformers"] = Mode(transformers_generate, peer, kernels=context)
-                seconds[name].append(timed(lambda: self.decode("transformers", 0.0, 0, n_prompts=1), self.device)[0])
-        self.peer_kernels = min(seconds, key=lambda name: min(seconds[name][1:]))  # the first time warms up
+                seconds[name].append(self.time_one("transformers"))
+        self.peer_kernels = min(seconds, key=lambda name: min(seconds[name][1:]))  # the first warms up
         best = kernels[self.peer_kernels]
         self.modes["transformers"] = Mode(transformers_generate, peer, kernels=best)
         lookup = partial(transformers_generate, prompt_lookup_num_tokens=LOOKUP)
@@ -211,17 +219,21 @@ class Bench:
             return [list(mode.function(mode.model, prompt, self.n_tokens, sampler=sampler, **options))
                     for prompt in self.prompts[:n_prompts]]
 
+    def time_one(self, name):
+        """Seconds to continue the first prompt greedily."""
+        return timed(lambda: self.decode(name, 0.0, 0, n_prompts=1), self.device)[0]
+
     def best_threads(self):
         """The number of CPU threads at which plain decoding is fastest."""
         most = torch.get_num_threads()  # torch's own default: the cores that there are
         if self.device.type != "cpu":
             return most
         seconds = {n: [] for n in sorted({most, *(2**k for k in range(most.bit_length()))})}
-        self.decode("plain", 1.0, 0, n_prompts=1)
+        self.time_one("plain")
         for _ in range(5):
             for n in seconds:
                 torch.set_num_threads(n)
-                seconds[n].append(timed(lambda: self.decode("plain", 1.0, 0, n_prompts=1), self.device)[0])
+                seconds[n].append(self.time_one("plain"))
         return min(seconds, key=lambda n: statistics.median(seconds[n]))
 
     def rounds(self, temperature, n_rounds):
@@ -233,11 +245,11 @@ class Bench:
         for i in range(n_rounds):
             for name, mode in self.modes.items():
                 laps = Laps(self.device)
-                decode = partial(self.decode, name, temperature, self.seed + i, stats=stats[name],
-                                 **({"lap": laps} if mode.speculative else {}))
+                options = {"stats": stats[name], **({"lap": laps} if mode.speculative else {})}
+                decode = partial(self.decode, name, temperature, self.seed + i, **options)
                 seconds, texts = timed(decode, self.device)
-                rounds[name].append({"seconds": seconds, "tokens": sum(map(len, texts)), "texts": texts,
-                                     "parts": laps.seconds()})
+                rounds[name].append({"seconds": seconds, "tokens": sum(map(len, texts)),
+                                     "texts": texts, "parts": laps.seconds()})
         return rounds, stats
 
     def rows(self, temperature, n_rounds):
@@ -247,26 +259,33 @@ class Bench:
         return rows, {name: rounds[name][0]["texts"] for name in rounds}
 
     def row(self, name, temperature, rounds, stats):
-        def ratios(seconds):  # to plain decoding, round by round
-            return [plain["seconds"] / plain["tokens"] / own for plain, own in zip(rounds["plain"], seconds)]
+        """The row of a mode: medians over its rounds, and the Stats of all of them."""
+        mode, own = self.modes[name], rounds[name]
 
-        mode, n_passes = self.modes[name], stats.steps + len(rounds[name]) * len(self.prompts)  # prefills, too
-        per_token = [r["seconds"] / r["tokens"] for r in rounds[name]]
-        speedups = ratios(per_token)
-        row = {"mode": name, "temperature": temperature, "tokens_per_second": 1 / statistics.median(per_token),
-               "speedup": statistics.median(speedups), "speedup_range": [min(speedups), max(speedups)], "bound": None,
-               "tokens_per_step": stats.tokens_per_step if stats.steps else None,  # transformers does not tell
-               "acceptance": [a if a == a else None for a in stats.acceptance], "histogram": stats.histogram,
-               "distinct": distinct(rounds[name][0]["texts"])}
+        def per_token(*parts):  # seconds of a round, or of parts of its steps, for a token
+            return [sum(r["parts"][part] for part in parts) / r["tokens"] if parts else
+                    r["seconds"] / r["tokens"] for r in own]
+
+        def speedups(seconds):  # over plain decoding, round by round
+            plain = [r["seconds"] / r["tokens"] for r in rounds["plain"]]
+            return [slow / fast for slow, fast in zip(plain, seconds)]
+
+        row = {"mode": name, "temperature": temperature,
+               "tokens_per_second": 1 / statistics.median(per_token()),
+               "speedup": statistics.median(speedups(per_token())),
+               "speedup_range": [f(speedups(per_token())) for f in (min, max)], "bound": None,
+               "tokens_per_step": stats.tokens_per_step if stats.steps else None,  # None: a peer
+               "acceptance": [a if a == a else None for a in stats.acceptance],
+               "histogram": stats.histogram, "distinct": distinct(own[0]["texts"])}
         if mode.speculative:
-            per_pass = 1e3 * sum(r["tokens"] for r in rounds[name]) / n_passes  # ms a forward pass, of seconds a token
+            n_passes = stats.steps + len(own) * len(self.prompts)  # prefills, too
+            ms = 1e3 * sum(r["tokens"] for r in own) / n_passes  # a forward pass's, of a token's seconds
             row |= {key: getattr(mode.model.config, key) for key in HEAD}
-            row["step_ms"] = per_pass * statistics.median(per_token)
-            parts = {part: per_pass * statistics.median(r["parts"][part] / r["tokens"] for r in rounds[name])
-                     for part in ("draft", "trunk", "targets", "verify")}
-            row["parts_ms"] = {**parts, "rest": row["step_ms"] - sum(parts.values())}
-            trunk = [(r["parts"]["trunk"] + r["parts"]["targets"]) / r["tokens"] for r in rounds[name]]
-            row["bound"] = statistics.median(ratios(trunk))
+            row["step_ms"] = ms * statistics.median(per_token())
+            row["parts_ms"] = {part: ms * statistics.median(per_token(part))
+                               for part in ("draft", "trunk", "targets", "verify")}
+            row["parts_ms"]["rest"] = row["step_ms"] - sum(row["parts_ms"].values())
+            row["bound"] = statistics.median(speedups(per_token("trunk", "targets")))
         return row
 
     @torch.inference_mode()
@@ -276,8 +295,9 @@ class Bench:
         for i, (prompt, plain, fast) in enumerate(zip(self.prompts, texts["plain"], texts[name])):
             for k, (a, b) in enumerate(zip(plain, fast)):
                 if a != b:
-                    top = self.model(window_ids(prompt + plain[:k], self.model))[0, -1].topk(2).values
-                    return {"prompt": i, "token": k, "logit_gap": (top[0] - top[1]).item()}
+                    logits = self.model(window_ids(prompt + plain[:k], self.model))[0, -1]
+                    first, second = logits.topk(2).values.tolist()
+                    return {"prompt": i, "token": k, "logit_gap": first - second}
         return None
 
 
@@ -296,10 +316,12 @@ def describe(bench, args):
     """What was measured, on what."""
     config, device, (trunk, head) = bench.model.config, bench.device, bench.model.n_params()
     card = {
-        "out_dir": args.out_dir, "device": str(device), "hardware": hardware(device), "torch": torch.__version__,
-        "dtype": args.dtype, "threads": torch.get_num_threads(), "trunk_parameters": trunk, "head_parameters": head,
-        **{name: getattr(config, name) for name in HEAD}, "target": config.target, "vocab_size": config.n_token,
-        "prompts": len(bench.prompts), "tokens_per_prompt": bench.n_tokens, "rounds": args.rounds, "seed": args.seed,
+        "out_dir": args.out_dir, "device": str(device), "hardware": hardware(device),
+        "torch": torch.__version__, "dtype": args.dtype, "threads": torch.get_num_threads(),
+        "trunk_parameters": trunk, "head_parameters": head,
+        **{name: getattr(config, name) for name in HEAD}, "target": config.target,
+        "vocab_size": config.n_token, "prompts": len(bench.prompts),
+        "tokens_per_prompt": bench.n_tokens, "rounds": args.rounds, "seed": args.seed,
     }
     if args.peers:
         card |= {"transformers": version("transformers"), "transformers_kernels": bench.peer_kernels,
@@ -311,8 +333,8 @@ def print_card(card, bench):
     for key, value in card.items():
         print(f"{key:20} {value}")
     if card["target"] == "marginal":
-        print("target = marginal: plain decoding computes r heads for its one token, too. lm_head_only is the same\n"
-              "trunk with its plain LM head, for its speed alone: that head was not trained to predict on its own.")
+        print("target = marginal: plain decoding computes r heads for its one token, too. lm_head_only is\n"
+              "the same trunk with its plain LM head, for its speed alone: that head was not trained.")
     for name, mode in bench.modes.items():
         if mode.speculative:
             print(f"{name}: head {mode.model.config.head}, n = {mode.model.config.n_future}, "
@@ -321,16 +343,18 @@ def print_card(card, bench):
 
 def print_table(rows):
     width = max(len(row["mode"]) for row in rows)
-    print(f"\n{'mode':{width}} temp  tokens/s speed-up        range  bound tok/step  acceptance by offset")
+    print(f"\n{'mode':{width}} temp  tokens/s speed-up        range  bound tok/step  acceptance by "
+          "offset")
     for row in rows:
         acceptance = " ".join("-" if a is None else f"{a:.2f}" for a in row["acceptance"])
         spread = "{:.2f}..{:.2f}".format(*row["speedup_range"])
         bound = f"{row['bound']:.2f}x" if row["bound"] else ""
         per_step = f"{row['tokens_per_step']:.2f}" if row["tokens_per_step"] else ""
-        print(f"{row['mode']:{width}} {row['temperature']:4.1f} {row['tokens_per_second']:9.0f} {row['speedup']:7.2f}x "
-              f"{spread:>12} {bound:>6} {per_step:>8}  {acceptance}")
+        print(f"{row['mode']:{width}} {row['temperature']:4.1f} {row['tokens_per_second']:9.0f} "
+              f"{row['speedup']:7.2f}x {spread:>12} {bound:>6} {per_step:>8}  {acceptance}")
         if "parts_ms" in row:
-            shares = (f"{k}:{h / sum(row['histogram']):.0%}" for k, h in enumerate(row["histogram"]) if k)
+            n_steps = sum(row["histogram"])
+            shares = (f"{k}:{h / n_steps:.0%}" for k, h in enumerate(row["histogram"]) if k)
             print(f"{'':{width}}  steps by tokens: {' '.join(shares)}")
             parts = " + ".join(f"{part} {ms:.2f}" for part, ms in row["parts_ms"].items())
             print(f"{'':{width}}  a step {row['step_ms']:.2f} ms = {parts}")
@@ -341,9 +365,11 @@ def print_table(rows):
 def print_differences(differences):
     print()
     for name, part in differences.items():
-        print(f"temperature 0, {name}: " + ("the text of plain decoding, token for token" if part is None else
-              f"texts part at token {part['token']} of prompt {part['prompt']}; the two top logits differ by "
-              f"{part['logit_gap']:.1e} there"))
+        what = "the text of plain decoding, token for token"
+        if part is not None:
+            what = (f"texts part at token {part['token']} of prompt {part['prompt']}; the two top logits "
+                    f"differ by {part['logit_gap']:.1e} there")
+        print(f"temperature 0, {name}: {what}")
 
 
 # -----------------------------------------------------------------------------
@@ -355,14 +381,14 @@ def parse_args():
     parser.add_argument("--rounds", type=number(int, 5), default=7,
                         help="interleaved rounds, at least 5: the median of fewer is noise (7)")
     parser.add_argument("--max_new_tokens", type=number(int, 2),
-                        help="tokens per prompt, the first of which the prefill yields (as many as fit the block, at "
-                             "most 256)")
+                        help="tokens per prompt, the first of which the prefill yields (as many as fit "
+                             "the block, at most 256)")
     parser.add_argument("--threads", type=number(int, 1, 1024),
                         help="CPU threads (the number that is best for plain decoding)")
     parser.add_argument("--peers", action="store_true",
-                        help="also time decoding without a cache, and Hugging Face's transformers on the same weights")
+                        help="also time decoding without a cache, and transformers, on the same weights")
     parser.add_argument("--beside", metavar="OUT_DIR", nargs="+", type=path, default=[],
-                        help="also time the heads of other checkpoints, which were trained on the same, frozen trunk")
+                        help="also time the heads of other checkpoints, trained on the same frozen trunk")
     parser.add_argument("--plot", type=path, metavar="FILE.png",
                         help="draw the speed-ups, the acceptance and the histogram")
     return parser.parse_args()
@@ -375,7 +401,8 @@ def main():
         check_plot(args.plot)  # now, not after minutes of measuring
     model, enc, ckpt = load(args.out_dir, args.device, args.dtype)
     if model.head is None:
-        raise BadInput(f"{args.out_dir} has n_future = 1: there is no head to draft from, so nothing to compare.")
+        raise BadInput(f"{args.out_dir} has n_future = 1: there is no head to draft from, so nothing to "
+                       "compare.")
     beside = {out_dir: load(out_dir, args.device, args.dtype)[0] for out_dir in args.beside}
     for out_dir, other in beside.items():
         check_same_target(model, other, out_dir)
@@ -383,7 +410,8 @@ def main():
     room = model.config.block_size - max(map(len, prompts))
     n_tokens = args.max_new_tokens or max(2, min(256, room))
     if args.peers and n_tokens > room:
-        raise BadInput(f"--peers: transformers' window does not move on, so --max_new_tokens must be at most {room}.")
+        raise BadInput("--peers: transformers' window does not move on, so --max_new_tokens must be at "
+                       f"most {room}.")
     bench = Bench(model, prompts, n_tokens, args.seed, args.peers, beside)
     torch.set_num_threads(args.threads or bench.best_threads())
     card = describe(bench, args)

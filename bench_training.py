@@ -26,9 +26,9 @@ from common import ArgumentParser, pick_device, run_script
 from model import GPT, BadInput
 from train import Run, TrainConfig, add_flags, count, model_config, optimizer_step, pick_dtype
 
-FLAGS = ("device", "dtype", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias", "head", "target", "joint_share",
-         "batch_size", "grad_accum")
-PEAK = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}  # FLOP/s in bfloat16, dense, as NVIDIA states them
+FLAGS = ("device", "dtype", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias", "head", "target",
+         "joint_share", "batch_size", "grad_accum")
+PEAK = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}  # bfloat16, dense, says NVIDIA
 
 
 def nanogpt_loss(model, idx, gold, *unused):
@@ -89,14 +89,16 @@ def measure(cfg, vocab_size, device_name, nanogpt, rounds=5):
     plain()
     pairs = [(timed(plain, device)[0], timed(step, device)[0]) for _ in range(rounds)]
     trunk, head = run.model.n_params()
-    return {"seconds": statistics.median(own for _, own in pairs), "flops": counter.get_total_flops(),
-            "ratio": statistics.median(own / plain for plain, own in pairs), "bytes": peak and peak - before,
+    return {"seconds": statistics.median(own for _, own in pairs),
+            "ratio": statistics.median(own / plain for plain, own in pairs),
+            "flops": counter.get_total_flops(), "bytes": peak and peak - before,
             "trunk_parameters": trunk, "head_parameters": head}
 
 
 def measure_apart(*args):
     """measure(*args) in a fresh process; None where the memory does not suffice."""
-    process = subprocess.run([sys.executable, __file__, "--row", json.dumps(args)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, "--row", json.dumps(args)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if process.returncode == 0:
         return json.loads(process.stdout)
     if process.returncode == -9:  # SIGKILL, which is what a system out of memory sends
@@ -125,9 +127,11 @@ def benchmark(cfg, cells):
     print(f"{name}, {device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads; "
           f"n_layer {cfg.n_layer}, n_embd {cfg.n_embd}, {cfg.batch_size} x {cfg.block_size} tokens, "
           f"joint_share {cfg.joint_share}, head {cfg.head}, target {cfg.target}\n"
-          "x n = 1: a step over one of ours without a head, taken in turn, median; MiB: peak, with weights, gradients\n"
-          "and AdamW's state; GFLOP/s: of the matrix products, what the backward pass computes again included\n")
-    print(f"{'':8}      V   n   r  head, M  ms/step  x n = 1     MiB  GFLOP/s" + "  of peak" * bool(peak))
+          "x n = 1: a step over one of ours without a head, taken in turn, median; MiB: peak, with\n"
+          "weights, gradients and AdamW's state; GFLOP/s: of the matrix products, those included that\n"
+          "the backward pass computes again\n")
+    columns = "     V   n   r  head, M  ms/step  x n = 1     MiB  GFLOP/s"
+    print(" " * 9 + columns + "  of peak" * bool(peak))
     rows = []
     for V, n, r, nanogpt in cells:
         cell = replace(cfg, n_future=n, rank=r)
@@ -140,26 +144,29 @@ def benchmark(cfg, cells):
         rows.append({"nanogpt": nanogpt, "vocab_size": V, "n_future": n, "rank": r, **row})
         mib = f"{row['bytes'] / 2**20:7.0f}" if row["bytes"] else "      -"
         speed = row["flops"] / row["seconds"]
-        print(f"{start} {row['head_parameters'] / 1e6:8.2f} {1e3 * row['seconds']:8.1f} {row['ratio']:7.2f}x {mib} "
-              f"{speed / 1e9:8.0f}" + (f"  {speed / peak:7.1%}" if peak else ""), flush=True)
-    print(json.dumps({"hardware": name, "device": str(device), "dtype": dtype, "torch": torch.__version__,
-                      "train_config": asdict(cfg), "rows": rows}))
+        print(f"{start} {row['head_parameters'] / 1e6:8.2f} {1e3 * row['seconds']:8.1f} "
+              f"{row['ratio']:7.2f}x {mib} {speed / 1e9:8.0f}"
+              + (f"  {speed / peak:7.1%}" if peak else ""), flush=True)
+    print(json.dumps({"hardware": name, "device": str(device), "dtype": dtype,
+                      "torch": torch.__version__, "train_config": asdict(cfg), "rows": rows}))
 
 
 def main():
     parser = ArgumentParser(__doc__)
     add_flags(parser, FLAGS)
-    parser.add_argument("--vocab_sizes", nargs="+", type=count, default=[4096, 50257], help="vocabularies (4096 50257)")
-    parser.add_argument("--futures", nargs="+", type=count, default=[4, 8], help="values of n (4 8)")
-    parser.add_argument("--ranks", nargs="+", type=count, default=[1, 2, 4, 8, 16], help="ranks (1 2 4 8 16)")
-    parser.add_argument("--row", help="a row in JSON, measured here: what the script calls itself with")
+    for flag, values, text in (("--vocab_sizes", [4096, 50257], "vocabularies"),
+                               ("--futures", [4, 8], "values of n"), ("--ranks", [1, 2, 4, 8, 16], "ranks")):
+        parser.add_argument(flag, nargs="+", type=count, default=values,
+                            help=f"{text} ({' '.join(map(str, values))})")
+    parser.add_argument("--row", help="a row in JSON: what the script calls itself with")
     args = parser.parse_args()
     if args.row:
         return row_process(args.row)
     cfg = replace(TrainConfig(), **{name: getattr(args, name) for name in FLAGS if name in args})
     cells = []
     for V in args.vocab_sizes:
-        cells += [(V, 1, 1, True), (V, 1, 1, False), *((V, n, r, False) for n in args.futures for r in args.ranks)]
+        cells += [(V, 1, 1, True), (V, 1, 1, False)]
+        cells += [(V, n, r, False) for n in args.futures for r in args.ranks]
     benchmark(cfg, cells)
 
 

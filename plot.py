@@ -18,7 +18,7 @@ from common import ArgumentParser, check_writable, path, replacing, run_script
 from model import BadInput
 
 FORMATS = (".png", ".pdf", ".svg")
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito: colour-blind safe
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito
 X_AXES = {"iter": ("steps", 1), "seconds": ("minutes", 60)}  # field of the log: label and divisor
 
 
@@ -33,9 +33,11 @@ def read_log(path):
     try:
         for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             parts = line.get("val", line)
-            point = {"iter": line["iter"], "seconds": float(line["seconds"]), "next": float(parts["next"])}
+            point = {"iter": line["iter"], "seconds": float(line["seconds"]),
+                     "next": float(parts["next"])}
             if "usage" in parts:  # else n_future = 1, and joint is next
-                point |= {"joint": float(parts["joint"]), "offset": [float(loss) for loss in parts["offset"]]}
+                point["joint"] = float(parts["joint"])
+                point["offset"] = [float(loss) for loss in parts["offset"]]
             points["val" if "val" in line else "train"].append(point)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{path} is not a log of train.py") from None
@@ -97,11 +99,13 @@ def draw_runs(names, logs, x="iter"):
             train, val = ([p for p in log[split] if part in p] for split in ("train", "val"))
             losses = smooth([p[part] for p in train])
             left.plot([p[x] / unit for p in train], losses, color=color, lw=0.9, alpha=0.4)
-            left.plot([p[x] / unit for p in val], [p[part] for p in val], color=color, lw=1.6, **marker)
+            left.plot([p[x] / unit for p in val], [p[part] for p in val], color=color, lw=1.6,
+                      **marker)
         if offset:
             panels[1].plot(range(1, len(offset) + 1), offset, color=color, lw=1.6, marker="o", ms=5)
     left.set(xlabel=label, ylabel="nats per token", title="loss")
-    legend = [dict(color=color, lw=3, label=name.replace("$", r"\$")) for color, name in zip(PALETTE, names)]
+    legend = [dict(color=color, lw=3, label=name.replace("$", r"\$"))
+              for color, name in zip(PALETTE, names)]
     legend.append(dict(color="gray", label="next token, validation", **markers["next"]))
     if any("joint" in point for log in logs for point in log["train"] + log["val"]):
         legend.append(dict(color="gray", label="joint per token, validation", **markers["joint"]))
@@ -125,14 +129,15 @@ def draw_bench(card, rows):
     rows = [row for row in rows if row["mode"] != "plain" and row.get("speedup")]
     n_bars = len(rows) + sum(row.get("bound") is not None for row in rows)
     figure, (speed, acceptance, steps) = new_figure(10.5, max(4.2, 1.5 + 0.25 * n_bars), (1.2, 1, 1))
-    rows.sort(key=lambda row: row["temperature"])  # stable: within a temperature the modes keep their order
+    rows.sort(key=lambda row: row["temperature"])  # stable: the modes keep their order
     colors = dict(zip(sorted({row["temperature"] for row in rows}), PALETTE))
     labels = []  # of the bars, from the top down
     for row in rows:
         color = colors[row["temperature"]]
         bars = [(row["mode"], row["speedup"], dict(color=color))]
         if row.get("bound"):
-            bars.append(("bound (5)", row["bound"], dict(facecolor="white", edgecolor=color, hatch="///")))
+            hollow = dict(facecolor="white", edgecolor=color, hatch="///")
+            bars.append(("bound (5)", row["bound"], hollow))
         for label, length, style in bars:
             bar = speed.barh(len(labels), length, height=0.7, **style)
             speed.bar_label(bar, fmt="%.2fx", padding=4, fontsize=9, bbox=dict(color="white", pad=1))
@@ -150,17 +155,19 @@ def draw_bench(card, rows):
         rates = [float("nan") if rate is None else rate for rate in row["acceptance"]]
         acceptance.plot(range(1, len(rates) + 1), rates, marker="o", ms=5, lw=1.6, **style)
         width, total = 0.8 / len(speculative), sum(row["histogram"])
-        places = [k + (i + 0.5) * width - 0.4 for k in range(1, len(row["histogram"]))]  # no step yields 0 tokens
+        places = [k + (i + 0.5) * width - 0.4 for k in range(1, len(row["histogram"]))]
         steps.bar(places, [count / total for count in row["histogram"][1:]], width, **style)
-    acceptance.set(xlabel="offset of the draft", ylabel="share accepted, where reached", title="acceptance")
+    acceptance.set(xlabel="offset of the draft", ylabel="share accepted, where reached",
+                   title="acceptance")
     acceptance.set_ylim(0, 1.05)
     steps.set(xlabel="tokens", ylabel="share of the steps", title="tokens per step")
     steps.grid(visible=False, axis="x")
     for panel in (acceptance, steps):
         panel.locator_params("x", integer=True, nbins=12)
-    figure.legend(*acceptance.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
-    what = "{hardware}, {device}, {dtype}, threads = {threads}, head {head}, n = {n_future}, r = {rank}"
-    say(figure, what, card)
+    handles = acceptance.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=9)
+    say(figure, "{hardware}, {device}, {dtype}, threads = {threads}, head {head}, n = {n_future}, "
+                "r = {rank}", card)
     return figure
 
 
@@ -172,12 +179,15 @@ def read_bench(path):
     utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))  # what PowerShell's > writes
     try:
         bench = json.loads(data.decode("utf-16" if utf16 else "utf-8-sig").strip().splitlines()[-1])
-        card = {key: bench["card"][key] for key in ("hardware", "device", "dtype", "vocab_size", "n_future")}
+        keys = ("hardware", "device", "dtype", "vocab_size", "n_future")
+        card = {key: bench["card"][key] for key in keys}
         rows = [row for row in bench["rows"] if row.get("n_future") == card["n_future"]]
-        [row["tokens_per_step"] + row["speedup"] + row["temperature"] + row["rank"] for row in rows][0]
+        [sum(row[key] for key in ("tokens_per_step", "speedup", "temperature", "rank"))
+         for row in rows][0]
         [row["head"] + "" for row in rows]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise BadInput(f"{path} does not end with the JSON object of this version's bench_speculative.py") from None
+        raise BadInput(f"{path} does not end with the JSON object of this version's "
+                       "bench_speculative.py") from None
     return card, rows
 
 
@@ -207,7 +217,8 @@ def draw_ranks(card, rows):
         panel.set_xticks(all_ranks, all_ranks)
         panel.minorticks_off()
         panel.set(xlabel="rank r", title=title)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=9)
     say(figure, "{hardware}, {device}, {dtype}, n = {n_future}, V = {vocab_size}", card)
     return figure
 
@@ -231,9 +242,11 @@ def save(figure, path):
 
 def main():
     parser = ArgumentParser(__doc__)
-    parser.add_argument("runs", nargs="+", type=path, help=f"out_dir of train.py, or a log.jsonl; at most {len(PALETTE)}. With "
-                                                "--ranks: the output of one bench_speculative.py --beside")
-    parser.add_argument("--output", required=True, type=path, help=f"the picture: {', '.join(FORMATS)}")
+    parser.add_argument("runs", nargs="+", type=path,
+                        help=f"out_dir of train.py, or a log.jsonl; at most {len(PALETTE)}. With "
+                             "--ranks: the output of one bench_speculative.py --beside")
+    parser.add_argument("--output", required=True, type=path,
+                        help=f"the picture: {', '.join(FORMATS)}")
     parser.add_argument("--x", choices=X_AXES, help="x axis: steps, or the time of training (iter)")
     parser.add_argument("--ranks", action="store_true", help="draw the heads of a bench over their rank")
     args = parser.parse_args()
@@ -246,7 +259,8 @@ def main():
     if args.ranks:
         figure = draw_ranks(*read_bench(args.runs[0]))
     else:
-        names = [Path(run).parent.name if Path(run).is_file() else Path(run).resolve().name for run in args.runs]
+        folders = [Path(run).parent if Path(run).is_file() else Path(run) for run in args.runs]
+        names = [folder.resolve().name for folder in folders]
         figure = draw_runs(names, [read_log(run) for run in args.runs], args.x or "iter")
     save(figure, args.output)
     print(f"wrote {args.output}")

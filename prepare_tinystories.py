@@ -1,9 +1,9 @@
 """Turn text into train.bin, val.bin (uint16 token ids) and meta.json (the tokenizer and what was
 counted).
 
-    python prepare_tinystories.py                          downloads TinyStories (2.2 GB; --max_mb 100 takes a part)
-    python prepare_tinystories.py --toy                    seeded synthetic stories of known entropy, no download
-    python prepare_tinystories.py --input stories.txt      your own text: files, or folders of files
+    python prepare_tinystories.py                      downloads TinyStories (2.2 GB; or --max_mb 100)
+    python prepare_tinystories.py --toy                seeded synthetic stories of known entropy
+    python prepare_tinystories.py --input stories.txt  your own text: files, or folders of files
 
 In a text, <|endoftext|> separates documents; a file without it is one document. Each document is
 followed by the <|endoftext|> token. Documents, not tokens, are split into train and val, so no
@@ -23,10 +23,12 @@ import numpy as np
 
 from common import ArgumentParser, locked, number, path, progress_bar, replacing, run_script, seed
 from model import BadInput
-from tokenizer import EOT, PATTERN, SEGMENT, build_tokenizer, gpt2_tokenizer, load_tokenizer, segments
+from tokenizer import (EOT, PATTERN, SEGMENT, build_tokenizer, gpt2_tokenizer, load_tokenizer,
+                       segments)
 
 VAL_SHARE = 0.05
-TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"  # licence CDLA-Sharing-1.0
+TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
+# its licence is CDLA-Sharing-1.0
 COUNTED = 2**26  # bytes of text that are enough to choose the tokenizer's pieces
 
 
@@ -36,24 +38,27 @@ COUNTED = 2**26  # bytes of text that are enough to choose the tokenizer's piece
 PEOPLE = [name.split() for name in ("Lily she her", "Tom he his", "Mia she her", "Ben he his",
                                     "Anna she her", "Max he his", "Sue she her", "Sam he his")]
 PLACES = [place.split(": ") for place in (
-    "park: under the old tree", "beach: beside the blue sea", "farm: behind the red barn", "forest: near the deep cave",
-    "lake: along the wooden bridge", "garden: between the tall flowers", "school: against the white wall",
-    "castle: below the stone tower")]
+    "park: under the old tree", "beach: beside the blue sea", "farm: behind the red barn",
+    "forest: near the deep cave", "lake: along the wooden bridge", "garden: between the tall flowers",
+    "school: against the white wall", "castle: below the stone tower")]
 THINGS = "ball kite book drum doll boat train crown".split()
 LOOKS = "red little shiny big funny soft green huge".split()
 SAW = "saw found spotted noticed wanted liked bought got".split()
-WHEN = ["one day", "after lunch", "before dinner", "last summer", "every Sunday", "at noon", "with friends", "by bus"]
+WHEN = ["one day", "after lunch", "before dinner", "last summer", "every Sunday", "at noon",
+        "with friends", "by bus"]
 HOW = "slowly happily quickly quietly gently proudly loudly bravely".split()
 KIN = "mom dad sister brother friend teacher grandma cousin".split()
 BECAME = ["happy and smiled", "sad and cried", "tired and slept", "angry and shouted",
           "scared and hid", "hungry and ate", "curious and looked", "silly and danced"]
 PUT = ["in the big box", "on the round table", "under the warm bed", "behind the kitchen door",
-       "inside a brown bag", "beside her mother's chair", "over the garden gate", "at grandpa's front step"]
+       "inside a brown bag", "beside her mother's chair", "over the garden gate",
+       "at grandpa's front step"]
 ANIMALS = ["dog said woof woof", "cat said meow meow", "duck said quack quack", "cow said moo moo",
-           "bird said tweet tweet", "pig said oink oink", "sheep said baa baa", "frog said ribbit ribbit"]
+           "bird said tweet tweet", "pig said oink oink", "sheep said baa baa",
+           "frog said ribbit ribbit"]
 FOOD = ["bread and butter", "cake and cream", "rice and beans", "soup and toast",
         "milk and honey", "fish and chips", "eggs and ham", "nuts and berries"]
-EVENTS = [  # {his} and {he} agree with the hero; {thing}, {look} and {spot} are the ones that the story began with
+EVENTS = [  # {his} and {he} agree with the hero; {thing}, {look} and {spot} are the story's own
     "{he} {HOW} put the {thing} {PUT} .",
     "{he} was {BECAME} {HOW} .",
     "{name} and {his} {KIN} {HOW} had {FOOD} .",
@@ -61,8 +66,8 @@ EVENTS = [  # {his} and {he} agree with the hero; {thing}, {look} and {spot} are
     "{his} {KIN} {HOW} asked for the {look} {thing} .",
     "then {name} was {BECAME} {spot} .",
 ]
-SLOTS = {"SAW": SAW, "WHEN": WHEN, "HOW": HOW, "KIN": KIN, "BECAME": BECAME, "PUT": PUT, "ANIMALS": ANIMALS,
-         "FOOD": FOOD, "LOOKS": LOOKS}
+SLOTS = {"SAW": SAW, "WHEN": WHEN, "HOW": HOW, "KIN": KIN, "BECAME": BECAME, "PUT": PUT,
+         "ANIMALS": ANIMALS, "FOOD": FOOD, "LOOKS": LOOKS}
 N_EVENTS = 5
 
 
@@ -102,7 +107,8 @@ def toy_story(rng):
         sentence = template.format(**memory, **fields).replace(" .", ".")
         return sentence[0].upper() + sentence[1:]
 
-    sentences = [fill(f"{name} went to the {place} {{WHEN}} ."), fill(f"{he} {{SAW}} a {look} {thing} {spot} .")]
+    sentences = [fill(f"{name} went to the {place} {{WHEN}} ."),
+                 fill(f"{he} {{SAW}} a {look} {thing} {spot} .")]
     sentences += [fill(chooser.pick(EVENTS)) for _ in range(N_EVENTS)]
     return " ".join(sentences), chooser.bits
 
@@ -135,18 +141,17 @@ def text_files(paths):
     In folders, hidden files and those that are not utf-8 are left out; a file that was named must
     be utf-8.
     """
-    files, skipped = {}, 0  # by what they lead to: a file that is named twice must not be in train and val
-    for path in map(Path, paths):
-        if not (path.is_file() or path.is_dir()):
-            raise BadInput(f"{path}: no such file or folder.")
-        inside = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        for file in sorted(p for p in inside if p.is_file()) if path.is_dir() else [path]:
+    files, skipped = {}, 0  # by what they lead to: none may be in both train and val
+    for named in map(Path, paths):
+        if not (named.is_file() or named.is_dir()):
+            raise BadInput(f"{named}: no such file or folder.")
+        for file in visible_files(named) if named.is_dir() else [named]:
             try:
                 for _ in chunks(file):
                     pass
                 files.setdefault(file.resolve(), file)
             except UnicodeDecodeError:
-                if file == path:
+                if file == named:
                     raise BadInput(f"{file} is not utf-8 text; convert it first.") from None
                 skipped += 1
     files = list(files.values())
@@ -155,9 +160,15 @@ def text_files(paths):
     return files, skipped
 
 
+def visible_files(folder):
+    """The files in a folder and in the folders there, but for hidden ones, in order."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not any(
+        part.startswith(".") for part in p.relative_to(folder).parts))
+
+
 def chunks(path, size=2**22):
     """The text of a file in parts of whole lines, a few MB each; its newlines as they are."""
-    with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: editors on Windows begin a file with a mark
+    with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: Windows begins it with a mark
         while lines := file.readlines(size):
             yield "".join(lines)
 
@@ -165,7 +176,7 @@ def chunks(path, size=2**22):
 def documents(files):
     """The documents of files, one by one; no more than one of them and a chunk is in memory."""
     for file in files:
-        parts = []  # of the document that has not ended yet; an EOT has no newline in it, so no chunk ends inside one
+        parts = []  # of the document that has not ended yet; EOT is in one line, so in one chunk
         for chunk in chunks(file):
             first, *rest = chunk.split(EOT)
             parts.append(first)
@@ -203,7 +214,8 @@ def download_tinystories(data_dir, max_mb=None):
     for split in ("train", "valid"):
         name = f"TinyStoriesV2-GPT4-{split}"
         part = f"-first{max_mb}MB" if max_mb else ""
-        files.append(download(f"{TINYSTORIES}{name}.txt", data_dir / f"{name}{part}.txt", max_mb and max_mb * 10**6))
+        files.append(download(f"{TINYSTORIES}{name}.txt", data_dir / f"{name}{part}.txt",
+                              max_mb and max_mb * 10**6))
         if max_mb:
             drop_cut_story(files[-1])
         text_files(files[-1:])  # each of them must hold text
@@ -251,8 +263,10 @@ def encode_all(enc, documents, file, name):
     with progress_bar(desc=f"encoding {name}", unit="B", unit_scale=True, disable=None) as bar:
         for batch in batches(documents):
             n_bytes = sum(len(text.encode()) for text, _ in batch)
-            encoded = enc.encode_ordinary_batch([text for text, _ in batch], num_threads=os.cpu_count() or 1)
-            ids = [np.array(ids + [enc.eot_token] * ends, dtype=np.uint16) for ids, (_, ends) in zip(encoded, batch)]
+            texts, n_threads = [text for text, _ in batch], os.cpu_count() or 1
+            encoded = enc.encode_ordinary_batch(texts, num_threads=n_threads)
+            ids = [np.array(ids + [enc.eot_token] * ends, dtype=np.uint16)
+                   for ids, (_, ends) in zip(encoded, batch)]
             data = np.concatenate(ids).tobytes()
             file.write(data)
             sha256.update(data)
@@ -290,14 +304,17 @@ def prepare(train, val, description, data_dir, **about):
     """
     enc = load_tokenizer(description)
     prompts = bench_prompts(list(islice(val(), 8)))
-    meta = {**about, "vocab_size": enc.n_vocab, "tokenizer": description, "prompts": prompts, "splits": {}}
-    with replacing(*(data_dir / name for name in ("train.bin", "val.bin", "meta.json"))) as (*bins, meta_file):
+    meta = {**about, "vocab_size": enc.n_vocab, "tokenizer": description, "prompts": prompts,
+            "splits": {}}
+    names = ("train.bin", "val.bin", "meta.json")
+    with replacing(*(data_dir / name for name in names)) as (*bins, meta_file):
         for name, read, file in zip(("train", "val"), (train, val), bins):
             meta["splits"][name] = encode_all(enc, read(), file, name)
         # tokens include one <|endoftext|> per document, bytes are those of the text alone
         meta["bytes_per_token"] = meta["splits"]["val"]["bytes"] / meta["splits"]["val"]["tokens"]
         if "entropy_bits_per_story" in meta:
-            stories, tokens = (sum(split[key] for split in meta["splits"].values()) for key in ("documents", "tokens"))
+            stories, tokens = (sum(split[key] for split in meta["splits"].values())
+                               for key in ("documents", "tokens"))
             meta["entropy_bits_per_token"] = meta["entropy_bits_per_story"] * stories / tokens
         meta_file.write(json.dumps(meta).encode())
     return meta
@@ -309,21 +326,26 @@ def prepare(train, val, description, data_dir, **about):
 def parse_args():
     parser = ArgumentParser(__doc__)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--toy", action="store_true", help="synthetic stories from the grammar in this file")
+    source.add_argument("--toy", action="store_true", help="synthetic stories from a grammar")
     source.add_argument("--input", nargs="+", type=path, metavar="PATH",
                         help="text files, or folders of text files, in utf-8")
-    parser.add_argument("--data_dir", type=path, help="where to write (data/tinystories, data/toy or data/text)")
+    parser.add_argument("--data_dir", type=path,
+                        help="where to write (data/tinystories, data/toy or data/text)")
     parser.add_argument("--tokenizer", choices=["pieces", "gpt2"], default="pieces",
-                        help="pieces: bytes and the corpus's frequent whole pieces, offline; gpt2: GPT-2's BPE")
+                        help="pieces: bytes and frequent whole pieces, offline; gpt2: GPT-2's BPE")
     parser.add_argument("--vocab_size", type=number(int, 257, 2**16), default=2048,
-                        help="ids of the pieces tokenizer; 257 (256 bytes and the end of text) is the least (2048)")
-    parser.add_argument("--max_mb", type=number(int, 1), help="download the first MBs of the data set only")
-    parser.add_argument("--stories", type=number(int, 2), default=20000, help="stories that --toy writes (20000)")
-    parser.add_argument("--seed", type=seed, default=1337, help="seed of the toy's stories and of the split (1337)")
+                        help="ids of the pieces tokenizer; 257, bytes and the end of text, is the "
+                             "least (2048)")
+    parser.add_argument("--max_mb", type=number(int, 1), help="download the first MBs only")
+    parser.add_argument("--stories", type=number(int, 2), default=20000,
+                        help="stories that --toy writes (20000)")
+    parser.add_argument("--seed", type=seed, default=1337,
+                        help="seed of the toy's stories and of the split (1337)")
     args = parser.parse_args()
     if args.max_mb and (args.toy or args.input):
         parser.error("--max_mb is for the download; --toy and --input have none")
-    args.data_dir = Path(args.data_dir or f"data/{'toy' if args.toy else 'text' if args.input else 'tinystories'}")
+    default = "toy" if args.toy else "text" if args.input else "tinystories"
+    args.data_dir = Path(args.data_dir or f"data/{default}")
     return args
 
 
@@ -332,10 +354,11 @@ def prepare_toy(args):
     stories, bits = zip(*(toy_story(rng) for _ in range(args.stories)))
     train, val = split_documents(lambda: iter(stories), args.seed)
     meta = prepare(train, val, choose_tokenizer(args, train), args.data_dir, seed=args.seed,
-                   source=f"toy grammar, {args.stories} stories", entropy_bits_per_story=toy_entropy())
+                   source=f"toy grammar, {args.stories} stories",
+                   entropy_bits_per_story=toy_entropy())
     per_story, per_token = meta["entropy_bits_per_story"], meta["entropy_bits_per_token"]
-    print(f"entropy of the grammar: {per_story:.2f} bits per story (surprisal of these: {np.mean(bits):.2f}), "
-          f"{per_token:.3f} bits = {per_token * math.log(2):.3f} nats per token")
+    print(f"entropy of the grammar: {per_story:.2f} bits per story (surprisal of these: "
+          f"{np.mean(bits):.2f}), {per_token:.3f} bits = {per_token * math.log(2):.3f} nats per token")
     return meta
 
 
@@ -350,13 +373,17 @@ def prepare_text(args):
         files = download_tinystories(args.data_dir, args.max_mb)
         train, val = (lambda: documents(files[:1])), (lambda: documents(files[1:]))
         source = " ".join(file.name for file in files)
-    every = max(1, sum(file.stat().st_size for file in files) // COUNTED)  # of a large text, each k-th document
+    size = sum(file.stat().st_size for file in files)
+    every = max(1, size // COUNTED)  # of a large text, each k-th document
     description = choose_tokenizer(args, lambda: islice(train(), 0, None, every))
     return prepare(train, val, description, args.data_dir, seed=args.seed, source=source)
 
 
 def choose_tokenizer(args, documents):
-    return gpt2_tokenizer() if args.tokenizer == "gpt2" else build_tokenizer(documents(), args.vocab_size)
+    """The tokenizer's description; another kind of tokenizer is a line here and a --tokenizer."""
+    if args.tokenizer == "gpt2":
+        return gpt2_tokenizer()
+    return build_tokenizer(documents(), args.vocab_size)
 
 
 def main():
@@ -364,7 +391,8 @@ def main():
     with locked(args.data_dir):
         meta = prepare_toy(args) if args.toy else prepare_text(args)
     for split, counts in meta["splits"].items():
-        print(f"{split:5}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes']:,} bytes")
+        print(f"{split:5}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
+              f"{counts['bytes']:,} bytes")
     print(f"tokenizer: {meta['vocab_size']:,} ids, {meta['bytes_per_token']:.2f} bytes per token")
     print(f"wrote {args.data_dir}: train.bin, val.bin, meta.json")
 
