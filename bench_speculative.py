@@ -283,9 +283,9 @@ class Bench:
             row |= {key: getattr(mode.model.config, key) for key in HEAD}
             row["step_ms"] = ms * statistics.median(per_token())
             row["parts_ms"] = {part: ms * statistics.median(per_token(part))
-                               for part in ("draft", "trunk", "targets", "verify")}
+                               for part in ("draft", "trunk", "target", "verify")}
             row["parts_ms"]["rest"] = row["step_ms"] - sum(row["parts_ms"].values())
-            row["bound"] = statistics.median(speedups(per_token("trunk", "targets")))
+            row["bound"] = statistics.median(speedups(per_token("trunk", "target")))
         return row
 
     @torch.inference_mode()

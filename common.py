@@ -173,9 +173,12 @@ def check_writable(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    with open(probe, "xb"):
-        pass
-    probe.unlink()
+    try:
+        open(probe, "xb").close()
+        probe.unlink()
+    except OSError as e:
+        e.filename = str(path.parent)  # the probe is not what the user knows
+        raise
 
 
 # -----------------------------------------------------------------------------

@@ -250,7 +250,7 @@ def speculative_step(model, cache, e, token, n_drafts, sampler, lap=lambda part:
     hidden = model.hidden(x.unsqueeze(0), cache)[0]  # (k + 1, C), of x_1..x_{k+1}
     lap("trunk")
     logits = target_logits(model, hidden)  # (k + 1, n_token), of what follows each of them
-    lap("targets")
+    lap("target")
     n_accepted, token = sampler.verify(logits, q, x[1:])
     lap("verify")
     k, *new = torch.cat((n_accepted, x[1:], token)).tolist()  # one transfer to the host
@@ -288,7 +288,7 @@ def generate_cached(model, prompt, max_new_tokens, **options):
 def generate_speculative(model, prompt, max_new_tokens, lap=lambda part: None, **options):
     """Self-speculative decoding, 1..n tokens per forward pass. Options: see `run`.
 
-    lap: see `speculative_step`; the prefill has the parts trunk and targets.
+    lap: see `speculative_step`; the prefill has the parts trunk and target.
     """
     if model.head is None:
         raise BadInput("n_future = 1: there is no head to draft from; use generate_cached")
@@ -350,7 +350,7 @@ def speculative_blocks(model, tokens, sampler, lap):
     hidden = model.hidden(window_ids(tokens, model), cache)[0]
     lap("trunk")
     logits = target_logits(model, hidden[-1:])
-    lap("targets")
+    lap("target")
     e, (token, _) = hidden[-1], sampler.draw(logits)  # (C,), (1,)
     tokens.append(token.item())
     yield tokens[-1:], None

@@ -23,8 +23,7 @@ import numpy as np
 
 from common import ArgumentParser, locked, number, path, progress_bar, replacing, run_script, seed
 from model import BadInput
-from tokenizer import (EOT, PATTERN, SEGMENT, build_tokenizer, gpt2_tokenizer, load_tokenizer,
-                       segments)
+from tokenizer import EOT, PATTERN, SEGMENT, TOKENIZERS, load_tokenizer, segments
 
 VAL_SHARE = 0.05
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
@@ -331,7 +330,7 @@ def parse_args():
                         help="text files, or folders of text files, in utf-8")
     parser.add_argument("--data_dir", type=path,
                         help="where to write (data/tinystories, data/toy or data/text)")
-    parser.add_argument("--tokenizer", choices=["pieces", "gpt2"], default="pieces",
+    parser.add_argument("--tokenizer", choices=TOKENIZERS, default="pieces",
                         help="pieces: bytes and frequent whole pieces, offline; gpt2: GPT-2's BPE")
     parser.add_argument("--vocab_size", type=number(int, 257, 2**16), default=2048,
                         help="ids of the pieces tokenizer; 257, bytes and the end of text, is the "
@@ -353,7 +352,8 @@ def prepare_toy(args):
     rng = random.Random(args.seed)
     stories, bits = zip(*(toy_story(rng) for _ in range(args.stories)))
     train, val = split_documents(lambda: iter(stories), args.seed)
-    meta = prepare(train, val, choose_tokenizer(args, train), args.data_dir, seed=args.seed,
+    description = TOKENIZERS[args.tokenizer](train(), args.vocab_size)
+    meta = prepare(train, val, description, args.data_dir, seed=args.seed,
                    source=f"toy grammar, {args.stories} stories",
                    entropy_bits_per_story=toy_entropy())
     per_story, per_token = meta["entropy_bits_per_story"], meta["entropy_bits_per_token"]
@@ -375,15 +375,8 @@ def prepare_text(args):
         source = " ".join(file.name for file in files)
     size = sum(file.stat().st_size for file in files)
     every = max(1, size // COUNTED)  # of a large text, each k-th document
-    description = choose_tokenizer(args, lambda: islice(train(), 0, None, every))
+    description = TOKENIZERS[args.tokenizer](islice(train(), 0, None, every), args.vocab_size)
     return prepare(train, val, description, args.data_dir, seed=args.seed, source=source)
-
-
-def choose_tokenizer(args, documents):
-    """The tokenizer's description; another kind of tokenizer is a line here and a --tokenizer."""
-    if args.tokenizer == "gpt2":
-        return gpt2_tokenizer()
-    return build_tokenizer(documents(), args.vocab_size)
 
 
 def main():

@@ -4,8 +4,8 @@
     ids = encode(enc, "Once upon")
 
 The dict {name, pattern, tokens} stands in meta.json and in every checkpoint, so neither needs a
-file beside it. For another tokenizer, write another function that returns such a dict;
-prepare_tinystories.py chooses between them.
+file beside it. For another tokenizer, write another function that returns such a dict, and give it a
+line in TOKENIZERS, from which --tokenizer chooses.
 """
 
 import codecs
@@ -46,8 +46,8 @@ def build_tokenizer(documents, vocab_size):
             "tokens": [token.decode("latin-1") for token in tokens]}
 
 
-def gpt2_tokenizer(timeout=60):
-    """GPT-2's BPE, described like any other, so that only this step needs tiktoken's files.
+def gpt2_tokenizer(documents=(), vocab_size=0, timeout=60):
+    """GPT-2's BPE, whatever the documents and vocab_size; only this step needs tiktoken's files.
 
     tiktoken downloads them without a time-out (seconds, here), so it would wait for ever where a
     firewall is silent.
@@ -71,6 +71,9 @@ def gpt2_tokenizer(timeout=60):
             "pieces, which needs none.")
     tokens = [enc.decode_single_token_bytes(i).decode("latin-1") for i in range(enc.eot_token)]
     return {"name": "gpt2", "pattern": enc._pat_str, "tokens": tokens}
+
+
+TOKENIZERS = {"pieces": build_tokenizer, "gpt2": gpt2_tokenizer}
 
 
 def load_tokenizer(description):

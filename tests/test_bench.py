@@ -23,7 +23,7 @@ def test_arithmetic():
     passes alone. A step's time: that of all forward passes, the three rounds' prefills among
     them."""
     def rounds(seconds, trunk=0.0):
-        parts = dict(trunk=5 * trunk, targets=0.5, draft=0.25, verify=0.15, rest=9.0)
+        parts = dict(trunk=5 * trunk, target=0.5, draft=0.25, verify=0.15, rest=9.0)
         return {"seconds": seconds, "tokens": 5, "texts": [[1, 2, 3, 4, 5]], "parts": parts}
 
     found = {"plain": [rounds(s) for s in (5.0, 10.0, 20.0)], "speculative": [rounds(2.5, t) for t in (0.1, 0.1, 0.3)]}
@@ -34,7 +34,7 @@ def test_arithmetic():
     assert fast["speedup"] == 4.0 and fast["speedup_range"] == [2.0, 8.0] and fast["bound"] == pytest.approx(10)
     assert fast["acceptance"] == [0.5, None] and fast["tokens_per_second"] == 2.0 and fast["tokens_per_step"] == 12 / 7
     assert fast["step_ms"] == pytest.approx(750)
-    assert fast["parts_ms"] == pytest.approx({"draft": 75, "trunk": 150, "targets": 150, "verify": 45, "rest": 330})
+    assert fast["parts_ms"] == pytest.approx({"draft": 75, "trunk": 150, "target": 150, "verify": 45, "rest": 330})
 
 
 def test_laps_add_up_by_part(monkeypatch):
@@ -52,7 +52,7 @@ def test_the_parts_of_a_step_are_less_than_the_whole():
     for temperature in (0.0, 1.0):
         rounds, stats = bench.rounds(temperature, 2)
         for r in rounds["speculative"]:
-            assert set(r["parts"]) == {"rest", "draft", "trunk", "targets", "verify"}
+            assert set(r["parts"]) == {"rest", "draft", "trunk", "target", "verify"}
             assert 0 < sum(r["parts"].values()) < r["seconds"] and r["tokens"] == 24
         assert stats["speculative"].steps > 0 and not rounds["plain"][0]["parts"]
 

@@ -224,8 +224,8 @@ def test_laps_name_the_parts_of_every_step_in_order():
     model, stats, laps = tiny_model(block_size=8), Stats(), []
     text = list(generate_speculative(model, [1], 20, sampler=Greedy(), stats=stats, lap=laps.append))
     assert text == list(generate_speculative(model, [1], 20, sampler=Greedy()))
-    step = ["rest", "draft", "trunk", "targets", "verify"]
-    assert laps[:8] == ["rest", "trunk", "targets", *step]
-    counts, moves = Counter(laps), laps.count("trunk") - laps.count("targets")
-    assert moves > 0 and counts["draft"] == counts["verify"] == stats.steps == counts["targets"] - 1
+    step = ["rest", "draft", "trunk", "target", "verify"]
+    assert laps[:8] == ["rest", "trunk", "target", *step]
+    counts, moves = Counter(laps), laps.count("trunk") - laps.count("target")
+    assert moves > 0 and counts["draft"] == counts["verify"] == stats.steps == counts["target"] - 1
     assert counts["rest"] == stats.steps + 1 + moves

@@ -392,7 +392,7 @@ BUGS = [("train", SMALL, "model.CPHead.log_joint"), ("train", SMALL, "model.GPT.
         ("sample", "--temperature 0", "decode.keep_equal"), ("sample", "", "sample.load_tokenizer"),
         ("bench", "", "decode.verify"), ("bench", "", "model.Conditionals.next"),
         ("bench", "--plot x.png", "bench_speculative.draw_bench"), ("plot", "out/toy --output x.png", "plot.draw_runs"),
-        ("prepare", "--toy --stories 9 --data_dir data/bug", "prepare_tinystories.build_tokenizer"),
+        ("prepare", "--toy --stories 9 --data_dir data/bug", "tokenizer.segments"),
         ("prepare", "--toy --stories 9 --data_dir data/bug", "prepare_tinystories.toy_story")]
 
 
