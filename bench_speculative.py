@@ -26,14 +26,14 @@ from pathlib import Path
 
 import torch
 
-from common import ArgumentParser, number, path, run_script
-from decode import (Greedy, Stats, generate, generate_cached, generate_speculative, make_sampler,
+from common import ArgumentParser, any_path, number, run_script
+from decode import (Stats, generate, generate_cached, generate_speculative, make_sampler,
                     window_ids)
 from model import BadInput
 from plot import check_plot, draw_bench, save
 from sample import add_model_flags, fast_kernels, load, prompt_ids
 
-HEAD = ("head", "n_future", "rank")  # what says of which kind a head is
+KIND = ("head", "n_future", "rank")  # what says of which kind a head is
 
 # -----------------------------------------------------------------------------
 # clocks
@@ -135,7 +135,7 @@ def to_transformers(model):
 def transformers_generate(peer, prompt, max_new_tokens, *, sampler, stats=None, **options):
     """peer.generate in the form of our decoders; its randomness is torch's own, which our generator
     seeds."""
-    options["do_sample"] = not isinstance(sampler, Greedy)
+    options["do_sample"] = sampler.generator is not None
     if options["do_sample"]:
         seed = torch.randint(2**31, (), generator=sampler.generator, device=peer.device)
         torch.manual_seed(seed.item())
@@ -171,7 +171,7 @@ def check_same_target(model, other, out_dir):
                        "what gets written.")
     ours, theirs = model.state_dict(), other.state_dict()
     trunk = [name for name in ours if not name.startswith("head.")]
-    config = replace(other.config, **{name: getattr(model.config, name) for name in (*HEAD, "dropout")})
+    config = replace(other.config, **{name: getattr(model.config, name) for name in (*KIND, "dropout")})
     if other.head is None or config != model.config or not all(
             torch.equal(ours[name], theirs[name]) for name in trunk):
         raise BadInput(f"--beside: {out_dir} is not another head on the very trunk of --out_dir, with "
@@ -280,7 +280,7 @@ class Bench:
         if mode.speculative:
             n_passes = stats.steps + len(own) * len(self.prompts)  # prefills, too
             ms = 1e3 * sum(r["tokens"] for r in own) / n_passes  # a forward pass's, of a token's seconds
-            row |= {key: getattr(mode.model.config, key) for key in HEAD}
+            row |= {key: getattr(mode.model.config, key) for key in KIND}
             row["step_ms"] = ms * statistics.median(per_token())
             row["parts_ms"] = {part: ms * statistics.median(per_token(part))
                                for part in ("draft", "trunk", "target", "verify")}
@@ -319,7 +319,7 @@ def describe(bench, args):
         "out_dir": args.out_dir, "device": str(device), "hardware": hardware(device),
         "torch": torch.__version__, "dtype": args.dtype, "threads": torch.get_num_threads(),
         "trunk_parameters": trunk, "head_parameters": head,
-        **{name: getattr(config, name) for name in HEAD}, "target": config.target,
+        **{name: getattr(config, name) for name in KIND}, "target": config.target,
         "vocab_size": config.n_token, "prompts": len(bench.prompts),
         "tokens_per_prompt": bench.n_tokens, "rounds": args.rounds, "seed": args.seed,
     }
@@ -382,14 +382,14 @@ def parse_args():
                         help="interleaved rounds, at least 5: the median of fewer is noise (7)")
     parser.add_argument("--max_new_tokens", type=number(int, 2),
                         help="tokens per prompt, the first of which the prefill yields (as many as fit "
-                             "the block, at most 256)")
+                             "the block, or half of it; at most 256)")
     parser.add_argument("--threads", type=number(int, 1, 1024),
                         help="CPU threads (the number that is best for plain decoding)")
     parser.add_argument("--peers", action="store_true",
                         help="also time decoding without a cache, and transformers, on the same weights")
-    parser.add_argument("--beside", metavar="OUT_DIR", nargs="+", type=path, default=[],
+    parser.add_argument("--beside", metavar="OUT_DIR", nargs="+", type=any_path, default=[],
                         help="also time the heads of other checkpoints, trained on the same frozen trunk")
-    parser.add_argument("--plot", type=path, metavar="FILE.png",
+    parser.add_argument("--plot", type=any_path, metavar="FILE.png",
                         help="draw the speed-ups, the acceptance and the histogram")
     return parser.parse_args()
 
@@ -408,7 +408,7 @@ def main():
         check_same_target(model, other, out_dir)
     prompts = [prompt_ids(enc, text) for text in ckpt["meta"]["prompts"]]
     room = model.config.block_size - max(map(len, prompts))
-    n_tokens = args.max_new_tokens or max(2, min(256, room))
+    n_tokens = args.max_new_tokens or min(256, max(room, model.config.block_size // 2, 2))
     if args.peers and n_tokens > room:
         raise BadInput("--peers: transformers' window does not move on, so --max_new_tokens must be at "
                        f"most {room}.")

@@ -8,8 +8,10 @@ without a head (n = 1), step by step: "x n = 1" is the median of the ratios. A v
 row is nanoGPT's algorithm. The last line of stdout is a JSON object.
 """
 
+import argparse
 import itertools
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -97,10 +99,11 @@ def measure(cfg, vocab_size, device_name, nanogpt, rounds=5):
 
 def measure_apart(*args):
     """measure(*args) in a fresh process; None where the memory does not suffice."""
-    command = [sys.executable, __file__, "--row", json.dumps(args)]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, "--row", json.dumps(args)]  # in a session of its own: a
+    # Ctrl-C comes here alone, and run kills the process then
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     if process.returncode == 0:
-        return json.loads(process.stdout)
+        return json.loads(process.stdout.splitlines()[-1])
     if process.returncode == -9:  # SIGKILL, which is what a system out of memory sends
         return None
     raise BadInput(f"a measurement ended with exit code {process.returncode}.")
@@ -158,10 +161,11 @@ def main():
                                ("--futures", [4, 8], "values of n"), ("--ranks", [1, 2, 4, 8, 16], "ranks")):
         parser.add_argument(flag, nargs="+", type=count, default=values,
                             help=f"{text} ({' '.join(map(str, values))})")
-    parser.add_argument("--row", help="a row in JSON: what the script calls itself with")
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # JSON, from measure_apart
     args = parser.parse_args()
     if args.row:
         return row_process(args.row)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # kills the row, too
     cfg = replace(TrainConfig(), **{name: getattr(args, name) for name in FLAGS if name in args})
     cells = []
     for V in args.vocab_sizes:

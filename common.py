@@ -1,5 +1,4 @@
-"""What the scripts share: errors in one line, files that are whole or not there, one writer per
-folder, checkpoints."""
+"""What the scripts share: errors in one line, whole files, one writer per folder, checkpoints."""
 
 import argparse
 import errno
@@ -16,6 +15,7 @@ import warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout  # comes with torch
 from tqdm import tqdm
@@ -52,12 +52,11 @@ def number(kind, low, high=float("inf"), above=False):
     return parse
 
 
-seed = number(int, 0, 2**32 - 1)  # a CPU's generator looks at 32 bits: larger ones would repeat these
+any_seed = number(int, 0, 2**32 - 1)  # a CPU's generator looks at 32 bits: larger ones repeat
 
 
 def utf8(text):
-    """An argparse type: text, without the escapes that Python puts where the shell's bytes are not
-    utf-8."""
+    """An argparse type: text, and no bytes of a shell that are not utf-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -65,9 +64,7 @@ def utf8(text):
     return text
 
 
-def path(text):
-    """An argparse type: a path, whose ~ a shell leaves as it is in --flag=~/folder."""
-    return os.path.expanduser(text)
+any_path = os.path.expanduser  # an argparse type: a shell leaves the ~ of --flag=~/folder
 
 
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -119,11 +116,9 @@ def replacing(*paths):
     link stays, and the file that it leads to changes.
     """
     paths = [Path(path).resolve() for path in paths]
-    tmps = [path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp") for path in paths]
+    tmps = [temporary(path) for path in paths]
     try:
         with ExitStack() as stack:
-            for tmp in tmps:
-                tmp.parent.mkdir(parents=True, exist_ok=True)
             files = [stack.enter_context(open(tmp, "xb")) for tmp in tmps]
             yield files if len(files) > 1 else files[0]
             for file in files:
@@ -135,13 +130,19 @@ def replacing(*paths):
             os.replace(tmp, path)
     except BaseException as e:
         for tmp in tmps:
-            if tmp.parent.is_dir():
-                tmp.unlink(missing_ok=True)
-        hidden = isinstance(e.__context__, (OSError, KeyboardInterrupt))  # by torch.save's own error
+            tmp.unlink(missing_ok=True)
+        # torch.save's own RuntimeError hides what a full disk or Ctrl-C raised
+        hidden = type(e) is RuntimeError and isinstance(e.__context__, (OSError, KeyboardInterrupt))
         error = e.__context__ if hidden else e
         if isinstance(error, OSError) and str(error.filename or ".tmp").endswith(".tmp"):
             error.filename = str(paths[0] if len(paths) == 1 else paths[0].parent)
         raise error
+
+
+def temporary(path):
+    """A name beside path that nobody else has; the folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 @contextmanager
@@ -149,9 +150,10 @@ def locked(folder):
     """The folder, made if need be, for this process alone: BadInput if another one writes there.
 
     The system frees the lock when the process ends, however it ends. What a killed writer left
-    half-written goes.
+    half-written goes, and so does a new folder in which nothing gets written.
     """
     folder = Path(folder)
+    is_new = not folder.exists()
     check_writable(folder / "probe")
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -166,13 +168,15 @@ def locked(folder):
         yield folder
     finally:
         lock.release()
+        if is_new and os.listdir(folder) == [".lock"]:
+            (folder / ".lock").unlink()
+            folder.rmdir()
 
 
 def check_writable(path):
     """OSError if no file can be written where path is: to be called before long work."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    path = Path(path).resolve()
+    probe = temporary(path)
     try:
         open(probe, "xb").close()
         probe.unlink()
@@ -201,18 +205,17 @@ def pick_device(name):
 
 @contextmanager
 def stop_signals():
-    """A list that is empty until Ctrl-C, SIGTERM or SIGHUP, which ends the run after its step; a
-    second one does at once. Off the main thread, where Python allows no handlers, it stays
-    empty."""
+    """A list that is empty until Ctrl-C, SIGTERM or SIGHUP, and then holds the signal's number.
+
+    A second Ctrl-C interrupts as usual. A second one of the others changes nothing: a terminal that
+    closes may send SIGHUP twice. Off the main thread, Python allows no handlers: it stays empty.
+    """
     caught, before = [], {}
 
     def note(number, frame):
         caught.append(number)
-        restore()
-
-    def restore():
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
 
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     main = threading.current_thread() is threading.main_thread()
@@ -222,7 +225,8 @@ def stop_signals():
     try:
         yield caught
     finally:
-        restore()
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def compiled(function, device):
@@ -239,20 +243,17 @@ def compiled(function, device):
 # checkpoints and data
 
 
-def load_model(path, fresh_head=False, **changes):
-    """(model, checkpoint dict) of a file of our train.py or nanoGPT's; options as in
-    GPT.from_checkpoint."""
-    ckpt = read_checkpoint(path)
+def load_model(ckpt, path, fresh_head=False, **changes):
+    """GPT.from_checkpoint of what `read_checkpoint` read from path."""
     try:
-        return GPT.from_checkpoint(ckpt, fresh_head, **changes), ckpt
+        return GPT.from_checkpoint(ckpt, fresh_head, **changes)
     except BadInput as e:
         raise BadInput(f"{path} holds no model that fits: {e}. If only its head is at fault, train.py "
                        f"--init_from {path} --fresh_head keeps the trunk.") from None
 
 
 def read_checkpoint(path):
-    """The dict of a checkpoint. Only plain tensors and plain Python are read, so a foreign file
-    cannot run code."""
+    """A checkpoint's dict, of plain tensors and plain Python: a foreign file cannot run code."""
     path = Path(path)
     if path.is_dir():
         raise BadInput(f"{path} is a folder; name the checkpoint in it, {path / 'ckpt.pt'}")
@@ -285,8 +286,8 @@ def check_meta(meta, where):
     try:
         tokens = {token.encode("latin-1") for token in meta["tokenizer"]["tokens"]}
         texts = [meta["tokenizer"]["name"], meta["tokenizer"]["pattern"], *meta["prompts"]]
-        good = (len(tokens) + 1 == meta["vocab_size"] and {bytes([b]) for b in range(256)} <= tokens
-                and 0 < meta["bytes_per_token"] < math.inf and meta["prompts"]
+        good = (len(tokens) + 1 == meta["vocab_size"] and meta["prompts"]
+                and 0 < meta["bytes_per_token"] < math.inf
                 and all(isinstance(text, str) for text in texts)
                 and all(meta["splits"][split]["tokens"] > 0 for split in ("train", "val")))
     except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
@@ -296,7 +297,7 @@ def check_meta(meta, where):
                        "write the data anew.")
 
 
-HASHED = 2**27  # bytes of a .bin file whose hash is compared: a matter of tenths of a second
+HASHED = 2**27  # bytes of a .bin file that is read and compared with its hash; larger ones are not
 
 
 def read_meta(data_dir):
@@ -316,7 +317,9 @@ def read_meta(data_dir):
         size = 2 * split["tokens"]
         same = file.exists() and file.stat().st_size == size
         if same and size <= HASHED:
-            same = hashlib.sha256(file.read_bytes()).hexdigest() == split.get("sha256")
+            data = file.read_bytes()
+            same = (hashlib.sha256(data).hexdigest() == split.get("sha256")
+                    and np.frombuffer(data, dtype=np.uint16).max() < meta["vocab_size"])
         if not same:
             raise BadInput(f"{file} is not the file of {size:,} bytes that {path} speaks of; write "
                            f"them anew: {again}")
@@ -324,9 +327,11 @@ def read_meta(data_dir):
 
 
 def check_tokenizer(ckpt, meta, path):
-    """BadInput unless a checkpoint knows the data's tokens under the same ids. nanoGPT's holds no
-    tokenizer to compare, so its number of ids must be the data's, padded or not; 50,257 are
-    GPT-2's."""
+    """BadInput unless a checkpoint knows the data's tokens under the same ids.
+
+    nanoGPT's holds no tokenizer to compare, so its number of ids must be the data's, padded or not;
+    50,257 are GPT-2's.
+    """
     name, n = meta["tokenizer"]["name"], meta["vocab_size"]
     if "meta" in ckpt:
         check_meta(ckpt["meta"], path)

@@ -15,7 +15,7 @@ wider, whatever the model is.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 import torch
@@ -149,21 +149,32 @@ class CPHead(nn.Module):
 
     A head of your own is a subclass that overrides what differs, and a line in HEADS:
 
-        vectors        h_a^(s), which W turns into logits, from e alone: all that an MLP changes
+        vectors        h_a^(s), which W turns into logits, from e alone: with __init__, all that an
+                       MLP in the place of M changes
         vectors_along  h_a^(s) in training, where it may also see the gold tokens before x_{t+s}
         start, rows    the same in decoding, one offset after another; then set sees_drafts
+
+    At s = 1 there are no such tokens: log_marginal, the target "marginal", is from vectors alone.
+    test_cp_head.py runs over all of HEADS and says where these methods do not agree.
 
     The components must not start as copies of one another: at equal maps the router has no gradient
     and the maps' own gradients agree, so noise on the router alone would never break the symmetry.
     """
 
     sees_drafts = False  # whether P_a^(s) depends on the tokens between t and t + s
+    extends, added = None, ()  # the head that a trained one can become this by adding parameters
 
     def __init__(self, config):
         super().__init__()
-        n, self.rank, C = config.n_future, config.rank, config.n_embd
-        self.router = nn.Linear(C, self.rank)  # w = softmax(router(e))
-        self.maps = nn.Parameter(torch.eye(C) + 0.02 * torch.randn(n, self.rank, C, C))  # M_a^(s)
+        self.rank = config.rank
+        self.router = nn.Linear(config.n_embd, config.rank)  # w = softmax(router(e))
+        self.maps = nn.Parameter(self.new_maps(config))
+
+    @staticmethod
+    def new_maps(config):
+        """M_a^(s) (n, r, C, C): the identity and noise."""
+        C = config.n_embd
+        return torch.eye(C) + 0.02 * torch.randn(config.n_future, config.rank, C, C)
 
     def log_weights(self, e):
         """log w: e (..., C) -> (..., r)."""
@@ -216,10 +227,10 @@ class FullCPHead(CPHead):
     n * r * V * C parameters, so it is for small vocabularies. Its vectors are the logits already.
     """
 
-    def __init__(self, config):
-        super().__init__(config)
-        shape = config.n_future, config.rank, config.vocab_size, config.n_embd
-        self.maps = nn.Parameter(0.02 * torch.randn(shape))  # W_a^(s)
+    @staticmethod
+    def new_maps(config):
+        """W_a^(s) (n, r, V, C)."""
+        return 0.02 * torch.randn(config.n_future, config.rank, config.vocab_size, config.n_embd)
 
     def logits(self, e, unembed, offsets=slice(None)):
         return widen(self.vectors(e, offsets))
@@ -243,6 +254,7 @@ class ChainHead(CPHead):
     """
 
     sees_drafts = True
+    extends, added = "cp", ("gate", "out")
 
     def __init__(self, config):
         super().__init__(config)
@@ -473,35 +485,41 @@ class GPT(nn.Module):
         """The model of a checkpoint dict, ours or one of nanoGPT's train.py, loaded strictly.
 
         changes: fields of GPTConfig that differ from the checkpoint's (n_future, rank, head,
-        target, dropout, n_token). Where they ask for another head, or with fresh_head, a fresh one
-        is put on the trunk. A head that extends the checkpoint's, as "chain" extends "cp", keeps
-        what both have. BadInput where the file does not fit.
+        target, dropout, n_token). Where they ask for another head, or with fresh_head, the old one
+        is left out and a fresh one is put on the trunk; see `head_state`. BadInput where the file
+        does not fit.
         """
         known = {f.name for f in fields(GPTConfig)}
-        old = GPTConfig(**{k: v for k, v in ckpt["model_args"].items() if k in known})
-        config, model = replace(old, **changes), cls(old)
+        old = {name: value for name, value in ckpt["model_args"].items() if name in known}
+        model = cls(GPTConfig(**{**old, **changes}))
         # nanoGPT saves a compiled model's names with a prefix, and once saved the causal mask
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in ckpt["model"].items()
                  if not name.endswith(".attn.bias")}
+        trunk = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+        head = {name: tensor for name, tensor in state.items() if name not in trunk}
         try:
-            model.load_state_dict(state)
+            model.load_state_dict(trunk | head_state(model, old, head, fresh_head))
         except RuntimeError as e:  # torch's list of what is missing, superfluous or of another shape
             raise BadInput(" ".join(str(e).split())[:300]) from None
-        if config == old and not fresh_head:
-            return model
-        other = cls(config)
-        other.load_state_dict({**other.state_dict(), **kept_tensors(model, other, fresh_head)})
-        return other
+        return model
 
 
-def kept_tensors(model, other, fresh_head=False):
-    """What `other` takes from `model`: the trunk, and of the head what one shares that extends it."""
-    def split(state):
-        head = {name: tensor for name, tensor in state.items() if name.startswith("head.")}
-        return head, {name: tensor for name, tensor in state.items() if name not in head}
+def head_state(model, old, head, fresh_head):
+    """The head's tensors for a model: the checkpoint's, fresh ones, or both.
 
-    (head, trunk), (fresh, _) = split(model.state_dict()), split(other.state_dict())
-    common = {name: tensor for name, tensor in head.items() if name in fresh}
-    extends = len(common) == min(len(head), len(fresh)) and all(
-        tensor.shape == fresh[name].shape for name, tensor in common.items())
-    return {**trunk, **common} if extends and not fresh_head else trunk
+    old, head: the checkpoint's settings and head. Of a head that extends it, or that it extends,
+    what both have is kept; of any other kind, n or rank, nothing.
+    """
+    config, state = model.config, model.state_dict()
+    fresh = {name: tensor for name, tensor in state.items() if name.startswith("head.")}
+    kind = old.get("head", "cp")
+    if fresh_head or (old.get("n_future", 1), old.get("rank", 1)) != (config.n_future, config.rank):
+        return fresh
+    if kind == config.head:
+        return head
+    for name, base in ((config.head, kind), (kind, config.head)):
+        if name in HEADS and HEADS[name].extends == base:
+            added = {f"head.{part}" for part in HEADS[name].added}
+            kept = {part: tensor for part, tensor in head.items() if part not in added}
+            return kept | {part: tensor for part, tensor in fresh.items() if part in added}
+    return fresh

@@ -14,7 +14,7 @@ import json
 import textwrap
 from pathlib import Path
 
-from common import ArgumentParser, check_writable, path, replacing, run_script
+from common import ArgumentParser, any_path, check_writable, replacing, run_script
 from model import BadInput
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -242,10 +242,10 @@ def save(figure, path):
 
 def main():
     parser = ArgumentParser(__doc__)
-    parser.add_argument("runs", nargs="+", type=path,
+    parser.add_argument("runs", nargs="+", type=any_path,
                         help=f"out_dir of train.py, or a log.jsonl; at most {len(PALETTE)}. With "
                              "--ranks: the output of one bench_speculative.py --beside")
-    parser.add_argument("--output", required=True, type=path,
+    parser.add_argument("--output", required=True, type=any_path,
                         help=f"the picture: {', '.join(FORMATS)}")
     parser.add_argument("--x", choices=X_AXES, help="x axis: steps, or the time of training (iter)")
     parser.add_argument("--ranks", action="store_true", help="draw the heads of a bench over their rank")

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import ArgumentParser, locked, number, path, progress_bar, replacing, run_script, seed
+from common import (ArgumentParser, any_path, any_seed, locked, number, progress_bar, replacing,
+                    run_script)
 from model import BadInput
 from tokenizer import EOT, PATTERN, SEGMENT, TOKENIZERS, load_tokenizer, segments
 
@@ -217,7 +218,8 @@ def download_tinystories(data_dir, max_mb=None):
                               max_mb and max_mb * 10**6))
         if max_mb:
             drop_cut_story(files[-1])
-        text_files(files[-1:])  # each of them must hold text
+        if next(documents(files[-1:]), None) is None:
+            raise BadInput(f"There is no text in {files[-1]}.")
     return files
 
 
@@ -326,9 +328,9 @@ def parse_args():
     parser = ArgumentParser(__doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--toy", action="store_true", help="synthetic stories from a grammar")
-    source.add_argument("--input", nargs="+", type=path, metavar="PATH",
+    source.add_argument("--input", nargs="+", type=any_path, metavar="PATH",
                         help="text files, or folders of text files, in utf-8")
-    parser.add_argument("--data_dir", type=path,
+    parser.add_argument("--data_dir", type=any_path,
                         help="where to write (data/tinystories, data/toy or data/text)")
     parser.add_argument("--tokenizer", choices=TOKENIZERS, default="pieces",
                         help="pieces: bytes and frequent whole pieces, offline; gpt2: GPT-2's BPE")
@@ -338,7 +340,7 @@ def parse_args():
     parser.add_argument("--max_mb", type=number(int, 1), help="download the first MBs only")
     parser.add_argument("--stories", type=number(int, 2), default=20000,
                         help="stories that --toy writes (20000)")
-    parser.add_argument("--seed", type=seed, default=1337,
+    parser.add_argument("--seed", type=any_seed, default=1337,
                         help="seed of the toy's stories and of the split (1337)")
     args = parser.parse_args()
     if args.max_mb and (args.toy or args.input):

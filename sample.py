@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from common import ArgumentParser, check_meta, load_model, number, path, pick_device, run_script, seed, utf8
+from common import (ArgumentParser, any_path, any_seed, check_meta, load_model, number, pick_device,
+                    read_checkpoint, run_script, utf8)
 from decode import Coupled, Stats, generate, generate_cached, generate_speculative, make_sampler
 from model import BadInput
 from tokenizer import TextStream, encode, load_tokenizer
@@ -28,14 +29,14 @@ def load(out_dir, device="auto", dtype="float32"):
     """(model, tokenizer, checkpoint) of out_dir/ckpt.pt, the model in evaluation mode on the
     device."""
     path, device = Path(out_dir) / "ckpt.pt", pick_device(device)
+    ckpt = read_checkpoint(path)
     if device.type == "mps" and dtype == "float64":
         raise BadInput("mps has no float64; take --device cpu.")
-    model, ckpt = load_model(path)
     if "meta" not in ckpt:
         raise BadInput(f"{path} holds no tokenizer (a checkpoint of nanoGPT?); train.py --init_from "
                        f"{path} makes one that does.")
     check_meta(ckpt["meta"], path)
-    enc = load_tokenizer(ckpt["meta"]["tokenizer"])
+    model, enc = load_model(ckpt, path), load_tokenizer(ckpt["meta"]["tokenizer"])
     if enc.n_vocab != model.config.n_token:
         raise BadInput(f"{path} holds a model of {model.config.n_token} tokens and a tokenizer of "
                        f"{enc.n_vocab}; train anew.")
@@ -49,8 +50,7 @@ def load(out_dir, device="auto", dtype="float32"):
 
 @contextmanager
 def fast_kernels(model):
-    """Within the block, passes of a few rows are fastest: on a CPU in float32, oneDNN's GELU takes
-    10 us a call and PyTorch's own 2, a tenth of a small model's step."""
+    """Within the block, passes of a few rows are fastest: in float32 on a CPU, without oneDNN."""
     before = torch.backends.mkldnn.enabled
     if model.device.type == "cpu" and model.dtype == torch.float32:
         torch.backends.mkldnn.enabled = False
@@ -93,14 +93,14 @@ def legend(n_drafts, colour):
 
 
 def add_model_flags(parser):
-    parser.add_argument("--out_dir", type=path, default="out/toy",
+    parser.add_argument("--out_dir", type=any_path, default="out/toy",
                         help="folder of the checkpoint (out/toy)")
     parser.add_argument("--device", default="auto",
                         help="cpu, cuda, cuda:1, mps; auto takes cuda, then mps, then cpu")
     parser.add_argument("--dtype", default="float32",
                         choices=["float32", "bfloat16", "float16", "float64"],
                         help="of the weights; probabilities are float32 or wider (float32)")
-    parser.add_argument("--seed", type=seed, default=1337, help="seed of the draws (1337)")
+    parser.add_argument("--seed", type=any_seed, default=1337, help="seed of the draws (1337)")
 
 
 def parse_args():

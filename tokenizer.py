@@ -80,15 +80,19 @@ def load_tokenizer(description):
     """The tiktoken.Encoding of a description {name, pattern, tokens}; tokens are byte strings
     written as latin-1.
 
-    Ids are the places in that list; <|endoftext|> comes last and is `eot_token`.
+    Ids are the places in that list; <|endoftext|> comes last and is `eot_token`. All 256 bytes must
+    be among the tokens, so that any text can be encoded: else BadInput.
     """
+    name, pattern = description["name"], description["pattern"]
     ranks = {token.encode("latin-1"): i for i, token in enumerate(description["tokens"])}
+    if not all(bytes([b]) in ranks for b in range(256)):
+        raise BadInput(f"the tokenizer {name} lacks some of the 256 single bytes, so it cannot encode "
+                       "every text")
     try:
-        return tiktoken.Encoding(description["name"], pat_str=description["pattern"],
-                                 mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
-    except Exception as e:  # a pattern that is none: tiktoken raises many kinds
-        raise BadInput(f"the tokenizer {description['name']} cannot be read "
-                       f"({type(e).__name__})") from None
+        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                 special_tokens={EOT: len(ranks)})
+    except Exception as e:  # for a wrong pattern tiktoken raises many kinds
+        raise BadInput(f"the tokenizer {name} cannot be read ({type(e).__name__}: {e})") from None
 
 
 def encode(enc, text):

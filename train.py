@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (ArgumentParser, check_tokenizer, compiled, load_model, locked, number, padded,
-                    path, pick_device, progress_bar, read_meta, replacing, run_script, seed,
-                    stop_signals)
+from common import (ArgumentParser, any_path, any_seed, check_tokenizer, check_writable, compiled,
+                    load_model, locked, number, padded, pick_device, progress_bar, read_checkpoint,
+                    read_meta, replacing, run_script, stop_signals)
 from model import GPT, HEADS, BadInput, GPTConfig
 
 
@@ -42,14 +42,14 @@ class TrainConfig:
     """The settings of a run. The defaults are the preset laptop."""
 
     # where
-    data_dir: str = flag("data/text", "folder that prepare_tinystories.py wrote", path)
-    out_dir: str = flag("out/laptop", "folder for the checkpoint and the log", path)
+    data_dir: str = flag("data/text", "folder that prepare_tinystories.py wrote", any_path)
+    out_dir: str = flag("out/laptop", "folder for the checkpoint and the log", any_path)
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes cuda, then mps, then cpu")
     dtype: str = flag("auto", "auto is bfloat16 (else float16) on cuda, else float32",
                       ("auto", "float32", "bfloat16", "float16"))
     compile: bool = flag(False, "torch.compile the loss (needs a C++ compiler)")
-    seed: int = flag(1337, "seed of the initial weights, the batches and dropout", seed)
-    init_from: str = flag("", "checkpoint to start from, ours or nanoGPT's; it keeps its shape", path)
+    seed: int = flag(1337, "seed of the initial weights, the batches and dropout", any_seed)
+    init_from: str = flag("", "checkpoint to start from, ours or nanoGPT's", any_path)
     fresh_head: bool = flag(False, "leave the head of init_from out, to compare heads on one trunk")
     freeze_trunk: bool = flag(False, "train the head alone")
     # model
@@ -103,19 +103,17 @@ PRESETS = {
 
 
 def train(run):
-    """Train run to its end: False. If a signal ends it before, the step is saved first: True."""
+    """Train run to its end, or until a signal: the step that it interrupts is saved."""
     cfg = run.cfg
     loss_function = compiled(run.model.loss, run.device) if cfg.compile else run.model.loss
     with stop_signals() as stop, progress_bar(total=cfg.max_iters, initial=run.iter_num) as bar:
         while run.progress < 1:
             loss, parts = optimizer_step(run, loss_function)
             run.count_step()
-            if stop and run.progress < 1:
-                run.save()  # first of all: the terminal may be gone
-                return True
-            bar.update()
             if run.iter_num % cfg.log_interval == 0:
                 bar.set_postfix(run.log_step(loss, parts), refresh=False)
+            if stop:
+                run.save()  # before anything is evaluated or printed: the terminal may be gone
             if run.progress >= 1 or run.iter_num % cfg.eval_interval == 0:
                 val = evaluate(run)
                 run.log.append({"iter": run.iter_num, "seconds": run.seconds, "val": val})
@@ -123,7 +121,9 @@ def train(run):
                 bar.clear()
                 print(f"step {run.iter_num}: validation next {val['next']:.4f}, "
                       f"joint {val['joint']:.4f} nats/token")
-    return False
+            if stop:
+                break
+            bar.update()
 
 
 def optimizer_step(run, loss_function):
@@ -147,8 +147,7 @@ def optimizer_step(run, loss_function):
 
 
 def learning_rate(progress, cfg):
-    """Linear warm-up, then a cosine from lr to min_lr; progress in [0, 1] is the share of the run
-    that is done."""
+    """Linear warm-up, then a cosine from lr to min_lr; progress in [0, 1]: the share that is done."""
     if progress < cfg.warmup:
         return cfg.lr * (progress + 1e-3) / (cfg.warmup + 1e-3)
     x = (progress - cfg.warmup) / (1 - cfg.warmup)
@@ -175,8 +174,7 @@ def evaluate(run):
 
 
 class Windows:
-    """Windows of block_size tokens, and for each of them the n_future tokens after it, out of a
-    .bin file."""
+    """Windows of block_size tokens of a .bin file, and the n_future tokens after each of them."""
 
     def __init__(self, path, cfg, device):
         self.data = np.memmap(path, dtype=np.uint16, mode="r")
@@ -233,7 +231,7 @@ class Run:
         self.val = val
         self.iter_num, self.seconds, self.log = 0, 0.0, []
         self.is_new = True  # until its first checkpoint
-        self.start = self.clock = None  # (iter_num, seconds), and the time, after the first step
+        self.start = self.clock = None  # after the first step: (iter_num, seconds), and the time
 
     @property
     def progress(self):
@@ -286,7 +284,11 @@ class Run:
     def restore(self, ckpt):
         """Take over all that `save` wrote but the model, which is loaded by then."""
         self.is_new = False
-        self.optimizer.load_state_dict(ckpt["optimizer"])
+        try:
+            self.optimizer.load_state_dict(ckpt["optimizer"])
+        except (KeyError, TypeError, ValueError) as e:  # of other groups or shapes
+            raise BadInput(f"The optimizer's state does not fit the model ({e}); --init_from starts a "
+                           "new run with the weights.") from None
         if ckpt["scaler"]:
             self.scaler.load_state_dict(ckpt["scaler"])
         self.iter_num, self.seconds, self.log = ckpt["iter_num"], ckpt["seconds"], ckpt["log"]
@@ -340,7 +342,7 @@ def resumed_run(out_dir, given):
     """The Run that out_dir/ckpt.pt holds, with the checkpoint's settings but for those flags that
     may differ."""
     path = Path(out_dir) / "ckpt.pt"
-    model, ckpt = load_model(path)
+    ckpt = read_checkpoint(path)
     known = asdict(TrainConfig()).keys()
     if any(name not in ckpt for name in SAVED) or ckpt["train_config"].keys() != known:
         raise BadInput(f"{path} holds no state of training to go on from; --init_from {path} starts "
@@ -348,9 +350,8 @@ def resumed_run(out_dir, given):
     old = TrainConfig(**ckpt["train_config"])
     for name, value in given.items():
         if name not in CHANGEABLE and value != getattr(old, name):
-            flag = f"--no-{name}" if value is False else f"--{name}"
             raise BadInput(f"--resume goes on with {name} = {getattr(old, name)}, not {value}; leave "
-                           f"{flag} away, or start a new run without --resume.")
+                           f"{as_flag(name, value)} away, or start a new run without --resume.")
     kept = {name: value for name, value in given.items() if name in CHANGEABLE}
     cfg = replace(old, **{**kept, "out_dir": out_dir})
     device, meta = pick_device(cfg.device), read_meta(cfg.data_dir)
@@ -358,9 +359,14 @@ def resumed_run(out_dir, given):
     if ckpt["meta"]["splits"] != meta["splits"]:
         raise BadInput(f"The data in {cfg.data_dir} is not what {path} was trained on; --init_from "
                        "starts a new run.")
-    run = Run(cfg, model, meta, device, val=read_windows(cfg, "val", device))
+    run = Run(cfg, load_model(ckpt, path), meta, device, val=read_windows(cfg, "val", device))
     run.restore(ckpt)
     return run
+
+
+def as_flag(name, value):
+    """What the user typed to set a field of TrainConfig to a value."""
+    return f"--no-{name}" if value is False else f"--{name}"
 
 
 # -----------------------------------------------------------------------------
@@ -375,14 +381,15 @@ def model_config(cfg, n_token):
 
 def trunk_with_head(cfg, meta, given):
     """The trunk of --init_from with the head that cfg asks for."""
-    head = {name: getattr(cfg, name) for name in ("n_future", "rank", "head", "target", "dropout")}
-    model, ckpt = load_model(cfg.init_from, cfg.fresh_head, **head, n_token=meta["vocab_size"])
+    ckpt = read_checkpoint(cfg.init_from)
     check_tokenizer(ckpt, meta, cfg.init_from)
+    head = {name: getattr(cfg, name) for name in ("n_future", "rank", "head", "target", "dropout")}
+    model = load_model(ckpt, cfg.init_from, cfg.fresh_head, **head, n_token=meta["vocab_size"])
     for name in ("block_size", "n_layer", "n_head", "n_embd", "bias"):
         own = getattr(model.config, name)
         if given.get(name, own) != own:
             raise BadInput(f"--init_from {cfg.init_from} has {name} = {own}, not {given[name]}; leave "
-                           f"--{name} away.")
+                           f"{as_flag(name, given[name])} away.")
     old = ckpt["model"]
     kept = [name.removeprefix("head.") for name, tensor in model.state_dict().items()
             if name.startswith("head.") and name in old and torch.equal(tensor, old[name])]
@@ -476,10 +483,12 @@ def main():
     cfg = replace(PRESETS[args.preset], **given)
     torch.set_flush_denormal(True)  # x86 is slow at numbers below 1e-38, as of a lost component
     with locked(cfg.out_dir):
+        check_writable(Path(cfg.out_dir) / "ckpt.pt")  # which may be a link to another disk
         run = resumed_run(cfg.out_dir, given) if args.resume else new_run(cfg, given)
         first = run.iter_num
         print(describe(run))
-        if train(run):
+        train(run)
+        if run.progress < 1:
             print(f"\nstopped after step {run.iter_num}, which is saved; to go on: "
                   f"python train.py --resume --out_dir {cfg.out_dir}", file=sys.stderr)
             sys.exit(130)

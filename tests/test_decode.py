@@ -131,9 +131,8 @@ def test_drafts_are_tokens_whatever_the_padding_has(rank, head):
 
 
 def test_nan_and_infinite_logits_are_refused_by_every_decoder_and_sampler():
-    """One NaN in the trunk, or weights that overflow in half precision: BadInput, which is a
-    ValueError, that names the cause and float32. Before, temperature 0 wrote token 0 for ever, and
-    temperature 1 an id that is none."""
+    """One NaN in the trunk, or weights that overflow in half precision: BadInput, a ValueError, that
+    names the cause and float32. Guards token 0 for ever, and an id outside the vocabulary."""
     damaged = tiny_model(target="lm_head")
     damaged.transformer.h[0].mlp.c_fc.weight.data[0, 0] = float("nan")
     overflowing = tiny_model(target="lm_head").half()

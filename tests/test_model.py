@@ -151,15 +151,16 @@ def test_checkpoint_round_trip(variant):
     other = GPT.from_checkpoint(model.to_checkpoint()).eval()
     idx = torch.randint(5, (1, 6))
     assert other.config == model.config and torch.equal(other(idx), model(idx))
-    assert torch.equal(other.head.maps, model.head.maps)
+    for name, p in other.head.named_parameters():
+        assert torch.equal(p, model.head.get_parameter(name)), name
 
 
 def test_foreign_state_does_not_load():
     """Strict means strict: a missing or a superfluous tensor is an error, not a silently random
-    weight; also where another head is asked for."""
+    weight; also where a head that extends the checkpoint's is asked for."""
     ckpt = tiny_model().to_checkpoint()
     state = dict(ckpt["model"])
-    for changes in ({}, dict(head="chain"), dict(rank=3)):
+    for changes in ({}, dict(head="chain"), dict(target="lm_head")):
         for name in ("transformer.h.0.mlp.c_fc.weight", "head.maps", "head.router.weight"):
             with pytest.raises(BadInput, match=name):
                 GPT.from_checkpoint({**ckpt, "model": {k: v for k, v in state.items() if k != name}}, **changes)
@@ -187,6 +188,30 @@ def test_a_head_that_extends_another_keeps_what_both_have():
     assert headless.head is None and torch.equal(headless.lm_head.weight, chain.lm_head.weight)
     grown = GPT.from_checkpoint(headless.to_checkpoint(), n_future=3, head="chain")
     assert type(grown.head) is HEADS["chain"] and torch.equal(grown.lm_head.weight, chain.lm_head.weight)
+
+
+@pytest.mark.parametrize("changes", [dict(fresh_head=True), dict(fresh_head=True, head="cp"), dict(rank=3),
+                                     dict(head="full"), dict(n_future=1)], ids=str)
+def test_a_fresh_head_needs_nothing_of_the_old_one(changes):
+    """A head that is damaged, or whose class is gone, can be replaced: the trunk is kept."""
+    ckpt = tiny_model(head="chain").to_checkpoint()
+    state = {name: tensor for name, tensor in ckpt["model"].items() if name != "head.maps"}
+    trunk = state["lm_head.weight"].float()
+    model = GPT.from_checkpoint({**ckpt, "model": state}, **changes)
+    assert torch.equal(model.lm_head.weight, trunk)
+    gone = {**ckpt["model_args"], "head": "a head that was renamed"}
+    model = GPT.from_checkpoint({"model": state, "model_args": gone}, **{"head": "cp", **changes})
+    assert torch.equal(model.lm_head.weight, trunk)
+    with pytest.raises(BadInput, match="head must be one of"):
+        GPT.from_checkpoint({"model": state, "model_args": gone})
+
+
+def test_maps_are_not_taken_for_unembeddings():
+    """Where V = C, the maps of cp and the unembeddings of full have one shape; they are other things."""
+    cp = tiny_model(vocab_size=8)
+    full = GPT.from_checkpoint(cp.to_checkpoint(), head="full")
+    assert full.head.maps.shape == cp.head.maps.shape
+    assert not torch.equal(full.head.maps.double(), cp.head.maps)
 
 
 def test_bad_config_is_refused():

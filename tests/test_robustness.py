@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import bench_speculative
+import bench_training
 import common
 import model
 import plot
@@ -31,7 +32,7 @@ from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 MAIN = {"prepare": prepare_tinystories.main, "train": train.main, "sample": sample.main,
-        "bench": bench_speculative.main, "plot": plot.main}
+        "bench": bench_speculative.main, "plot": plot.main, "training": bench_training.main}
 SMALL = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 --n_future 3 "
          "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu")
 FROM = "--preset toy --batch_size 4 --n_future 3 --max_iters 1 --eval_windows 4 --device cpu --init_from"
@@ -94,6 +95,10 @@ def make_bad_files(home):
             "model_args": dict(block_size=32, vocab_size=50304, n_layer=1, n_head=2, n_embd=16, bias=False)}
     older = {**ckpt, "train_config": {**ckpt["train_config"], "factors": "reduced"}}
     wordless = {**ckpt, "meta": {**ckpt["meta"], "prompts": []}}
+    tokenizer = ckpt["meta"]["tokenizer"]
+    byteless = {**ckpt, "meta": {**ckpt["meta"], "tokenizer": {**tokenizer, "tokens": ["??", *tokenizer["tokens"][1:]]}}}
+    group = {**ckpt["optimizer"], "param_groups": ckpt["optimizer"]["param_groups"][:1]}
+    groupless = {**ckpt, "optimizer": group}
     wide = {**ckpt, "model_args": {**ckpt["model_args"], "n_embd": "wide"}}
 
     class Hostile:
@@ -102,7 +107,7 @@ def make_bad_files(home):
 
     files = {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello\n", "hostile": pickle.dumps(Hostile())}
     others = dict(nanogpt=fewer, odd=odd, wide=wide, list=[1], dict={"a": 1}, nan=nan, huge=huge, gpt2=gpt2, older=older,
-                  wordless=wordless)
+                  wordless=wordless, byteless=byteless, groupless=groupless)
     for name, content in {**files, **others}.items():
         path = home / "out" / name / "ckpt.pt"
         path.parent.mkdir()
@@ -112,8 +117,9 @@ def make_bad_files(home):
         (home / "data" / name / "meta.json").write_text(meta)
     meta = json.loads((home / "data/toy/meta.json").read_text())
     tokens = meta["tokenizer"]["tokens"]
-    for name, edit in dict(smaller=dict(vocab_size=100), zero=dict(bytes_per_token=0), silent=dict(prompts=[]), wordless=
-                           dict(tokenizer={**meta["tokenizer"], "tokens": tokens[1:]}, vocab_size=len(tokens))).items():
+    shorter = dict(tokenizer={**meta["tokenizer"], "tokens": tokens[:260]}, vocab_size=261)  # than the ids in the files
+    edits = dict(smaller=dict(vocab_size=100), zero=dict(bytes_per_token=0), silent=dict(prompts=[]), shorter=shorter)
+    for name, edit in edits.items():
         shutil.copytree(home / "data/toy", home / "data" / name)
         (home / "data" / name / "meta.json").write_text(json.dumps({**meta, **edit}))
     shutil.copytree(home / "data/toy", home / "data/swapped")
@@ -173,8 +179,12 @@ BAD = [
     ("train", "--init_from out/gpt2/ckpt.pt", "another tokenizer (gpt2)"),
     ("train", "--out_dir /proc/out", "/proc/out"),
     ("train", "--resume --out_dir out/older", "holds no state of training"),
+    ("train", "--resume --out_dir out/groupless", "The optimizer's state does not fit the model"),
+    ("train", "--init_from out/toy/ckpt.pt --bias", "has bias = False, not True; leave --bias away"),
+    ("train", "--init_from out/plain/ckpt.pt --no-bias", "has bias = True, not False; leave --no-bias away"),
     *(("train", f"--data_dir data/{name}", f"data/{name}/meta.json is not a meta file") for name in
-      ("smaller", "zero", "silent", "wordless")),
+      ("smaller", "zero", "silent")),
+    ("train", "--data_dir data/shorter", "data/shorter/train.bin is not the file of"),
     ("train", "--data_dir data/swapped", "data/swapped/train.bin is not the file of"),
     ("train", "--fresh_head", "name the checkpoint with --init_from"),
     ("train", "--device toaster", "--device toaster cannot be used here"),
@@ -188,7 +198,7 @@ BAD = [
     ("train", "--resume --out_dir out/plain --no-bias", "bias = True, not False; leave --no-bias away"),
     ("train", "--init_from out/cut/ckpt.pt", "is not a checkpoint"),
     ("train", "--init_from out/plain/ckpt.pt --data_dir data/other", "another tokenizer"),
-    ("train", "--init_from out/nanogpt/ckpt.pt --data_dir data/large", "holds no model that fits: n_token"),
+    ("train", "--init_from out/nanogpt/ckpt.pt --data_dir data/large", "another tokenizer"),
     ("train", "--resume --out_dir out/nowhere", "There is no checkpoint out/nowhere/ckpt.pt"),
     ("train", "--resume --out_dir out/nanogpt", "holds no state of training"),
     ("train", "--resume --rank 7", "goes on with rank = 2, not 7"),
@@ -224,6 +234,7 @@ BAD = [
     ("sample", "--out_dir out/nan --temperature 0 --mode plain", "try --dtype float32"),
     ("sample", "--out_dir out/huge --dtype float16", "try --dtype float32"),
     ("sample", "--out_dir out/wordless", "is not a meta file"),
+    ("sample", "--out_dir out/byteless", "lacks some of the 256 single bytes"),
     ("sample", "--temperature 1e39", "--temperature: must be at least 0 and at most 1000000.0, not 1e39"),
     ("sample", "--temperature inf", "--temperature: must be at least 0"),
     ("sample", "--top_k 0", "--top_k: must be at least 1"),
@@ -260,10 +271,12 @@ def test_bad_input_gets_one_line(script, args, line, home, monkeypatch, capsys):
     before = contents(home)
     if script == "train":
         args = f"--preset toy {args}" if "--resume" in args else f"{SMALL} {args}"
+    folders = set(home.rglob("*"))
     code, message = call(script, args)
     message = message or capsys.readouterr().err.splitlines()[-1]
     assert code != 0 and line in message.replace(os.sep, "/") and "\n" not in message
     assert contents(home) == before
+    assert {path for path in set(home.rglob("*")) - folders if path.name != ".lock"} == set()
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[...] DefaultCPUAllocator: not enough memory: ...")])
@@ -386,12 +399,15 @@ BUGS = [("train", SMALL, "model.CPHead.log_joint"), ("train", SMALL, "model.GPT.
         ("train", "--preset toy --resume", "train.Run.restore"),
         ("train", "--preset toy --resume", "model.CPHead.__init__"),
         ("train", f"{FROM} out/toy/ckpt.pt", "model.CPHead.__init__"),
-        ("train", f"{FROM} out/toy/ckpt.pt", "model.kept_tensors"),
+        ("train", f"{FROM} out/toy/ckpt.pt", "model.head_state"),
         ("sample", "", "model.CPHead.__init__"), ("sample", "", "model.CPHead.start"), ("sample", "", "decode.draft"),
         ("sample", "", "decode.verify"), ("sample", "", "decode.residual"), ("sample", "", "decode.warp"),
         ("sample", "--temperature 0", "decode.keep_equal"), ("sample", "", "sample.load_tokenizer"),
         ("bench", "", "decode.verify"), ("bench", "", "model.Conditionals.next"),
         ("bench", "--plot x.png", "bench_speculative.draw_bench"), ("plot", "out/toy --output x.png", "plot.draw_runs"),
+        ("training", "--ranks 1 --futures 2 --vocab_sizes 64", "bench_training.benchmark"),
+        ("training", f"--row {json.dumps([vars(train.TrainConfig()), 64, 'cpu', False], separators=(',', ':'))}",
+         "model.CPHead.log_joint"),
         ("prepare", "--toy --stories 9 --data_dir data/bug", "tokenizer.segments"),
         ("prepare", "--toy --stories 9 --data_dir data/bug", "prepare_tinystories.toy_story")]
 
@@ -471,6 +487,27 @@ def test_a_folder_that_cannot_be_written_to_shows_before_the_work(home, monkeypa
         assert code == 1 and message.endswith("Read-only file system")
 
 
+def test_a_linked_checkpoint_that_cannot_be_written_shows_before_the_work(home, tmp_path, monkeypatch):
+    """The folder may be written to; what the link leads to may not."""
+    shutil.copytree(home / "data/toy", tmp_path / "data/toy")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "optimizer_step", bug)
+    Path("out").mkdir()
+    Path("out/ckpt.pt").symlink_to("/proc/disk/large.pt")
+    code, message = call("train", f"{SMALL} --out_dir out")
+    assert code == 1 and message.startswith("/proc/disk")
+
+
+def test_a_bug_within_a_write_is_not_taken_for_a_full_disk(tmp_path):
+    """A NameError on the way out of an OSError: its own traceback, and no line about a file."""
+    with pytest.raises(NameError), common.replacing(tmp_path / "x"):
+        try:
+            open(tmp_path / "nowhere")
+        except OSError:
+            bug()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_linked_checkpoint_stays_a_link(home, tmp_path, monkeypatch):
     """What it leads to changes: somebody keeps large files on another disk."""
     shutil.copytree(home / "data/toy", tmp_path / "data/toy")
@@ -500,31 +537,47 @@ def assert_same_run(path, other):
     assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
 
 
+@pytest.mark.parametrize("steps_of", [(5, 13), (6, 14), (8, 16)], ids=["between", "at a log line", "at an evaluation"])
 @pytest.mark.parametrize("how", SIGNALS)
-def test_interrupted_run_goes_on_bit_identically(how, home, monkeypatch, capsys):
-    """Ctrl-C, or a terminal that closes, between two checkpoints saves the step; --resume ends
-    where a run without a break does, with dropout and a random share of the positions. Guards a
-    resume that forgets the generators (nanoGPT #467)."""
+def test_interrupted_run_goes_on_bit_identically(how, steps_of, home, monkeypatch, capsys):
+    """Ctrl-C, or a terminal that closes, saves the step; --resume ends where a run without a break does, with dropout
+    and a random share of the positions, and with every line of its log. Guards a resume that forgets the generators
+    (nanoGPT #467)."""
     monkeypatch.chdir(home)
     step, steps = train.optimizer_step, []
 
     def interrupted(*args):
         steps.append(1)
-        if len(steps) in (5, 13):
+        if len(steps) in steps_of:
             signal.raise_signal(how)
+            if how != signal.SIGINT:
+                signal.raise_signal(how)  # a closing terminal may say it twice; only a second Ctrl-C is impatience
         return step(*args)
 
     monkeypatch.setattr(train, "optimizer_step", interrupted)
-    out = ["--out_dir", f"out/broken{how}"]
+    out = ["--out_dir", f"out/broken{how}-{steps_of[0]}"]
     assert call("train", [*SMALL.split(), *out])[0] == 130
-    assert "stopped after step 5" in capsys.readouterr().err
+    assert f"stopped after step {steps_of[0]}" in capsys.readouterr().err
     assert call("train", ["--resume", *out])[0] == 130
     assert call("train", ["--resume", *out]) == (0, "")
     assert len(steps) == 24
-    assert_same_run(f"out/broken{how}/ckpt.pt", "out/toy/ckpt.pt")
+    assert_same_run(f"{out[1]}/ckpt.pt", "out/toy/ckpt.pt")
     assert Path(out[1], "log.jsonl").read_text().count("\n") == 12 + 3
     assert signal.getsignal(how) is signal.default_int_handler
     assert call("train", ["--resume", *out]) == (0, "") and "complete after 24 steps" in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(home, monkeypatch, capsys):
+    """It does not wait for the step."""
+    monkeypatch.chdir(home)
+
+    def impatient(*args):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train, "optimizer_step", impatient)
+    assert call("train", f"{SMALL} --out_dir out/impatient") == (130, "")
+    assert not Path("out/impatient").exists()  # nothing was written, so no folder is left
 
 
 def test_a_new_run_keeps_the_old_checkpoint(home, monkeypatch):
