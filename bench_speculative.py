@@ -133,8 +133,7 @@ def to_transformers(model):
 
 
 def transformers_generate(peer, prompt, max_new_tokens, *, sampler, stats=None, **options):
-    """peer.generate in the form of our decoders; its randomness is torch's own, which our generator
-    seeds."""
+    """peer.generate in the form of our decoders. Our generator seeds torch's own."""
     options["do_sample"] = sampler.generator is not None
     if options["do_sample"]:
         seed = torch.randint(2**31, (), generator=sampler.generator, device=peer.device)
@@ -152,8 +151,7 @@ def transformers_generate(peer, prompt, max_new_tokens, *, sampler, stats=None, 
 
 @dataclass
 class Mode:
-    """A decoder with its model; kernels is the context that it runs in, speculative whether its
-    steps have parts."""
+    """A decoder, its model, the context it runs in, and whether its steps have parts."""
 
     function: callable
     model: torch.nn.Module
@@ -290,8 +288,7 @@ class Bench:
 
     @torch.inference_mode()
     def first_difference(self, texts, name="speculative"):
-        """Where greedy texts first part, and the gap between the two largest logits there; None
-        where none part."""
+        """Where greedy texts first part, and the gap of the two top logits there; or None."""
         for i, (prompt, plain, fast) in enumerate(zip(self.prompts, texts["plain"], texts[name])):
             for k, (a, b) in enumerate(zip(plain, fast)):
                 if a != b:
@@ -302,8 +299,7 @@ class Bench:
 
 
 def distinct(texts, length=8):
-    """The share of all runs of `length` tokens in the texts that are different ones: a loop brings
-    it towards 0."""
+    """The share of different ones among all runs of `length` tokens; in a loop it is near 0."""
     runs = [tuple(text[i : i + length]) for text in texts for i in range(len(text) - length + 1)]
     return len(set(runs)) / len(runs) if runs else 1.0
 

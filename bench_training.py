@@ -34,8 +34,7 @@ PEAK = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}  # bfloat16, d
 
 
 def nanogpt_loss(model, idx, gold, *unused):
-    """What nanoGPT computes with the same weights (without dropout): q, k, v turned one by one, all
-    logits at once."""
+    """nanoGPT's algorithm, without dropout: q, k, v turned one by one, all logits at once."""
     B, T = idx.shape
     tr, n_head = model.transformer, model.config.n_head
     x = tr.drop(tr.wte(idx) + tr.wpe(torch.arange(T, device=idx.device)))
@@ -60,8 +59,7 @@ def stepper(cfg, vocab_size, device, nanogpt=False):
 
 
 def peak_bytes(device):
-    """The most memory that this process has held so far on the device; None where the system does
-    not tell."""
+    """The most memory that this process has held on the device; None if nobody tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")  # Linux; getrusage would begin with the parent's peak
@@ -122,8 +120,7 @@ def row_process(text):
 
 
 def benchmark(cfg, cells):
-    """Print the table, row by row, and one JSON object with all of it. cells: (V, n, r, nanogpt) of
-    every row."""
+    """Print a row for each (V, n, r, nanogpt) of cells, and one JSON object with all of it."""
     device = pick_device(cfg.device)
     dtype, name = str(pick_dtype(cfg.dtype, device)).removeprefix("torch."), hardware(device)
     peak = next((most for gpu, most in PEAK.items() if gpu in name and dtype == "bfloat16"), None)
@@ -138,7 +135,7 @@ def benchmark(cfg, cells):
     rows = []
     for V, n, r, nanogpt in cells:
         cell = replace(cfg, n_future=n, rank=r)
-        model_config(cell, V)  # shapes that are none: BadInput now, not in the other process
+        model_config(cell, V)  # BadInput of wrong shapes now, not in the other process
         row = measure_apart(asdict(cell), V, str(device), nanogpt)
         start = f"{'nanoGPT' if nanogpt else 'ours':8} {V:6} {n:3} {r:3}"
         if row is None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout  # comes with torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from model import GPT, BadInput
@@ -230,12 +231,19 @@ def stop_signals():
 
 
 def compiled(function, device):
-    """torch.compile(function), after a trial that tells whether there is a compiler at all."""
+    """torch.compile(function), after a trial: is there a compiler, and are its gradients right?
+
+    On a CPU, torch 2.6 compiles a wrong gradient of an embedding where an id comes more than once.
+    """
+    W, idx = torch.ones(8, 16, device=device, requires_grad=True), torch.zeros(64, dtype=torch.long)
     try:
-        torch.compile(torch.add)(*torch.ones(2, 2, device=device))
+        torch.compile(lambda W, idx: F.embedding(idx, W).sum())(W, idx.to(device)).backward()
     except Exception as e:  # of a compiler, a linker, Triton: torch raises many kinds
         raise BadInput(f"--compile does not work here ({type(e).__name__}); it needs a C++ compiler, "
                        "on a GPU also Triton. Train without --compile.") from None
+    if W.grad[0, 0] != 64:
+        raise BadInput(f"--compile gives wrong gradients here (torch {torch.__version__}). Take a newer "
+                       "torch, or train without --compile.")
     return torch.compile(function)
 
 
@@ -281,8 +289,7 @@ def read_checkpoint(path):
 
 
 def check_meta(meta, where):
-    """BadInput unless meta is what prepare_tinystories.py writes, as far as anything here relies on
-    it."""
+    """BadInput unless meta is what prepare_tinystories.py writes, as far as it is used."""
     try:
         tokens = {token.encode("latin-1") for token in meta["tokenizer"]["tokens"]}
         texts = [meta["tokenizer"]["name"], meta["tokenizer"]["pattern"], *meta["prompts"]]
@@ -301,8 +308,7 @@ HASHED = 2**27  # bytes of a .bin file that is read and compared with its hash; 
 
 
 def read_meta(data_dir):
-    """data_dir/meta.json, after a look at whether train.bin and val.bin are the files that it
-    speaks of."""
+    """data_dir/meta.json, if train.bin and val.bin are the files that it speaks of."""
     path = Path(data_dir) / "meta.json"
     again = f"python prepare_tinystories.py --data_dir {data_dir} ..."
     if not path.exists():

@@ -47,8 +47,7 @@ def read_log(path):
 
 
 def smooth(values):
-    """Running mean over at most 11 values and a tenth of all, centred: narrower at both ends, so it
-    never lags."""
+    """Centred mean over at most 11 values and a tenth of all, narrower at both ends."""
     half, last = min(5, len(values) // 20), len(values) - 1
     widths = [min(half, i, last - i) for i in range(len(values))]
     return [sum(values[i - k : i + k + 1]) / (2 * k + 1) for i, k in enumerate(widths)]
@@ -224,8 +223,7 @@ def draw_ranks(card, rows):
 
 
 def check_plot(path):
-    """BadInput or OSError if no picture can be drawn into path; to be called before a long
-    measurement."""
+    """BadInput or OSError if no picture can be drawn into path: before a long measurement."""
     if Path(path).suffix.lower() not in FORMATS:
         raise BadInput(f"{path}: the name of a picture must end in one of {', '.join(FORMATS)}")
     if Path(path).is_dir():

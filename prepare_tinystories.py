@@ -72,16 +72,14 @@ N_EVENTS = 5
 
 
 class Chooser:
-    """Makes choices and adds up their surprisal, -log2 of the probability of what was chosen, in
-    bits."""
+    """Makes choices and adds up their surprisal, -log2 of their probability, in bits."""
 
     def __init__(self, rng):
         self.rng = rng
         self.bits = 0.0
 
     def pick(self, options):
-        """The k-th option has probability ~ 1/k, like words of a language: greedy decoding has a
-        best choice."""
+        """The k-th option has probability ~ 1/k, like words: greedy decoding has a best choice."""
         weights = [1 / (k + 1) for k in range(len(options))]
         k = self.rng.choices(range(len(options)), weights)[0]
         self.bits -= math.log2(weights[k] / sum(weights))
@@ -114,8 +112,7 @@ def toy_story(rng):
 
 
 def toy_entropy():
-    """The exact entropy of a toy story in bits: by the chain rule, the expected sum over its
-    choices."""
+    """The entropy of a toy story in bits: by the chain rule, a sum over its choices."""
     def entropy(n):
         weights = np.array([1 / (k + 1) for k in range(n)])
         p = weights / weights.sum()
@@ -206,8 +203,7 @@ def split_documents(read, seed):
 
 
 def download_tinystories(data_dir, max_mb=None):
-    """The files of TinyStoriesV2-GPT4's train and valid split: all of them, or their first max_mb
-    MB."""
+    """TinyStoriesV2-GPT4's train and valid files, or their first max_mb MB."""
     from download import download  # only here, so that nothing else needs a network library
 
     files = []
@@ -224,8 +220,7 @@ def download_tinystories(data_dir, max_mb=None):
 
 
 def drop_cut_story(path):
-    """Cut a file after its last <|endoftext|>: of the first MBs of a text, the last story is half a
-    story."""
+    """Cut a file after its last <|endoftext|>: its last story may be half a story."""
     with open(path, "r+b") as file:
         tail = max(0, path.stat().st_size - 2**20)  # no story is as long as that
         file.seek(tail)
@@ -239,8 +234,7 @@ def drop_cut_story(path):
 
 
 def batches(documents, size=16 * SEGMENT):
-    """Lists of (segment, whether a document ends there) that hold about `size` characters
-    together."""
+    """Lists of (segment, whether a document ends there), of about `size` characters each."""
     batch, n = [], 0
     for text in documents:
         *parts, last = segments(text)

@@ -26,8 +26,7 @@ MODES = {"speculative": generate_speculative, "plain": generate_cached, "oracle"
 
 
 def load(out_dir, device="auto", dtype="float32"):
-    """(model, tokenizer, checkpoint) of out_dir/ckpt.pt, the model in evaluation mode on the
-    device."""
+    """(model, tokenizer, checkpoint) of out_dir/ckpt.pt, the model in evaluation mode."""
     path, device = Path(out_dir) / "ckpt.pt", pick_device(device)
     ckpt = read_checkpoint(path)
     if device.type == "mps" and dtype == "float64":
@@ -73,8 +72,7 @@ COLOURS = {"corrected": 203, "bonus": 75, "plain": 250}
 
 
 def paint(text, origin, colour):
-    """A token in the colour of its origin (see Stats.count); without colour, after a mark such as
-    [2] or [c]."""
+    """A token in the colour of its origin (see Stats.count), or after a mark, [2] or [c]."""
     if not colour:
         return f"[{origin if isinstance(origin, int) else origin[0]}]{text}"
     code = GREENS[min(origin, 7)] if isinstance(origin, int) else COLOURS[origin]

@@ -101,8 +101,7 @@ def encode(enc, text):
 
 
 def segments(text):
-    """A text in parts of at most SEGMENT characters, cut at a line's end where there is one; one
-    part at least."""
+    """A text in parts of at most SEGMENT characters, cut at a line's end if there is one."""
     start = 0
     while len(text) - start > SEGMENT:
         cut = text.rfind("\n", start, start + SEGMENT) + 1 or start + SEGMENT

@@ -186,8 +186,7 @@ class Windows:
                            f"= {self.T + self.n}; take more text or a smaller --block_size.")
 
     def at(self, starts):
-        """idx (B, T) and gold (B, T, n): gold[b, t, s - 1] is the token s places after idx[b,
-        t]."""
+        """idx (B, T), gold (B, T, n): gold[b, t, s - 1] is the token s places after idx[b, t]."""
         tokens = np.stack([self.data[i : i + self.T + self.n] for i in starts]).astype(np.int64)
         tokens = torch.from_numpy(tokens)
         if self.device.type == "cuda":
@@ -339,8 +338,7 @@ SAVED = ("train_config", "meta", "optimizer", "scaler", "random", "iter_num", "s
 
 
 def resumed_run(out_dir, given):
-    """The Run that out_dir/ckpt.pt holds, with the checkpoint's settings but for those flags that
-    may differ."""
+    """The Run that out_dir/ckpt.pt holds, with its settings but for flags that may differ."""
     path = Path(out_dir) / "ckpt.pt"
     ckpt = read_checkpoint(path)
     known = asdict(TrainConfig()).keys()
@@ -398,8 +396,7 @@ def trunk_with_head(cfg, meta, given):
 
 
 def build_optimizer(model, cfg, device):
-    """AdamW. Decays the trunk's matrices and embeddings; the head's maps start at the identity, not
-    at 0."""
+    """AdamW; it decays the trunk's matrices, not the head's, whose maps start at the identity."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decay = [p for name, p in trained.items() if p.dim() >= 2 and not name.startswith("head.")]
     rest = [p for name, p in trained.items() if p.dim() < 2 or name.startswith("head.")]

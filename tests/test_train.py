@@ -2,7 +2,6 @@
 train once for real."""
 
 import json
-import shutil
 import threading
 from contextlib import nullcontext
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 import train as trainer
+from common import compiled
 from model import GPT, BadInput
 
 CPU = torch.device("cpu")
@@ -109,7 +109,8 @@ def data(tmp_path, monkeypatch):
         torch.manual_seed(0)
         run = trainer.Run(cfg, GPT(trainer.model_config(cfg, 5)), {"vocab_size": 5}, CPU,
                           val=trainer.read_windows(cfg, "val", CPU))
-        assert trainer.train(run) is False
+        trainer.train(run)
+        assert run.progress == 1
         return run
 
     return train
@@ -125,14 +126,30 @@ def test_half_precision_trains_with_a_scaled_loss(data):
     assert torch.load("out/laptop/ckpt.pt", weights_only=True)["scaler"] == {}  # the reference's, which came last
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def can_compile():
+    try:
+        return bool(compiled(abs, CPU))
+    except BadInput:
+        return False
+
+
 @pytest.mark.parametrize("head", ["cp", "chain"])
 def test_compiled_training_is_the_same(data, head):
-    """--compile, for real: the losses of every step are those of the eager run, to rounding."""
-    compiled, eager = data(compile=True, head=head), data(head=head)
-    for a, b in zip(compiled.log, eager.log):
+    """--compile, for real: the losses of every step are those of the eager run, to rounding. (On all positions: compiled
+    code may draw its share of them with other random numbers.)"""
+    if not can_compile():
+        pytest.skip("no C++ compiler, or a torch that compiles wrong gradients")
+    fast, eager = (data(compile=c, head=head, joint_share=1.0) for c in (True, False))
+    for a, b in zip(fast.log, eager.log):
         if "loss" in a:
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["joint"] == pytest.approx(b["joint"], rel=1e-3)
+
+
+def test_a_torch_that_compiles_wrong_gradients_is_refused(monkeypatch):
+    """In one line, before anything is trained: torch 2.6 forgets repeated ids in an embedding's gradient on a CPU."""
+    monkeypatch.setattr(torch, "compile", lambda function: lambda W, idx: function(W, idx[:1]))
+    with pytest.raises(BadInput, match="--compile gives wrong gradients here .torch"):
+        compiled(abs, CPU)
 
 
 def test_training_works_off_the_main_thread(data):
