@@ -155,14 +155,18 @@ def locked(folder):
     """
     folder = Path(folder)
     is_new = not folder.exists()
-    check_writable(folder / "probe")
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
         raise BadInput(f"Another process writes in {folder}; wait for its end, or take another "
                        "folder.") from None
+    except OSError as e:
+        e.filename = str(folder)  # the lock is not what the user knows
+        raise
     try:
+        check_writable(folder / "probe")  # where an old lock can be opened, a new file may not
         for file in folder.iterdir():
             if re.search(r"\.[0-9a-f]{8}\.tmp$", file.name):
                 file.unlink()

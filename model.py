@@ -311,8 +311,9 @@ class Conditionals:
             return self.head.rows(self.state, self.s, x)[:, : self.n_token]
         self.log_b = self.log_b + self.log_p.index_select(-1, x)
         self.log_p = self.head.rows(self.state, self.s, x)
-        joint = (self.log_b + self.log_p)[:, : self.n_token]  # log of w_a P_a(x_1) .. P_a(x_{s+1})
-        return (joint - joint.amax()).exp().sum(0, keepdim=True).log()  # amax: the sum is never 0
+        q = self.log_b.softmax(0).T @ self.log_p.exp()  # (1, V)
+        # tiny: where all real tokens underflow next to the padding, the row is uniform and not NaN
+        return q[:, : self.n_token].clamp_min(torch.finfo(q.dtype).tiny).log()
 
 
 # -----------------------------------------------------------------------------
