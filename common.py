@@ -65,7 +65,12 @@ def utf8(text):
     return text
 
 
-any_path = os.path.expanduser  # an argparse type: a shell leaves the ~ of --flag=~/folder
+
+def any_path(text):
+    """An argparse type: a path, also with the ~ that a shell leaves in --flag=~/folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return os.path.expanduser(text)
 
 
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -278,10 +283,9 @@ def read_checkpoint(path):
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # of a foreign file torch has more to say than one line
             ckpt = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
     except Exception as e:  # a pickle that asks for code, half a file: torch raises many kinds
-        if "memory" in str(e):
+        ours = isinstance(e, OSError) and e.filename  # torch's own OSError names no file
+        if ours or isinstance(e, MemoryError) or "memory" in str(e):
             raise
         ckpt = None
     keys = ("model", "model_args")

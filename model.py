@@ -149,16 +149,17 @@ class CPHead(nn.Module):
 
     A head of your own is a subclass that overrides what differs, and a line in HEADS:
 
-        vectors        h_a^(s), which W turns into logits, from e alone: with __init__, all that an
-                       MLP in the place of M changes
+        vectors        h_a^(s), which W turns into logits, from e alone, for the offsets asked for:
+                       with __init__ and new_maps, all that an MLP in the place of M changes
+        new_maps       what the maps M start as
         vectors_along  h_a^(s) in training, where it may also see the gold tokens before x_{t+s}
         start, rows    the same in decoding, one offset after another; then set sees_drafts
 
     At s = 1 there are no such tokens: log_marginal, the target "marginal", is from vectors alone.
     test_cp_head.py runs over all of HEADS and says where these methods do not agree.
 
-    The components must not start as copies of one another: at equal maps the router has no gradient
-    and the maps' own gradients agree, so noise on the router alone would never break the symmetry.
+    The components must not start as copies of one another: where they agree, the router has no
+    gradient, and nothing but its own noise parts them.
     """
 
     sees_drafts = False  # whether P_a^(s) depends on the tokens between t and t + s

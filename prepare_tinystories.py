@@ -141,7 +141,8 @@ def text_files(paths):
     files, skipped = {}, 0  # by what they lead to: none may be in both train and val
     for named in map(Path, paths):
         if not (named.is_file() or named.is_dir()):
-            raise BadInput(f"{named}: no such file or folder.")
+            what = "neither a plain file nor a folder" if named.exists() else "no such file or folder"
+            raise BadInput(f"{named}: {what}.")
         for file in visible_files(named) if named.is_dir() else [named]:
             try:
                 for _ in chunks(file):
@@ -322,7 +323,7 @@ def parse_args():
     parser = ArgumentParser(__doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--toy", action="store_true", help="synthetic stories from a grammar")
-    source.add_argument("--input", nargs="+", type=any_path, metavar="PATH",
+    source.add_argument("--input", nargs="+", action="extend", type=any_path, metavar="PATH",
                         help="text files, or folders of text files, in utf-8")
     parser.add_argument("--data_dir", type=any_path,
                         help="where to write (data/tinystories, data/toy or data/text)")

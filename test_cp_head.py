@@ -260,21 +260,22 @@ def test_factors_share_no_storage(head):
     assert (rows() != before).any(-1).tolist() == [[False, False], [True, False], [False, False]]
 
 
-@pytest.mark.parametrize("head", ["cp", "full"])
+@heads
 def test_components_start_apart(head):
-    """At equal components the router's gradient is exactly 0 and training cannot part them; at our
-    start it is not."""
+    """At equal components the router's gradient is exactly 0, whatever a position asks for; at our
+    start it is not. The negative control makes the maps equal."""
     torch.manual_seed(0)
     config = GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=16, n_future=3, rank=3, head=head)
     model = GPT(config).double()
     idx, gold = torch.randint(16, (4, 8)), torch.randint(16, (4, 8, 3))
     model.loss(idx, gold)[0].backward()
-    apart = model.head.router.weight.grad.abs().max().item()
-    with torch.no_grad():
-        model.head.maps.copy_(model.head.maps[:, :1].expand_as(model.head.maps).clone())
-    model.zero_grad()
-    model.loss(idx, gold)[0].backward()
-    assert model.head.router.weight.grad.abs().max().item() < 1e-15 < 1e-7 < apart
+    assert model.head.router.weight.grad.abs().max().item() > 1e-7
+    if head in ("cp", "full", "chain"):
+        with torch.no_grad():
+            model.head.maps.copy_(model.head.maps[:, :1].expand_as(model.head.maps).clone())
+        model.zero_grad()
+        model.loss(idx, gold)[0].backward()
+        assert model.head.router.weight.grad.abs().max().item() < 1e-15
 
 
 def test_chain_with_a_zero_term_is_the_cp_head():

@@ -206,6 +206,7 @@ BAD = [
     ("train", "--resume --data_dir data/again", "is not what out/toy/ckpt.pt was trained on"),
     ("train", "--resume --data_dir data/other", "another tokenizer"),
     ("prepare", "--input nowhere.txt", "nowhere.txt: no such file or folder"),
+    ("prepare", f"--input {os.devnull}", "neither a plain file nor a folder"),
     ("prepare", "--input latin1.txt", "latin1.txt is not utf-8 text"),
     ("prepare", "--input none.txt", "There is no text in none.txt"),
     ("prepare", "--input folder", "There is no text in folder"),
@@ -354,6 +355,15 @@ def test_a_compiler_that_is_missing_is_explained(home, monkeypatch):
     code, message = call("train", f"{SMALL} --compile")
     assert code == 1 and message.startswith("--compile does not work here") and "without --compile" in message
     assert contents(home) == before
+
+
+def test_a_checkpoint_of_any_length_is_called_damaged(home, tmp_path, monkeypatch):
+    """torch's reader has an OSError, too, for some of them."""
+    whole = (home / "out/toy/ckpt.pt").read_bytes()
+    for length in range(0, len(whole), len(whole) // 25):
+        (tmp_path / "ckpt.pt").write_bytes(whole[:length])
+        with pytest.raises(model.BadInput, match="it is damaged"):
+            common.read_checkpoint(tmp_path / "ckpt.pt")
 
 
 def test_a_checkpoint_that_may_not_be_read_says_so(home, monkeypatch):
@@ -780,3 +790,16 @@ def test_a_full_disk_leaves_the_old_files(script, args, home, tmp_path):
                             text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
     assert result.returncode == 1 and "free some space" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr and contents(tmp_path) == before
+
+
+def test_input_may_be_given_in_parts_and_no_path_is_empty(tmp_path, monkeypatch, capsys):
+    """--input a --input b reads both: guards files that silently count for nothing. An empty path
+    is a shell variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        Path(f"{name}.txt").write_text(f"{name} story. " * 50 + "<|endoftext|>" + f"one of {name} more.")
+    assert call("prepare", "--input a.txt --input b.txt --data_dir both --vocab_size 257") == (0, "")
+    meta = json.loads(Path("both/meta.json").read_text())
+    assert sum(split["documents"] for split in meta["splits"].values()) == 4
+    assert call("train", ["--out_dir", ""])[0] == call("prepare", ["--input", ""])[0] == 2
+    assert capsys.readouterr().err.count("is empty") == 2
