@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import secrets
 import signal
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from model import GPT, BadInput
+from tokenizer import gpt2_tokenizer, load_tokenizer
 
 # -----------------------------------------------------------------------------
 # a user's mistake gets one line, not a traceback
@@ -300,8 +302,9 @@ def check_meta(meta, where):
     """BadInput unless meta is what prepare_tinystories.py writes, as far as it is used."""
     try:
         tokens = {token.encode("latin-1") for token in meta["tokenizer"]["tokens"]}
-        texts = [meta["tokenizer"]["name"], meta["tokenizer"]["pattern"], *meta["prompts"]]
-        good = (len(tokens) + 1 == meta["vocab_size"] and meta["prompts"]
+        pattern = meta["tokenizer"]["pattern"]  # None: characters, without an <|endoftext|>
+        texts = [meta["tokenizer"]["name"], pattern or "", *meta["prompts"]]
+        good = (len(tokens) + (pattern is not None) == meta["vocab_size"] and meta["prompts"]
                 and 0 < meta["bytes_per_token"] < math.inf
                 and all(isinstance(text, str) for text in texts)
                 and all(meta["splits"][split]["tokens"] > 0 for split in ("train", "val")))
@@ -316,10 +319,17 @@ HASHED = 2**27  # bytes of a .bin file that is read and compared with its hash; 
 
 
 def read_meta(data_dir):
-    """data_dir/meta.json, if train.bin and val.bin are the files that it speaks of."""
+    """data_dir/meta.json, if train.bin and val.bin are the files that it speaks of.
+
+    A folder without one, but with both .bin files, is nanoGPT's: see `nanogpt_meta`. With a .lock it
+    is ours, and its writing was interrupted.
+    """
     path = Path(data_dir) / "meta.json"
     again = f"python prepare_tinystories.py --data_dir {data_dir} ..."
     if not path.exists():
+        bins = [path.with_name(f"{name}.bin").exists() for name in ("train", "val")]
+        if all(bins) and not path.with_name(".lock").exists():
+            return nanogpt_meta(path.parent)
         raise BadInput(f"There is no data in {data_dir}; write some: {again}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -338,6 +348,52 @@ def read_meta(data_dir):
             raise BadInput(f"{file} is not the file of {size:,} bytes that {path} speaks of; write "
                            f"them anew: {again}")
     return meta
+
+
+def nanogpt_meta(folder):
+    """What meta.json would say of a data folder of nanoGPT, whose meta.pkl has the characters.
+
+    Without a meta.pkl the tokens are GPT-2's. The prompts are eight pieces of val.bin.
+    """
+    path = folder / "meta.pkl"
+    description = read_characters(path) if path.exists() else gpt2_tokenizer()
+    enc, splits, n_prompt = load_tokenizer(description), {}, 16
+    for name in ("train", "val"):
+        file = folder / f"{name}.bin"
+        size = file.stat().st_size
+        good = size >= 2 * n_prompt and size % 2 == 0
+        ids = np.memmap(file, dtype=np.uint16, mode="r") if good else []
+        if not good or (size <= HASHED and ids.max() >= enc.n_vocab):
+            raise BadInput(f"{file} is no data of nanoGPT, {n_prompt} or more ids of {description['name']}, "
+                           "two bytes each; write it anew.")
+        splits[name] = {"tokens": len(ids)}
+    lengths = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)])
+    print(f"{folder}: nanoGPT's data, {enc.n_vocab:,} tokens of {description['name']}")
+    starts = np.linspace(0, len(ids) - n_prompt, 8).astype(int)
+    prompts = [enc.decode(ids[i : i + n_prompt].tolist()) for i in starts]
+    return {"vocab_size": enc.n_vocab, "tokenizer": description, "splits": splits,
+            "bytes_per_token": float(lengths[ids[: 2**20]].mean()), "prompts": prompts}
+
+
+def read_characters(path):
+    """The description of the tokenizer in a meta.pkl of nanoGPT: {"itos": {0: "a", 1: ...}, ...}."""
+    class Plain(pickle.Unpickler):  # dicts, lists, strings, numbers: a pickle of more could run code
+        def find_class(self, module, name):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    try:
+        with open(path, "rb") as file:
+            itos = Plain(file).load()["itos"]
+        characters = [itos[i] for i in range(len(itos))]
+        tokens = [character.encode().decode("latin-1") for character in characters]
+        if not 0 < len(tokens) == len(set(tokens)):
+            raise ValueError("its characters are none, or not different ones")
+    except (OSError, MemoryError):
+        raise
+    except Exception as e:  # pickle raises many kinds for a file that is none
+        raise BadInput(f"{path} is not the meta.pkl of a character vocabulary, or it is damaged ({e}); "
+                       "nothing in it was run.") from None
+    return {"name": f"characters{len(tokens)}", "pattern": None, "tokens": tokens}
 
 
 def check_tokenizer(ckpt, meta, path):

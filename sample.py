@@ -60,8 +60,10 @@ def fast_kernels(model):
 
 
 def prompt_ids(enc, text):
-    """A text begins after an <|endoftext|>, as in training."""
-    return [enc.eot_token, *encode(enc, text)]
+    """A text begins after an <|endoftext|>, as in training, or where there is none with a newline."""
+    if enc.eot_token is not None:
+        return [enc.eot_token, *encode(enc, text)]
+    return encode(enc, text or ("\n" if "\n" in enc.ids else enc.characters[0]))
 
 
 # -----------------------------------------------------------------------------
@@ -131,8 +133,9 @@ def is_terminal():
 def write_sample(args, model, enc, mode, sampler, colour):
     """Print one text; returns what the decoder did."""
     stats, stream = Stats(), TextStream(enc, printable=is_terminal())
+    prompt = prompt_ids(enc, args.prompt)
     print(args.prompt, end="", flush=True)
-    tokens = MODES[mode](model, prompt_ids(enc, args.prompt), args.max_new_tokens, sampler=sampler,
+    tokens = MODES[mode](model, prompt, args.max_new_tokens, sampler=sampler,
                          stop_token=enc.eot_token, stats=stats)
     for i, token in enumerate(tokens):
         text = stream.push(token) if token != enc.eot_token else stream.end()

@@ -5,7 +5,8 @@
 
 The dict {name, pattern, tokens} stands in meta.json and in every checkpoint, so neither needs a
 file beside it. For another tokenizer, write another function that returns such a dict, and give it a
-line in TOKENIZERS, from which --tokenizer chooses.
+line in TOKENIZERS, from which --tokenizer chooses. nanoGPT's character data has no pattern: it is
+read by `Characters`.
 """
 
 import codecs
@@ -81,9 +82,12 @@ def load_tokenizer(description):
     written as latin-1.
 
     Ids are the places in that list; <|endoftext|> comes last and is `eot_token`. All 256 bytes must
-    be among the tokens, so that any text can be encoded: else BadInput.
+    be among the tokens, so that any text can be encoded: else BadInput. Without a pattern, the tokens
+    are characters, and there is no <|endoftext|>: see `Characters`.
     """
     name, pattern = description["name"], description["pattern"]
+    if pattern is None:
+        return Characters(name, [token.encode("latin-1").decode() for token in description["tokens"]])
     ranks = {token.encode("latin-1"): i for i, token in enumerate(description["tokens"])}
     if not all(bytes([b]) in ranks for b in range(256)):
         raise BadInput(f"the tokenizer {name} lacks some of the 256 single bytes, so it cannot encode "
@@ -93,6 +97,31 @@ def load_tokenizer(description):
                                  special_tokens={EOT: len(ranks)})
     except Exception as e:  # for a wrong pattern tiktoken raises many kinds
         raise BadInput(f"the tokenizer {name} cannot be read ({type(e).__name__}: {e})") from None
+
+
+class Characters:
+    """A tokenizer of single characters, of nanoGPT: what is used here of a tiktoken.Encoding.
+
+    It knows no other characters than its own, and has no <|endoftext|>.
+    """
+
+    eot_token = None
+
+    def __init__(self, name, characters):
+        self.name, self.characters, self.n_vocab = name, characters, len(characters)
+        self.ids = {character: i for i, character in enumerate(characters)}
+
+    def encode_ordinary(self, text):
+        unknown = sorted(set(text) - self.ids.keys())
+        if unknown:
+            raise BadInput(f"the model knows {self.n_vocab} characters, and {unknown[0]!r} is none of them")
+        return [self.ids[character] for character in text]
+
+    def decode_single_token_bytes(self, token):
+        return self.characters[token].encode()
+
+    def decode(self, tokens):
+        return "".join(self.characters[token] for token in tokens)
 
 
 def encode(enc, text):

@@ -42,7 +42,7 @@ class TrainConfig:
     """The settings of a run. The defaults are the preset laptop."""
 
     # where
-    data_dir: str = flag("data/text", "folder that prepare_tinystories.py wrote", any_path)
+    data_dir: str = flag("data/text", "folder that prepare_tinystories.py wrote, or nanoGPT's", any_path)
     out_dir: str = flag("out/laptop", "folder for the checkpoint and the log", any_path)
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes cuda, then mps, then cpu")
     dtype: str = flag("auto", "auto is bfloat16 (else float16) on cuda, else float32",

@@ -1,0 +1,132 @@
+"""A run of nanoGPT, its data folder and its checkpoint as they are, gets a head in three commands."""
+
+import json
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+from model import GPT, BadInput, GPTConfig
+from sample import load, prompt_ids
+from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
+from tokenizer import Characters, TextStream, load_tokenizer
+
+CHARACTERS = "\n !&',-.:;?abcdefghijklmnopqrstuvwxyz_Ä€"
+NANO = "--data_dir nano/data --init_from nano/ckpt.pt --freeze_trunk --n_future 3 --rank 2 --device cpu"
+
+
+@pytest.fixture
+def nano(tmp_path, monkeypatch):
+    """What nanoGPT's shakespeare_char leaves: train.bin, val.bin, meta.pkl; ckpt.pt of a compiled model."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "nano/data"
+    folder.mkdir(parents=True)
+    dice = random.Random(0)
+    for name, n in (("train", 4000), ("val", 900)):
+        ids = [dice.randrange(len(CHARACTERS)) for _ in range(n)]
+        np.array(ids, dtype=np.uint16).tofile(folder / f"{name}.bin")
+    meta = {"vocab_size": len(CHARACTERS), "itos": dict(enumerate(CHARACTERS)),
+            "stoi": {c: i for i, c in enumerate(CHARACTERS)}}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    torch.manual_seed(0)
+    args = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, bias=False, vocab_size=len(CHARACTERS), dropout=0.0)
+    state = {f"_orig_mod.{name}": tensor for name, tensor in GPT(GPTConfig(**args)).state_dict().items()}
+    torch.save({"model": state, "optimizer": {}, "model_args": args, "iter_num": 7, "best_val_loss": torch.tensor(1.5),
+                "config": {"dataset": "shakespeare_char", "compile": True}}, tmp_path / "nano/ckpt.pt")
+    return tmp_path / "nano"
+
+
+def test_three_commands_for_a_run_of_nanogpt(nano, capsys):
+    """Train a head, sample, bench. nanoGPT's files stay as they are, and so do the trunk's logits,
+    to the last bit."""
+    before = {path: path.read_bytes() for path in nano.rglob("*") if path.is_file()}
+    assert call("train", f"{NANO} --max_iters 3 --batch_size 4 --eval_windows 4 --out_dir out/nano") == (0, "")
+    assert call("sample", "--out_dir out/nano --max_new_tokens 40 --show_drafts") == (0, "")
+    assert call("bench", "--out_dir out/nano --max_new_tokens 8 --rounds 5 --threads 1") == (0, "")
+    card = json.loads(capsys.readouterr().out.splitlines()[-1])["card"]
+    assert (card["vocab_size"], card["prompts"], card["first_difference"]) == (40, 8, {"speculative": None})
+    assert {path: path.read_bytes() for path in nano.rglob("*") if path.is_file()} == before
+
+    ckpt = torch.load(nano / "ckpt.pt", weights_only=True)
+    plain, (model, enc, _) = GPT.from_checkpoint(ckpt).eval(), load("out/nano", "cpu")
+    idx = torch.tensor([enc.encode_ordinary("to be, or not to be: Ä€")])
+    with torch.inference_mode():
+        theirs = torch.nn.functional.linear(plain.hidden(idx), plain.lm_head.weight)
+        assert torch.equal(GPT.from_checkpoint(torch.load("out/nano/ckpt.pt", weights_only=True)).eval()(idx), theirs)
+        torch.testing.assert_close(model(idx), theirs)  # load stores its weights by columns
+    assert call("train", "--resume --max_iters 5 --out_dir out/nano --device cpu") == (0, "")
+
+
+def test_characters_round_trip_and_begin_with_a_newline(nano):
+    meta = common.read_meta("nano/data")
+    enc = load_tokenizer(meta["tokenizer"])
+    assert isinstance(enc, Characters) and enc.eot_token is None and enc.n_vocab == len(CHARACTERS)
+    ids = enc.encode_ordinary(CHARACTERS)
+    assert ids == list(range(40)) and enc.decode(ids) == CHARACTERS
+    stream = TextStream(enc)
+    assert "".join(map(stream.push, ids)) + stream.end() == CHARACTERS
+    assert prompt_ids(enc, "") == [0] and prompt_ids(enc, "to be") == enc.encode_ordinary("to be")
+    val = np.fromfile("nano/data/val.bin", dtype=np.uint16)
+    per_token = len(enc.decode(val.tolist()).encode()) / len(val)
+    assert meta["bytes_per_token"] == pytest.approx(per_token)
+    assert meta["splits"] == {"train": {"tokens": 4000}, "val": {"tokens": 900}} and len(meta["prompts"]) == 8
+    assert meta["prompts"][0] == enc.decode(val[:16].tolist())
+    common.check_meta(meta, "here")
+
+
+def test_without_meta_pkl_the_tokens_are_gpt2s(nano, monkeypatch):
+    """Here a stand-in of 300 ids, since GPT-2's own need a download."""
+    def gpt2_tokenizer():
+        return {"name": "gpt2", "pattern": r"[\s\S]", "tokens": [chr(b) for b in range(256)] + ["x" * k for k in range(2, 45)]}
+
+    monkeypatch.setattr(common, "gpt2_tokenizer", gpt2_tokenizer)
+    (nano / "data/meta.pkl").unlink()
+    meta = common.read_meta("nano/data")
+    assert (meta["tokenizer"]["name"], meta["vocab_size"]) == ("gpt2", 300)
+    code, message = call("train", f"{NANO} --max_iters 1 --out_dir out/nano")  # 40 ids in the checkpoint
+    assert code == 1 and "another tokenizer" in message and not Path("out/nano").exists()
+
+
+def test_an_interrupted_folder_of_ours_is_not_taken_for_nanogpts(nano):
+    """prepare_tinystories.py died before it wrote meta.json: its ids are not GPT-2's."""
+    (nano / "data/meta.pkl").unlink()
+    (nano / "data/.lock").touch()
+    with pytest.raises(BadInput, match="There is no data in nano/data"):
+        common.read_meta("nano/data")
+
+
+class Hostile:
+    def __reduce__(self):
+        return open, ("owned", "w")
+
+
+@pytest.mark.parametrize("pickled", [
+    pickle.dumps(Hostile()), pickle.dumps({"itos": Hostile()}), b"", b"hello", pickle.dumps({"itos": {0: "a"}})[:-3],
+    pickle.dumps({"stoi": {}}), pickle.dumps([1]), pickle.dumps({"itos": {0: "a", 2: "b"}}),
+    pickle.dumps({"itos": {0: 1}}), pickle.dumps({"itos": {0: "\ud800"}}), pickle.dumps({"itos": {0: "a", 1: "a"}})])
+def test_a_meta_pkl_that_is_none_gets_one_line_and_runs_nothing(nano, pickled):
+    (nano / "data/meta.pkl").write_bytes(pickled)
+    code, message = call("train", f"{NANO} --max_iters 1 --out_dir out/nano")
+    assert code == 1 and "meta.pkl" in message and "nothing in it was run" in message and "\n" not in message
+    assert not Path("owned").exists() and not Path("out/nano").exists()
+
+
+@pytest.mark.parametrize("name,data", [("val", b""), ("train", bytes(401)), ("val", b"\x07\x00" * 15),
+                                       ("train", b"\x28\x00" * 500)])
+def test_bin_files_that_do_not_fit_get_one_line(nano, name, data):
+    """Empty, half an id, too short, an id that no character has."""
+    (nano / f"data/{name}.bin").write_bytes(data)
+    code, message = call("train", f"{NANO} --max_iters 1 --out_dir out/nano")
+    assert code == 1 and f"{name}.bin" in message and "\n" not in message
+
+
+def test_a_character_that_the_model_does_not_know_is_named(nano):
+    assert call("train", f"{NANO} --max_iters 1 --batch_size 4 --eval_windows 4 --out_dir out/nano") == (0, "")
+    code, message = call("sample", ["--out_dir", "out/nano", "--prompt", "to bé"])
+    assert code == 1 and message == "the model knows 40 characters, and 'é' is none of them"
+    with pytest.raises(BadInput, match="'Z'"):
+        Characters("abc", "abc").encode_ordinary("abZ")
