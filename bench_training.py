@@ -97,8 +97,8 @@ def measure(cfg, vocab_size, device_name, nanogpt, rounds=5):
 
 def measure_apart(*args):
     """measure(*args) in a fresh process; None where the memory does not suffice."""
-    command = [sys.executable, __file__, "--row", json.dumps(args)]  # in a session of its own: a
-    # Ctrl-C comes here alone, and run kills the process then
+    command = [sys.executable, __file__, "--row", json.dumps(args)]
+    # in a session of its own: a Ctrl-C comes here alone, and run kills the process then
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     if process.returncode == 0:
         return json.loads(process.stdout.splitlines()[-1])

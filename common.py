@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import secrets
 import signal
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from model import GPT, BadInput
-from tokenizer import gpt2_tokenizer, load_tokenizer
+from tokenizer import gpt2_tokenizer, load_tokenizer, read_characters
 
 # -----------------------------------------------------------------------------
 # a user's mistake gets one line, not a traceback
@@ -65,7 +64,6 @@ def utf8(text):
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError("is not valid utf-8") from None
     return text
-
 
 
 def any_path(text):
@@ -373,27 +371,6 @@ def nanogpt_meta(folder):
     prompts = [enc.decode(ids[i : i + n_prompt].tolist()) for i in starts]
     return {"vocab_size": enc.n_vocab, "tokenizer": description, "splits": splits,
             "bytes_per_token": float(lengths[ids[: 2**20]].mean()), "prompts": prompts}
-
-
-def read_characters(path):
-    """The description of the tokenizer in a meta.pkl of nanoGPT: {"itos": {0: "a", 1: ...}, ...}."""
-    class Plain(pickle.Unpickler):  # dicts, lists, strings, numbers: a pickle of more could run code
-        def find_class(self, module, name):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-    try:
-        with open(path, "rb") as file:
-            itos = Plain(file).load()["itos"]
-        characters = [itos[i] for i in range(len(itos))]
-        tokens = [character.encode().decode("latin-1") for character in characters]
-        if not 0 < len(tokens) == len(set(tokens)):
-            raise ValueError("its characters are none, or not different ones")
-    except (OSError, MemoryError):
-        raise
-    except Exception as e:  # pickle raises many kinds for a file that is none
-        raise BadInput(f"{path} is not the meta.pkl of a character vocabulary, or it is damaged ({e}); "
-                       "nothing in it was run.") from None
-    return {"name": f"characters{len(tokens)}", "pattern": None, "tokens": tokens}
 
 
 def check_tokenizer(ckpt, meta, path):

@@ -46,13 +46,14 @@ def tiny_model(seed=0, scale=2.0, **config):
 VARIANTS = [dict(head=head, target=target) for target in ("marginal", "lm_head") for head in HEADS]
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()))
 heads = pytest.mark.parametrize("head", HEADS)
-written_out = pytest.mark.parametrize("head", ["cp", "full", "chain"])  # those of the formula below
+WRITTEN_OUT = ("cp", "full", "chain")  # those of the formula in joint_table
+written_out = pytest.mark.parametrize("head", WRITTEN_OUT)
 
 
 def joint_table(model, e):
     """P(x_1, ..., x_n) of every combination of tokens, (V,) * n, padding included, by the formula."""
     head, W, r, n = model.head, model.lm_head.weight, model.config.rank, model.config.n_future
-    if model.config.head not in ("cp", "full", "chain"):
+    if model.config.head not in WRITTEN_OUT:
         return joint_of_rows(model, e)
     w = torch.softmax(head.router(e), -1)
     table = 0
@@ -270,7 +271,7 @@ def test_components_start_apart(head):
     idx, gold = torch.randint(16, (4, 8)), torch.randint(16, (4, 8, 3))
     model.loss(idx, gold)[0].backward()
     assert model.head.router.weight.grad.abs().max().item() > 1e-7
-    if head in ("cp", "full", "chain"):
+    if head in WRITTEN_OUT:
         with torch.no_grad():
             model.head.maps.copy_(model.head.maps[:, :1].expand_as(model.head.maps).clone())
         model.zero_grad()

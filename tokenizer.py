@@ -10,6 +10,7 @@ read by `Characters`.
 """
 
 import codecs
+import pickle
 import re
 import threading
 from collections import Counter
@@ -72,6 +73,27 @@ def gpt2_tokenizer(documents=(), vocab_size=0, timeout=60):
             "pieces, which needs none.")
     tokens = [enc.decode_single_token_bytes(i).decode("latin-1") for i in range(enc.eot_token)]
     return {"name": "gpt2", "pattern": enc._pat_str, "tokens": tokens}
+
+
+def read_characters(path):
+    """The description of the tokenizer in a meta.pkl of nanoGPT: {"itos": {0: "a", 1: ...}, ...}."""
+    class Plain(pickle.Unpickler):  # dicts, lists, strings, numbers: a pickle of more could run code
+        def find_class(self, module, name):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    try:
+        with open(path, "rb") as file:
+            itos = Plain(file).load()["itos"]
+        characters = [itos[i] for i in range(len(itos))]
+        tokens = [character.encode().decode("latin-1") for character in characters]
+        if not 0 < len(tokens) == len(set(tokens)):
+            raise ValueError("its characters are none, or not different ones")
+    except (OSError, MemoryError):
+        raise
+    except Exception as e:  # pickle raises many kinds for a file that is none
+        raise BadInput(f"{path} is not the meta.pkl of a character vocabulary, or it is damaged ({e}); "
+                       "nothing in it was run.") from None
+    return {"name": f"characters{len(tokens)}", "pattern": None, "tokens": tokens}
 
 
 TOKENIZERS = {"pieces": build_tokenizer, "gpt2": gpt2_tokenizer}

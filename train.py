@@ -396,7 +396,7 @@ def trunk_with_head(cfg, meta, given):
 
 
 def build_optimizer(model, cfg, device):
-    """AdamW; it decays the trunk's matrices, not the head's, whose maps start at the identity."""
+    """AdamW; it decays the trunk's matrices, and nothing of the head: 0 is no neutral map."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decay = [p for name, p in trained.items() if p.dim() >= 2 and not name.startswith("head.")]
     rest = [p for name, p in trained.items() if p.dim() < 2 or name.startswith("head.")]

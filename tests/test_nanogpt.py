@@ -81,7 +81,8 @@ def test_characters_round_trip_and_begin_with_a_newline(nano):
 def test_without_meta_pkl_the_tokens_are_gpt2s(nano, monkeypatch):
     """Here a stand-in of 300 ids, since GPT-2's own need a download."""
     def gpt2_tokenizer():
-        return {"name": "gpt2", "pattern": r"[\s\S]", "tokens": [chr(b) for b in range(256)] + ["x" * k for k in range(2, 45)]}
+        tokens = [chr(b) for b in range(256)] + ["x" * k for k in range(2, 45)]
+        return {"name": "gpt2", "pattern": r"[\s\S]", "tokens": tokens}
 
     monkeypatch.setattr(common, "gpt2_tokenizer", gpt2_tokenizer)
     (nano / "data/meta.pkl").unlink()

@@ -357,7 +357,7 @@ def test_a_compiler_that_is_missing_is_explained(home, monkeypatch):
     assert contents(home) == before
 
 
-def test_a_checkpoint_of_any_length_is_called_damaged(home, tmp_path, monkeypatch):
+def test_a_checkpoint_of_any_length_is_called_damaged(home, tmp_path):
     """torch's reader has an OSError, too, for some of them."""
     whole = (home / "out/toy/ckpt.pt").read_bytes()
     for length in range(0, len(whole), len(whole) // 25):
