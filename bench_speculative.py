@@ -6,11 +6,13 @@
 
 Plain and speculative decoding continue the same prompts for the same number of tokens (no stop
 token), in turn, round after round; speeds are medians over the rounds, and a speed-up is the median
-of the rounds' own ratios. The last line of stdout is one JSON object. docs/results.md says how to
-read the table.
+of the rounds' own ratios. A chat model answers its held-out prompts instead, and may end before
+that; each kind of prompts has a line of its own. The last line of stdout is one JSON object.
+docs/results.md says how to read the table.
 """
 
 import copy
+import itertools
 import json
 import os
 import platform
@@ -33,7 +35,7 @@ from model import BadInput
 from plot import check_plot, draw_bench, save
 from sample import add_model_flags, fast_kernels, load, prompt_ids
 
-KIND = ("head", "n_future", "rank")  # what says of which kind a head is
+KIND = ("head", "n_future", "rank", "draft_vocab")  # what says of which kind a head is
 
 # -----------------------------------------------------------------------------
 # clocks
@@ -100,10 +102,12 @@ LOOKUP = 10  # tokens that prompt lookup drafts at most
 
 def to_transformers(model):
     """The same GPT as a Hugging Face GPT2LMHeadModel: the same distribution of the next token, to
-    rounding.
+    rounding. A pretrained model is one of transformers already.
 
     BadInput without transformers, or where the target is not the LM head.
     """
+    if hasattr(model, "lm"):
+        return model.lm
     if model.config.target != "lm_head":
         raise BadInput("--peers needs a model with target lm_head: others know nothing of the head's "
                        "marginal.")
@@ -132,8 +136,10 @@ def to_transformers(model):
     return peer
 
 
-def transformers_generate(peer, prompt, max_new_tokens, *, sampler, stats=None, **options):
+def transformers_generate(peer, prompt, max_new_tokens, *, sampler, stop_token=None, stats=None,
+                          **options):
     """peer.generate in the form of our decoders. Our generator seeds torch's own."""
+    peer.generation_config.eos_token_id = stop_token
     options["do_sample"] = sampler.generator is not None
     if options["do_sample"]:
         seed = torch.randint(2**31, (), generator=sampler.generator, device=peer.device)
@@ -177,11 +183,14 @@ def check_same_target(model, other, out_dir):
 
 
 class Bench:
-    """beside: other heads on the model's trunk, a dict of names and models."""
+    """prompts: lists of ids, or by kind a dict of such lists; stop_token ends a text. beside: other
+    heads on the model's trunk, a dict of names and models."""
 
-    def __init__(self, model, prompts, n_tokens, seed, peers=False, beside=None):
+    def __init__(self, model, prompts, n_tokens, seed, peers=False, beside=None, stop_token=None):
         self.model, self.device = model, model.device
-        self.prompts, self.n_tokens, self.seed = prompts, n_tokens, seed
+        self.kinds = prompts if isinstance(prompts, dict) else {"all": prompts}
+        self.prompts = [prompt for kind in self.kinds.values() for prompt in kind]
+        self.n_tokens, self.seed, self.stop_token = n_tokens, seed, stop_token
         self.modes = {"plain": Mode(generate_cached, model),
                       "speculative": Mode(generate_speculative, model, True)}
         for name, other in (beside or {}).items():
@@ -209,17 +218,17 @@ class Bench:
         lookup = partial(transformers_generate, prompt_lookup_num_tokens=LOOKUP)
         self.modes["transformers_prompt_lookup"] = Mode(lookup, peer, kernels=best)
 
-    def decode(self, name, temperature, seed, n_prompts=None, **options):
-        """Continue every prompt, or the first n_prompts; returns the texts."""
-        mode = self.modes[name]
+    def decode(self, name, temperature, seed, prompts=None, **options):
+        """Continue the prompts, or all of them; returns the texts."""
+        mode, options = self.modes[name], {"stop_token": self.stop_token, **options}
         sampler = make_sampler(temperature, generator=torch.Generator(self.device).manual_seed(seed))
         with mode.context():
             return [list(mode.function(mode.model, prompt, self.n_tokens, sampler=sampler, **options))
-                    for prompt in self.prompts[:n_prompts]]
+                    for prompt in prompts or self.prompts]
 
     def time_one(self, name):
         """Seconds to continue the first prompt greedily."""
-        return timed(lambda: self.decode(name, 0.0, 0, n_prompts=1), self.device)[0]
+        return timed(lambda: self.decode(name, 0.0, 0, self.prompts[:1]), self.device)[0]
 
     def best_threads(self):
         """The number of CPU threads at which plain decoding is fastest."""
@@ -235,20 +244,32 @@ class Bench:
         return min(seconds, key=lambda n: statistics.median(seconds[n]))
 
     def rounds(self, temperature, n_rounds):
-        """By mode: a list of rounds, each a dict of seconds, tokens, texts and, if speculative,
-        seconds by part; and the Stats of all rounds together."""
+        """By mode: a list of rounds, each a dict of seconds, tokens, texts, if speculative seconds
+        by part, and by kind of prompts seconds, tokens and steps; and the Stats of all rounds."""
         rounds, stats = {name: [] for name in self.modes}, {name: Stats() for name in self.modes}
         for name in self.modes:  # warm up
-            self.decode(name, temperature, self.seed, n_prompts=1)
+            self.decode(name, temperature, self.seed, self.prompts[:1])
         for i in range(n_rounds):
-            for name, mode in self.modes.items():
-                laps = Laps(self.device)
-                options = {"stats": stats[name], **({"lap": laps} if mode.speculative else {})}
-                decode = partial(self.decode, name, temperature, self.seed + i, **options)
-                seconds, texts = timed(decode, self.device)
-                rounds[name].append({"seconds": seconds, "tokens": sum(map(len, texts)),
-                                     "texts": texts, "parts": laps.seconds()})
+            for own in rounds.values():
+                own.append({"seconds": 0, "tokens": 0, "texts": [], "parts": Counter(), "kinds": {}})
+            for kind, name in itertools.product(self.kinds, self.modes):
+                self.measure(name, kind, temperature, self.seed + i, rounds[name][-1], stats[name])
         return rounds, stats
+
+    def measure(self, name, kind, temperature, seed, found, stats):
+        """Let a mode continue the prompts of a kind, and add what it took to its round."""
+        laps, steps = Laps(self.device), stats.steps
+        options = {"stats": stats, **({"lap": laps} if self.modes[name].speculative else {})}
+        decode = partial(self.decode, name, temperature, seed, self.kinds[kind], **options)
+        seconds, texts = timed(decode, self.device)
+        tokens = sum(map(len, texts))
+        found["seconds"] += seconds
+        found["tokens"] += tokens
+        found["texts"] += texts
+        found["parts"] += laps.seconds()
+        # the prefill of each prompt yields a token, and counts as no step
+        found["kinds"][kind] = {"seconds": seconds, "tokens": tokens, "steps": stats.steps - steps,
+                                "prompts": len(texts)}
 
     def rows(self, temperature, n_rounds):
         """One row of the table per mode, and the first round's texts by mode."""
@@ -275,6 +296,8 @@ class Bench:
                "tokens_per_step": stats.tokens_per_step if stats.steps else None,  # None: a peer
                "acceptance": [a if a == a else None for a in stats.acceptance],
                "histogram": stats.histogram, "distinct": distinct(own[0]["texts"])}
+        if len(self.kinds) > 1:
+            row["kinds"] = {kind: self.row_of_kind(kind, own, rounds["plain"]) for kind in self.kinds}
         if mode.speculative:
             n_passes = stats.steps + len(own) * len(self.prompts)  # prefills, too
             ms = 1e3 * sum(r["tokens"] for r in own) / n_passes  # a forward pass's, of a token's seconds
@@ -285,6 +308,16 @@ class Bench:
             row["parts_ms"]["rest"] = row["step_ms"] - sum(row["parts_ms"].values())
             row["bound"] = statistics.median(speedups(per_token("trunk", "target")))
         return row
+
+    @staticmethod
+    def row_of_kind(kind, own, plain):
+        """What a row says of one kind of prompts, from the mode's rounds and those of plain decoding."""
+        own, plain = ([r["kinds"][kind] for r in rounds] for rounds in (own, plain))
+        speedups = [p["seconds"] / p["tokens"] * o["tokens"] / o["seconds"] for o, p in zip(own, plain)]
+        steps = sum(o["steps"] for o in own)
+        tokens = sum(o["tokens"] - o["prompts"] for o in own)
+        return {"speedup": statistics.median(speedups), "speedup_range": [min(speedups), max(speedups)],
+                "tokens_per_step": tokens / steps if steps else None}
 
     @torch.inference_mode()
     def first_difference(self, texts, name="speculative"):
@@ -313,7 +346,8 @@ def describe(bench, args):
     config, device, (trunk, head) = bench.model.config, bench.device, bench.model.n_params()
     card = {
         "out_dir": args.out_dir, "device": str(device), "hardware": hardware(device),
-        "torch": torch.__version__, "dtype": args.dtype, "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "dtype": str(bench.model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
         "trunk_parameters": trunk, "head_parameters": head,
         **{name: getattr(config, name) for name in KIND}, "target": config.target,
         "vocab_size": config.n_token, "prompts": len(bench.prompts),
@@ -354,6 +388,10 @@ def print_table(rows):
             print(f"{'':{width}}  steps by tokens: {' '.join(shares)}")
             parts = " + ".join(f"{part} {ms:.2f}" for part, ms in row["parts_ms"].items())
             print(f"{'':{width}}  a step {row['step_ms']:.2f} ms = {parts}")
+        for kind, part in row.get("kinds", {}).items() if row["mode"] != "plain" else ():
+            spread = "{:.2f}..{:.2f}".format(*part["speedup_range"])
+            per_step = f"{part['tokens_per_step']:.2f}" if part["tokens_per_step"] else ""
+            print(f"{kind:>{width + 15}} {part['speedup']:7.2f}x {spread:>12} {'':6} {per_step:>8}")
         if row["mode"] == "plain":
             print(f"{'':{width}}  {row['distinct']:.0%} of its runs of 8 tokens are different ones")
 
@@ -402,13 +440,17 @@ def main():
     beside = {out_dir: load(out_dir, args.device, args.dtype)[0] for out_dir in args.beside}
     for out_dir, other in beside.items():
         check_same_target(model, other, out_dir)
-    prompts = [prompt_ids(enc, text) for text in ckpt["meta"]["prompts"]]
-    room = model.config.block_size - max(map(len, prompts))
+    meta, prompts = ckpt["meta"], {}
+    chat = meta.get("chat", False)
+    for kind, text in zip(meta.get("kinds", ["all"] * len(meta["prompts"])), meta["prompts"]):
+        prompts.setdefault(kind, []).append(prompt_ids(enc, text, chat))
+    room = model.config.block_size - max(len(prompt) for kind in prompts.values() for prompt in kind)
     n_tokens = args.max_new_tokens or min(256, max(room, model.config.block_size // 2, 2))
     if args.peers and n_tokens > room:
         raise BadInput("--peers: transformers' window does not move on, so --max_new_tokens must be at "
                        f"most {room}.")
-    bench = Bench(model, prompts, n_tokens, args.seed, args.peers, beside)
+    stop_token = enc.eot_token if chat else None
+    bench = Bench(model, prompts, n_tokens, args.seed, args.peers, beside, stop_token)
     torch.set_num_threads(args.threads or bench.best_threads())
     card = describe(bench, args)
     print_card(card, bench)

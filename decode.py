@@ -226,7 +226,7 @@ def draft(model, e, token, n_drafts, sampler):
     if model.head.rank == 1 and not model.head.sees_drafts:
         # independent heads: one draw for all of them, which is measurably faster
         logits = model.head.logits(e, model.lm_head.weight, slice(1, n_drafts + 1))  # (k, 1, V)
-        drafted, q = sampler.draw(logits[:, 0, : model.config.n_token])
+        drafted, q = sampler.draw(model.head.all_tokens(logits[:, 0], model.config.n_token))
         return torch.cat((token, drafted)), torch.cat((q, nothing))
     conditionals, x, q = model.conditionals(e), [token], []
     for _ in range(n_drafts):

@@ -47,6 +47,7 @@ class GPTConfig:
     rank: int = 1  # r, components of the mixture; 1 is independent heads
     target: str = "marginal"  # p(next token): "marginal", sum_a w_a P_a^(1); "lm_head", the trunk's
     n_token: int = 0  # ids below this are real tokens, the rest is padding; 0 means all of them
+    draft_vocab: int = 0  # K, how many tokens the head can draft; 0 means all of them
 
     def __post_init__(self):
         self.n_token = self.n_token or self.vocab_size
@@ -65,6 +66,13 @@ class GPTConfig:
             raise BadInput(f"head must be one of {', '.join(HEADS)}, not {self.head!r}")
         if self.target not in ("marginal", "lm_head"):
             raise BadInput(f"target must be marginal or lm_head, not {self.target!r}")
+        K = self.draft_vocab
+        if not isinstance(K, int) or not 0 <= K <= self.n_token:
+            raise BadInput(f"draft_vocab must be a whole number from 0 to {self.n_token}, the tokens that "
+                           f"there are, not {K!r}")
+        if K and (self.target != "lm_head" or self.head == "full"):
+            raise BadInput("draft_vocab needs target lm_head, as the marginal gives every token a "
+                           "probability, and another head than full, whose unembeddings are its own")
 
 
 def widen(x):
@@ -143,6 +151,8 @@ class Block(nn.Module):
 # -----------------------------------------------------------------------------
 # the heads
 
+NO_PLACE = -100  # of a token that cannot be drafted; F.cross_entropy ignores it
+
 
 class CPHead(nn.Module):
     """The CP head of the paper, reduced: P_a^(s) = softmax(W M_a^(s) e), with the trunk's W.
@@ -160,6 +170,9 @@ class CPHead(nn.Module):
 
     The components must not start as copies of one another: where they agree, the router has no
     gradient, and nothing but its own noise parts them.
+
+    With draft_vocab = K, the head drafts K tokens alone (FR-Spec, arXiv 2502.14856): it keeps their
+    rows of W, which must be frozen, and its rows have K places. See `choose_drafts`.
     """
 
     sees_drafts = False  # whether P_a^(s) depends on the tokens between t and t + s
@@ -170,6 +183,9 @@ class CPHead(nn.Module):
         self.rank = config.rank
         self.router = nn.Linear(config.n_embd, config.rank)  # w = softmax(router(e))
         self.maps = nn.Parameter(self.new_maps(config))
+        K, C = config.draft_vocab, config.n_embd
+        self.register_buffer("draft_ids", torch.zeros(K, dtype=torch.long) if K else None)
+        self.register_buffer("draft_rows", torch.zeros(K, C) if K else None)
 
     @staticmethod
     def new_maps(config):
@@ -188,9 +204,26 @@ class CPHead(nn.Module):
 
     def logits(self, e, unembed, offsets=slice(None)):
         """W h_a^(s): e (..., C), unembed W (V, C) -> (..., n', r, V)."""
-        return widen(F.linear(self.vectors(e, offsets), unembed))
+        return self.unembed(self.vectors(e, offsets), unembed)
+
+    def unembed(self, h, unembed):
+        """W h, of the tokens that can be drafted: h (..., C) -> (..., V), or (..., K)."""
+        W = unembed if self.draft_ids is None else self.draft_rows
+        return widen(F.linear(h.contiguous(), W))  # of a slice, torch would copy W for each row
 
     # training: all positions at once, along the gold tokens
+
+    def log_conditionals(self, e, gold, unembed):
+        """The rows (2) along the gold tokens, log P(x_s | x_1..x_{s-1}) of all tokens that can be
+        drafted, s = 2..n: e (N, C), gold (N, n) -> (N, n - 1, V or K)."""
+        h = self.vectors_along(e, gold, unembed)  # (N, n, r, C)
+        if self.rank == 1:
+            return self.unembed(h[:, 1:, 0], unembed).log_softmax(-1)
+        log_p = self.unembed(h, unembed).log_softmax(-1)  # (N, n, r, V)
+        place = self.places(gold)[:, :-1, None, None].expand(-1, -1, self.rank, 1)
+        seen = log_p[:, :-1].gather(-1, place.clamp_min(0)).masked_fill(place == NO_PLACE, 0.0)
+        log_b = self.log_weights(e).unsqueeze(1) + seen.squeeze(-1).cumsum(1)  # (N, n - 1, r)
+        return torch.logsumexp(log_b.log_softmax(-1).unsqueeze(-1) + log_p[:, 1:], dim=2)
 
     def log_joint(self, e, gold, unembed):
         """log P of the first 1, 2, ..., n gold tokens, (1): e (N, C), gold (N, n) -> (N, n)."""
@@ -199,8 +232,9 @@ class CPHead(nn.Module):
     def gold_log_probs(self, e, gold, unembed):
         """log P_a^(s) of the gold tokens alone: e (N, C), gold (N, n) -> (N, n, r)."""
         h = self.vectors_along(e, gold, unembed)  # (N, n, r, C)
-        y = gold.unsqueeze(-1).expand(h.shape[:-1])
-        return gold_log_prob(h.flatten(0, -2), unembed, y.flatten(), len(e)).view(y.shape)
+        y = self.places(gold).unsqueeze(-1).expand(h.shape[:-1])
+        W = unembed if self.draft_ids is None else self.draft_rows
+        return gold_log_prob(h.flatten(0, -2), W, y.flatten(), len(e)).view(y.shape)
 
     def vectors_along(self, e, gold, unembed):
         """h_a^(s) given the gold tokens before x_{t+s}: e (N, C), gold (N, n) -> (N, n, r, C)."""
@@ -215,6 +249,35 @@ class CPHead(nn.Module):
     def rows(self, state, s, x):
         """log P_a^(s) of all tokens given x (1,) = x_{t+s-1}: (r, V), each row normalised."""
         return state[s - 1]
+
+    # the draft vocabulary
+
+    def choose_drafts(self, ids, unembed):
+        """Draft these ids (K,) from now on; unembed W (V, C) must not change after that."""
+        self.draft_ids.copy_(ids.sort().values)
+        self.draft_rows.copy_(unembed[self.draft_ids])
+
+    def places(self, x):
+        """Where the tokens x stand in the rows; NO_PLACE where they cannot be drafted."""
+        if self.draft_ids is None:
+            return x
+        place = torch.searchsorted(self.draft_ids, x).clamp_max(len(self.draft_ids) - 1)
+        return torch.where(self.draft_ids[place] == x, place, NO_PLACE)
+
+    def of_token(self, log_p, x):
+        """log P_a^(s) of token x (1,) in rows (r, V or K) -> (r, 1). A token that cannot be drafted
+        says nothing of the component: 0 for all of them."""
+        if self.draft_ids is None:
+            return log_p.index_select(-1, x)
+        place = self.places(x)
+        return log_p.index_select(-1, place.clamp_min(0)).masked_fill(place == NO_PLACE, 0.0)
+
+    def all_tokens(self, rows, n_token):
+        """Rows of logits (k, V or K) -> (k, n_token): -inf where a token cannot be drafted."""
+        if self.draft_ids is None:
+            return rows[:, :n_token]
+        whole = rows.new_full((len(rows), n_token), -math.inf)
+        return whole.index_copy_(-1, self.draft_ids, rows)
 
     def log_marginal(self, e, unembed):
         """log sum_a w_a P_a^(1), the target "marginal": e (..., C) -> (..., V)."""
@@ -233,8 +296,8 @@ class FullCPHead(CPHead):
         """W_a^(s) (n, r, V, C)."""
         return 0.02 * torch.randn(config.n_future, config.rank, config.vocab_size, config.n_embd)
 
-    def logits(self, e, unembed, offsets=slice(None)):
-        return widen(self.vectors(e, offsets))
+    def unembed(self, h, unembed):
+        return widen(h)
 
     def gold_log_probs(self, e, gold, unembed):
         n, r = self.maps.shape[:2]
@@ -283,10 +346,58 @@ class ChainHead(CPHead):
         h_s = h[s - 1]  # (r, C)
         if s > 1:
             h_s = h_s + self.term(unembed.index_select(0, x), gates[s - 2])
-        return widen(F.linear(h_s, unembed)).log_softmax(-1)
+        return self.unembed(h_s, unembed).log_softmax(-1)
 
 
-HEADS = {"cp": CPHead, "full": FullCPHead, "chain": ChainHead}
+class RecurrentHead(CPHead):
+    """A CP head whose components are recurrent: they see all tokens between t and their own.
+
+        h_a^(1) = M_a e
+        h_a^(s) = h_a^(s-1) + W3 gelu(W2 gelu(W1 [norm(h_a^(s-1)); norm(W[x_{t+s-1}])])),   s > 1      (5)
+
+    It is not in the paper; r = 1 is after NextLat (arXiv 2511.05963), and akin to ReDrafter
+    (2403.09919) and Hydra (2402.05109). One MLP serves all offsets and components. W3 starts at 0,
+    where every offset is the first one.
+    """
+
+    sees_drafts = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        C, H = config.n_embd, 2 * config.n_embd
+        self.fc1 = nn.Linear(2 * C, H, bias=False)
+        self.fc2 = nn.Linear(H, H, bias=False)
+        self.fc3 = nn.Linear(H, C, bias=False)
+        nn.init.zeros_(self.fc3.weight)
+
+    @staticmethod
+    def new_maps(config):
+        """M_a (1, r, C, C): the identity and noise."""
+        C = config.n_embd
+        return torch.eye(C) + 0.02 * torch.randn(1, config.rank, C, C)
+
+    def step(self, h, row):
+        """(5): h (..., r, C) of one offset, row (..., C) of W, the token's -> h of the next one."""
+        row = F.layer_norm(row, row.shape[-1:]).unsqueeze(-2).expand_as(h)
+        x = torch.cat((F.layer_norm(h, h.shape[-1:]), row), dim=-1)
+        return h + self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x)))))
+
+    def vectors_along(self, e, gold, unembed):
+        h = [self.vectors(e)[:, 0]]  # (N, r, C)
+        for row in F.embedding(gold[:, :-1], unembed).unbind(1):
+            h.append(self.step(h[-1], row))
+        return torch.stack(h, dim=1)
+
+    def start(self, e, unembed):
+        return {"h": self.vectors(e)[0], "unembed": unembed}
+
+    def rows(self, state, s, x):
+        if s > 1:  # to be asked for in order: the state moves along
+            state["h"] = self.step(state["h"], state["unembed"].index_select(0, x)[0])
+        return self.unembed(state["h"], state["unembed"]).log_softmax(-1)
+
+
+HEADS = {"cp": CPHead, "full": FullCPHead, "chain": ChainHead, "recurrent": RecurrentHead}
 
 
 class Conditionals:
@@ -309,12 +420,12 @@ class Conditionals:
         """Token x (1,) stands at offset s: -> log q_{s+1} (1, n_token), up to a constant."""
         self.s += 1
         if self.head.rank == 1:  # one component: its row is the conditional
-            return self.head.rows(self.state, self.s, x)[:, : self.n_token]
-        self.log_b = self.log_b + self.log_p.index_select(-1, x)
+            return self.head.all_tokens(self.head.rows(self.state, self.s, x), self.n_token)
+        self.log_b = self.log_b + self.head.of_token(self.log_p, x)
         self.log_p = self.head.rows(self.state, self.s, x)
         q = self.log_b.softmax(0).T @ self.log_p.exp()  # (1, V)
         # tiny: where all real tokens underflow next to the padding, the row is uniform and not NaN
-        return q[:, : self.n_token].clamp_min(torch.finfo(q.dtype).tiny).log()
+        return self.head.all_tokens(q.clamp_min(torch.finfo(q.dtype).tiny).log(), self.n_token)
 
 
 # -----------------------------------------------------------------------------
@@ -343,7 +454,8 @@ def gold_log_prob(x, weight, y, n_positions):
 
     Goes through the rows in chunks, whose logits the backward pass computes again instead of
     keeping them. A chunk has no more rows than there are positions (256 at least), so memory holds
-    at most the logits of plain training, and never the (B, T, n, r, V) of all factors.
+    at most the logits of plain training, and never the (B, T, n, r, V) of all factors. 0 where y is
+    NO_PLACE.
     """
     def chunk(x, weight, y):
         return -F.cross_entropy(widen(F.linear(x, weight)), y, reduction="none")
@@ -510,12 +622,13 @@ def head_state(model, old, head, fresh_head):
     """The head's tensors for a model: the checkpoint's, fresh ones, or both.
 
     old, head: the checkpoint's settings and head. Of a head that extends it, or that it extends,
-    what both have is kept; of any other kind, n or rank, nothing.
+    what both have is kept; of any other kind, n, rank or draft vocabulary, nothing.
     """
     config, state = model.config, model.state_dict()
     fresh = {name: tensor for name, tensor in state.items() if name.startswith("head.")}
     kind = old.get("head", "cp")
-    if fresh_head or (old.get("n_future", 1), old.get("rank", 1)) != (config.n_future, config.rank):
+    sizes = dict(n_future=1, rank=1, draft_vocab=0)
+    if fresh_head or any(old.get(name, least) != getattr(config, name) for name, least in sizes.items()):
         return fresh
     if kind == config.head:
         return head

@@ -11,13 +11,12 @@ see decode.py.
 import os
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from common import (ArgumentParser, any_path, any_seed, check_meta, load_model, number, pick_device,
-                    read_checkpoint, run_script, utf8)
+                    onednn, read_checkpoint, run_script, utf8)
 from decode import Coupled, Stats, generate, generate_cached, generate_speculative, make_sampler
 from model import BadInput
 from tokenizer import TextStream, encode, load_tokenizer
@@ -25,10 +24,15 @@ from tokenizer import TextStream, encode, load_tokenizer
 MODES = {"speculative": generate_speculative, "plain": generate_cached, "oracle": generate}
 
 
-def load(out_dir, device="auto", dtype="float32"):
+def load(out_dir, device="auto", dtype="auto"):
     """(model, tokenizer, checkpoint) of out_dir/ckpt.pt, the model in evaluation mode."""
     path, device = Path(out_dir) / "ckpt.pt", pick_device(device)
     ckpt = read_checkpoint(path)
+    if "trunk" in ckpt:  # a head on a model of transformers
+        from pretrained import load_checkpoint
+        model, enc = load_checkpoint(ckpt, path, device, dtype)
+        return model.to(device, model.dtype).eval(), enc, ckpt
+    dtype = "float32" if dtype == "auto" else dtype
     if device.type == "mps" and dtype == "float64":
         raise BadInput("mps has no float64; take --device cpu.")
     if "meta" not in ckpt:
@@ -47,20 +51,20 @@ def load(out_dir, device="auto", dtype="float32"):
     return model, enc, ckpt
 
 
-@contextmanager
 def fast_kernels(model):
-    """Within the block, passes of a few rows are fastest: in float32 on a CPU, without oneDNN."""
-    before = torch.backends.mkldnn.enabled
-    if model.device.type == "cpu" and model.dtype == torch.float32:
-        torch.backends.mkldnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
+    """A context in which passes of a few rows are fastest: in float32 on a CPU, without oneDNN."""
+    return onednn(not (model.device.type == "cpu" and model.dtype == torch.float32))
 
 
-def prompt_ids(enc, text):
-    """A text begins after an <|endoftext|>, as in training, or where there is none with a newline."""
+def prompt_ids(enc, text, chat=False):
+    """A text begins after an <|endoftext|>, as in training, or where there is none with a newline.
+
+    A tokenizer of transformers has its own rules. chat: it is the answer to text that begins.
+    """
+    if hasattr(enc, "prompt_ids"):
+        return enc.prompt_ids(text, chat)
+    if chat:
+        raise BadInput("--chat needs a chat model of transformers, see pretrained.py.")
     if enc.eot_token is not None:
         return [enc.eot_token, *encode(enc, text)]
     return encode(enc, text or ("\n" if "\n" in enc.ids else enc.characters[0]))
@@ -97,9 +101,10 @@ def add_model_flags(parser):
                         help="folder of the checkpoint (out/toy)")
     parser.add_argument("--device", default="auto",
                         help="cpu, cuda, cuda:1, mps; auto takes cuda, then mps, then cpu")
-    parser.add_argument("--dtype", default="float32",
-                        choices=["float32", "bfloat16", "float16", "float64"],
-                        help="of the weights; probabilities are float32 or wider (float32)")
+    parser.add_argument("--dtype", default="auto",
+                        choices=["auto", "float32", "bfloat16", "float16", "float64"],
+                        help="of the weights; probabilities are float32 or wider. auto is float32, or "
+                             "for a pretrained model bfloat16 where a trial finds it faster (auto)")
     parser.add_argument("--seed", type=any_seed, default=1337, help="seed of the draws (1337)")
 
 
@@ -109,6 +114,8 @@ def parse_args():
     parser.add_argument("--mode", choices=MODES,
                         help="decoder (speculative where there is a head, else plain)")
     parser.add_argument("--prompt", type=utf8, default="", help="beginning of the text (none)")
+    parser.add_argument("--chat", action="store_true",
+                        help="the prompt is a user's message, in the template of a pretrained model")
     parser.add_argument("--num_samples", type=number(int, 1), default=1, help="texts to write (1)")
     parser.add_argument("--max_new_tokens", type=number(int, 0), default=256,
                         help="longest text in tokens (256)")
@@ -133,8 +140,8 @@ def is_terminal():
 def write_sample(args, model, enc, mode, sampler, colour):
     """Print one text; returns what the decoder did."""
     stats, stream = Stats(), TextStream(enc, printable=is_terminal())
-    prompt = prompt_ids(enc, args.prompt)
-    print(args.prompt, end="", flush=True)
+    prompt = prompt_ids(enc, args.prompt, args.chat)
+    print(args.prompt, end="\n\n" if args.chat else "", flush=True)
     tokens = MODES[mode](model, prompt, args.max_new_tokens, sampler=sampler,
                          stop_token=enc.eot_token, stats=stats)
     for i, token in enumerate(tokens):

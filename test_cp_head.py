@@ -53,6 +53,8 @@ written_out = pytest.mark.parametrize("head", WRITTEN_OUT)
 def joint_table(model, e):
     """P(x_1, ..., x_n) of every combination of tokens, (V,) * n, padding included, by the formula."""
     head, W, r, n = model.head, model.lm_head.weight, model.config.rank, model.config.n_future
+    if model.config.head == "recurrent":
+        return joint_of_recurrence(model, e)
     if model.config.head not in WRITTEN_OUT:
         return joint_of_rows(model, e)
     w = torch.softmax(head.router(e), -1)
@@ -69,6 +71,30 @@ def joint_table(model, e):
             term = term.unsqueeze(-1) * torch.softmax(logits, -1)
         table = table + term
     return table
+
+
+def joint_of_recurrence(model, e):
+    """The same of a recurrent head, equation (5), window by window."""
+    head, W, V, table = model.head, model.lm_head.weight, model.config.vocab_size, []
+
+    def norm(x):
+        return (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
+
+    def gelu(x):
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+    for window in itertools.product(range(V), repeat=model.config.n_future):
+        total, w = 0, torch.softmax(head.router(e), -1)
+        for a in range(model.config.rank):
+            h, term = head.maps[0, a] @ e, w[a]
+            for s, x in enumerate(window):
+                if s > 0:
+                    z = torch.cat((norm(h), norm(W[window[s - 1]])))
+                    h = h + head.fc3.weight @ gelu(head.fc2.weight @ gelu(head.fc1.weight @ z))
+                term = term * torch.softmax(W @ h, -1)[x]
+            total = total + term
+        table.append(total)
+    return torch.stack(table).view((V,) * model.config.n_future)
 
 
 def joint_of_rows(model, e):
@@ -331,6 +357,7 @@ def learned(phrases, head="cp", rank=1, balance_weight=0.05, seed=0):
     (SAD_CRIED, "chain", 1, 1),  # the word before says it
     (SHE_LOST, "chain", 1, 2),  # here it does not: both have "lost" before the last word
     (SHE_LOST, "chain", 2, 1),  # and the components remember who lost it
+    (SHE_LOST, "recurrent", 1, 1),  # as does a state
 ])
 def test_learned_bits(phrases, head, rank, bits):
     """The phrase is a choice of 1 bit. What a head cannot say costs it a second one; 300 steps take
@@ -711,6 +738,42 @@ def test_speculative_decoding_is_exact_by_enumeration(config, variant, monkeypat
     model = tiny_model(**variant, **config)
     texts = enumerated(lambda choose: generate_speculative(model, [0, 1], 3), monkeypatch)
     assert total_variation(texts, expected_texts(model, [0, 1], 3)) < 1e-12
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if head != "full"])
+@pytest.mark.parametrize("config", [dict(vocab_size=3, n_future=2, draft_vocab=2),
+                                    dict(vocab_size=3, n_future=2, draft_vocab=2, rank=1),
+                                    dict(vocab_size=2, n_future=3, draft_vocab=1)], ids=["V3n2", "V3n2r1", "V2n3"])
+def test_speculative_decoding_is_exact_with_a_draft_vocabulary(config, head, monkeypatch):
+    """The head drafts some of the tokens alone, and the target writes all of them, with their own
+    probabilities, also after a token that the head cannot draft."""
+    model = tiny_model(head=head, target="lm_head", n_layer=1, **config)
+    with torch.no_grad():
+        model.head.choose_drafts(torch.arange(1, config["draft_vocab"] + 1).flip(0) % config["vocab_size"],
+                                 model.lm_head.weight)
+    texts = enumerated(lambda choose: generate_speculative(model, [0, 1], 3), monkeypatch)
+    assert total_variation(texts, expected_texts(model, [0, 1], 3)) < 1e-12
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("draft_vocab", [0, 2])
+def test_rows_along_the_gold_tokens_are_those_that_drafts_are_drawn_from(head, rank, draft_vocab):
+    """log_conditionals, of training, and Conditionals, of decoding, over every window; a token that
+    cannot be drafted is in no row, and tells nothing of the component."""
+    if head == "full" and draft_vocab:
+        return  # refused: see GPTConfig
+    model = tiny_model(head=head, rank=rank, target="lm_head", vocab_size=4, draft_vocab=draft_vocab)
+    W, e, ids = model.lm_head.weight.detach(), a_state(), torch.tensor([1, 3])
+    if draft_vocab:
+        model.head.choose_drafts(ids, W)
+    for window in itertools.product(range(4), repeat=3):
+        along = model.head.log_conditionals(e[None], torch.tensor([window]), W)[0]  # (n - 1, V or K)
+        conditionals = model.conditionals(e)
+        for row, x in zip(along, window):
+            q = conditionals.next(torch.tensor([x])).softmax(-1)[0]
+            expected = torch.zeros(4, dtype=torch.float64).index_copy(0, ids, row.exp()) if draft_vocab else row.exp()
+            torch.testing.assert_close(q, expected, rtol=0, atol=1e-12)
 
 
 WARPS = [dict(temperature=0.7), dict(top_k=2), dict(top_p=0.6), dict(temperature=1.3, top_p=0.8)]

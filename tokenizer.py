@@ -169,11 +169,15 @@ class TextStream:
     """
 
     def __init__(self, enc, printable=False):
-        self.enc, self.printable = enc, printable
+        self.printable = printable
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        if hasattr(enc, "text_pieces"):  # a tokenizer of transformers does it all
+            self.text = enc.text_pieces()
+        else:
+            self.text = lambda token: self.decoder.decode(enc.decode_single_token_bytes(token))
 
     def push(self, token):
-        return self._shown(self.decoder.decode(self.enc.decode_single_token_bytes(token)))
+        return self._shown(self.text(token))
 
     def end(self):
         return self._shown(self.decoder.decode(b"", final=True))

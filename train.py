@@ -62,6 +62,8 @@ class TrainConfig:
     head: str = flag("cp", "the head, a name in model.py's HEADS", tuple(HEADS))
     n_future: int = flag(4, "n, tokens predicted at once; 1 is plain nanoGPT", count)
     rank: int = flag(4, "r, components of the head's mixture; 1 is independent heads", count)
+    draft_vocab: int = flag(0, "K, the head drafts the K most frequent tokens alone, which needs "
+                            "--freeze_trunk; 0 is all", number(int, 0, 10**6))
     target: str = flag("lm_head", "p(next token): lm_head, the trunk's, or marginal, the head's",
                        ("marginal", "lm_head"))
     # loss and optimizer
@@ -94,6 +96,11 @@ PRESETS = {
         data_dir="data/tinystories", out_dir="out/tinystories", n_head=8, n_embd=512,
         target="marginal", joint_share=0.125, batch_size=64, grad_accum=4, lr=1e-3, max_iters=20000,
         eval_interval=1000,
+    ),
+    "pretrained": TrainConfig(
+        data_dir="data/own", out_dir="out/own", freeze_trunk=True, head="recurrent", n_future=6, rank=1,
+        draft_vocab=4096, batch_size=128, lr=3e-3, min_lr=1e-5, max_iters=7000,
+        eval_interval=500, eval_windows=2048,
     ),
 }
 
@@ -132,10 +139,10 @@ def optimizer_step(run, loss_function):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(run.progress, cfg)
     for _ in range(cfg.grad_accum):
-        idx, gold = next(run.batches)  # (B, T), (B, T, n)
+        batch = next(run.batches)  # idx (B, T), gold (B, T, n); of stored states see `States.at`
         with run.autocast:
             weights = cfg.joint_weight, cfg.balance_weight, cfg.joint_share
-            loss, parts = loss_function(idx, gold, *weights)
+            loss, parts = loss_function(*batch, *weights)
         scaler.scale(loss / cfg.grad_accum).backward()
     if cfg.grad_clip:
         scaler.unscale_(optimizer)
@@ -159,12 +166,12 @@ def evaluate(run):
     """The parts of the loss (see GPT.loss), averaged over the fixed validation windows."""
     run.model.eval()
     totals, n_windows = {}, 0
-    for idx, gold in run.val.fixed(run.cfg.eval_windows):
+    for batch in run.val.fixed(run.cfg.eval_windows):
         with run.autocast:
-            parts = run.model.loss(idx, gold)[1]
+            parts = run.model.loss(*batch)[1]
         for name, part in parts.items():
-            totals[name] = totals.get(name, 0) + part.cpu().double() * len(idx)
-        n_windows += len(idx)
+            totals[name] = totals.get(name, 0) + part.cpu().double() * len(batch[0])
+        n_windows += len(batch[0])
     run.model.train()
     return {name: (total / n_windows).tolist() for name, total in totals.items()}
 
@@ -180,6 +187,7 @@ class Windows:
         self.data = np.memmap(path, dtype=np.uint16, mode="r")
         self.T, self.n = cfg.block_size, cfg.n_future
         self.batch_size, self.device = cfg.batch_size, device
+        self.positions = cfg.batch_size * cfg.block_size  # of a batch
         self.n_starts = len(self.data) - self.T - self.n + 1
         if self.n_starts < 1:
             raise BadInput(f"{path} holds {len(self.data)} tokens, fewer than block_size + n_future "
@@ -194,6 +202,10 @@ class Windows:
         else:
             tokens = tokens.to(self.device)
         return tokens[:, : self.T], tokens[:, 1:].unfold(1, self.n, 1)
+
+    def counts(self, vocab_size):
+        """How often each token comes in the text."""
+        return np.bincount(self.data, minlength=vocab_size)
 
     def random(self, generator):
         """Batches of random windows, for ever."""
@@ -226,7 +238,7 @@ class Run:
         self.optimizer = build_optimizer(model, cfg, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.windows = torch.Generator().manual_seed(cfg.seed)  # draws the training windows
-        self.batches = batches or read_windows(cfg, "train", device).random(self.windows)
+        self.batches = batches or read_data(cfg, meta, "train", device).random(self.windows)
         self.val = val
         self.iter_num, self.seconds, self.log = 0, 0.0, []
         self.is_new = True  # until its first checkpoint
@@ -237,6 +249,10 @@ class Run:
         """The share of the run that is done, by steps or by time, whichever is further."""
         by_time = self.seconds / self.cfg.max_seconds if self.cfg.max_seconds else 0.0
         return max(self.iter_num / self.cfg.max_iters, by_time)
+
+    @property
+    def tokens_per_step(self):
+        return self.val.positions * self.cfg.grad_accum
 
     def count_step(self):
         """The clock starts after the first step of this process, which may compile."""
@@ -249,7 +265,7 @@ class Run:
     def log_step(self, loss, parts):
         """Append a training step to the log; returns what the bar shows."""
         steps, seconds = self.iter_num - self.start[0], self.seconds - self.start[1]
-        speed = steps * tokens_per_step(self.cfg) / max(seconds, 1e-9)
+        speed = steps * self.tokens_per_step / max(seconds, 1e-9)
         self.log.append({"iter": self.iter_num, "seconds": self.seconds, "loss": loss.item(),
                          "lr": self.optimizer.param_groups[0]["lr"], "tokens_per_second": speed,
                          **{name: part.tolist() for name, part in parts.items()}})
@@ -304,11 +320,11 @@ class Run:
         return states
 
 
-def tokens_per_step(cfg):
-    return cfg.batch_size * cfg.grad_accum * cfg.block_size
-
-
-def read_windows(cfg, split, device):
+def read_data(cfg, meta, split, device):
+    """The batches of a split: windows of text, or the stored states of a pretrained trunk."""
+    if "trunk" in meta:
+        import pretrained
+        return pretrained.States(cfg.data_dir, meta, cfg, split, device)
     return Windows(Path(cfg.data_dir) / f"{split}.bin", cfg, device)
 
 
@@ -322,14 +338,31 @@ def new_run(cfg, given):
     if cfg.fresh_head and not cfg.init_from:
         raise BadInput("--fresh_head leaves the head of a checkpoint out; name the checkpoint with "
                        "--init_from.")
-    if cfg.init_from:
+    if "trunk" in meta:
+        import pretrained  # here, as it needs transformers
+        cfg, model = pretrained.new_model(cfg, meta, device)
+    elif cfg.init_from:
         model = trunk_with_head(cfg, meta, given)
     else:
         model = GPT(model_config(cfg, meta["vocab_size"]))
     # --init_from brings its own block_size, n_layer, ...: what is built is what gets saved
     built = {name: value for name, value in asdict(model.config).items() if hasattr(cfg, name)}
     cfg = replace(cfg, **built)
-    return Run(cfg, model, meta, device, val=read_windows(cfg, "val", device))
+    if cfg.draft_vocab and not model.head.draft_ids.any():  # not those of --init_from
+        choose_drafts(model, cfg, meta)
+    return Run(cfg, model, meta, device, val=read_data(cfg, meta, "val", device))
+
+
+def choose_drafts(model, cfg, meta):
+    """The head drafts the cfg.draft_vocab most frequent tokens of the training text alone."""
+    if not cfg.freeze_trunk:
+        raise BadInput("--draft_vocab keeps rows of the trunk's embedding, which must not change: add "
+                       "--freeze_trunk")
+    counts = read_data(cfg, meta, "train", torch.device("cpu")).counts(model.config.n_token)
+    ids = np.argsort(-counts, kind="stable")[: cfg.draft_vocab]
+    model.head.choose_drafts(torch.from_numpy(ids.copy()), model.lm_head.weight.detach())
+    share = counts[ids].sum() / counts.sum()
+    print(f"drafts {cfg.draft_vocab:,} of {model.config.n_token:,} tokens, {share:.1%} of the text")
 
 
 CHANGEABLE = ("data_dir", "out_dir", "device", "max_iters", "max_seconds", "eval_interval",
@@ -353,11 +386,20 @@ def resumed_run(out_dir, given):
     kept = {name: value for name, value in given.items() if name in CHANGEABLE}
     cfg = replace(old, **{**kept, "out_dir": out_dir})
     device, meta = pick_device(cfg.device), read_meta(cfg.data_dir)
-    check_tokenizer(ckpt, meta, path)
-    if ckpt["meta"]["splits"] != meta["splits"]:
+    if "trunk" in meta:
+        same = ckpt["meta"] == meta
+    else:
+        check_tokenizer(ckpt, meta, path)
+        same = ckpt["meta"]["splits"] == meta["splits"]
+    if not same:
         raise BadInput(f"The data in {cfg.data_dir} is not what {path} was trained on; --init_from "
                        "starts a new run.")
-    run = Run(cfg, load_model(ckpt, path), meta, device, val=read_windows(cfg, "val", device))
+    if "trunk" in meta:
+        import pretrained
+        model = pretrained.load_checkpoint(ckpt, path, device, cfg.dtype)[0]
+    else:
+        model = load_model(ckpt, path)
+    run = Run(cfg, model, meta, device, val=read_data(cfg, meta, "val", device))
     run.restore(ckpt)
     return run
 
@@ -381,7 +423,8 @@ def trunk_with_head(cfg, meta, given):
     """The trunk of --init_from with the head that cfg asks for."""
     ckpt = read_checkpoint(cfg.init_from)
     check_tokenizer(ckpt, meta, cfg.init_from)
-    head = {name: getattr(cfg, name) for name in ("n_future", "rank", "head", "target", "dropout")}
+    names = ("n_future", "rank", "head", "target", "draft_vocab", "dropout")
+    head = {name: getattr(cfg, name) for name in names}
     model = load_model(ckpt, cfg.init_from, cfg.fresh_head, **head, n_token=meta["vocab_size"])
     for name in ("block_size", "n_layer", "n_head", "n_embd", "bias"):
         own = getattr(model.config, name)
@@ -423,7 +466,7 @@ def describe(run):
     dtype = str(pick_dtype(cfg.dtype, run.device)).removeprefix("torch.")
     kind = f", r = {cfg.rank}, head {cfg.head}, target {cfg.target}" if run.model.head else ""
     return (f"device {run.device}, {dtype}; trunk {trunk / 1e6:.2f}M and head {head / 1e6:.2f}M "
-            f"parameters; {tokens_per_step(cfg):,} tokens per step; n = {cfg.n_future}{kind}")
+            f"parameters; {run.tokens_per_step:,} tokens per step; n = {cfg.n_future}{kind}")
 
 
 def report(val, meta):
@@ -431,9 +474,10 @@ def report(val, meta):
     def line(name, nats, note=""):
         print(f"{name:20}  {nats:10.4f}  {nats / math.log(2):10.4f}   {note}".rstrip())
 
-    per_byte = val["next"] / math.log(2) / meta["bytes_per_token"]
     print("\nvalidation            nats/token  bits/token")
-    line("next-token loss", val["next"], f"= {per_byte:.4f} bits per byte")
+    if "bytes_per_token" in meta:
+        per_byte = val["next"] / math.log(2) / meta["bytes_per_token"]
+        line("next-token loss", val["next"], f"= {per_byte:.4f} bits per byte")
     if "entropy_bits_per_token" in meta:
         entropy = meta["entropy_bits_per_token"] * math.log(2)
         line("entropy of the text", entropy, "(of the grammar: the lower bound)")
@@ -444,6 +488,9 @@ def report(val, meta):
         line(f"  offset {s}", loss, "given the true tokens before it in the window" if s == 2 else "")
     usage = " ".join(f"{w:.3f}" for w in val["usage"])
     print(f"component usage       {usage}   balance {val['balance']:.3f}")
+    if "accept" in val:
+        print("a draft is accepted   " + " ".join(f"{share:.3f}" for share in val["accept"]) +
+              f"   at temperature 1, by offset; {val['per_step']:.2f} tokens per step")
 
 
 def add_flags(parser, names=None):

@@ -26,6 +26,7 @@ import common
 import model
 import plot
 import prepare_tinystories
+import pretrained
 import sample
 import tokenizer
 import train
@@ -33,7 +34,8 @@ from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 MAIN = {"prepare": prepare_tinystories.main, "train": train.main, "sample": sample.main,
-        "bench": bench_speculative.main, "plot": plot.main, "training": bench_training.main}
+        "bench": bench_speculative.main, "plot": plot.main, "training": bench_training.main,
+        "pretrained": pretrained.main}
 SMALL = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 --n_future 3 "
          "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu")
 FROM = "--preset toy --batch_size 4 --n_future 3 --max_iters 1 --eval_windows 4 --device cpu --init_from"

