@@ -364,10 +364,10 @@ class RecurrentHead(CPHead):
 
     def __init__(self, config):
         super().__init__(config)
-        C, H = config.n_embd, 2 * config.n_embd
-        self.fc1 = nn.Linear(2 * C, H, bias=False)
-        self.fc2 = nn.Linear(H, H, bias=False)
-        self.fc3 = nn.Linear(H, C, bias=False)
+        C = config.n_embd
+        self.fc1 = nn.Linear(2 * C, C, bias=False)
+        self.fc2 = nn.Linear(C, C, bias=False)
+        self.fc3 = nn.Linear(C, C, bias=False)
         nn.init.zeros_(self.fc3.weight)
 
     @staticmethod

@@ -5,10 +5,10 @@
     python bench_speculative.py --out_dir out/own
 
 `generate` lets the model answer prompts, those of prompts.py or yours, and keeps its hidden states
-beside its text: the trunk is frozen, so the head trains over the states, at its own cost alone. --init_from names a model
-of the hub, a folder, or a .gguf file. A checkpoint then holds the head, and the name and the hash
-of the trunk. Needs transformers, a .gguf file also gguf and accelerate. An interrupted `generate` goes
-on by the same command.
+beside its text: the trunk is frozen, so the head trains over the states, at its own cost alone.
+An interrupted `generate` goes on by the same command. --init_from names a model of the hub, a
+folder, or a .gguf file. A checkpoint then holds the head, and the name and the hash of the trunk.
+Needs transformers, and for a .gguf file gguf and accelerate.
 
 `Pretrained` is the adapter: all that decode.py and a head need of a trunk. `Pretrained.loss` is
 what the head is trained on.
@@ -214,8 +214,8 @@ class Pretrained(GPT):
                              by itself, at temperature 1
             per_step         1 + the sum of their products: tokens per step, about
         """
-        n, W = self.config.n_future, self.lm_head.weight
-        e, real, place = states[:, 0], gold.clamp_min(0), self.head.places(gold)
+        W, e = self.lm_head.weight, states[:, 0]
+        real, place = gold.clamp_min(0), self.head.places(gold)
         log_q = self.head.log_conditionals(e, real, W)  # (B, n - 1, K)
         with torch.no_grad():
             log_p = self.head.unembed(states[:, 1:], W) - log_z[:, 1:, None]  # (B, n - 1, K)
@@ -226,8 +226,10 @@ class Pretrained(GPT):
         def mean(x):  # by offset
             return (x * counts).sum(0) / counts.sum(0).clamp_min(1)
 
-        loss = acceptance_loss(log_p, log_q)
-        loss = (loss * counts).sum() / counts.sum().clamp_min(1)
+        # a later offset is reached less often, and weighs less
+        loss = acceptance_loss(log_p, log_q)  # (B, n - 1)
+        weights = counts * 0.6 ** torch.arange(loss.size(1), dtype=loss.dtype, device=loss.device)
+        loss = (loss * weights).sum() / weights.sum().clamp_min(1e-9)
         log_w = self.head.log_weights(e)
         balance = balance_loss(log_w)
         with torch.no_grad():
@@ -325,7 +327,7 @@ def load_pretrained(name, device, dtype="auto", known=None, **head):
 
     known: what a checkpoint or a data folder says of the trunk, which must still be true.
     """
-    lm, enc, source = load_lm(name, device, getattr(torch, pick_dtype(dtype, device)))
+    lm, enc, source = load_lm(name, device, getattr(torch, measured_dtype(dtype, device)))
     for part, what in (("sha256", "weights"), ("tokenizer", "tokenizer")):
         if known is not None and known.get(part) != source[part]:
             raise BadInput(f"{name} has changed: its {what} are not what the head or its text were made "
@@ -335,7 +337,7 @@ def load_pretrained(name, device, dtype="auto", known=None, **head):
     return model, enc
 
 
-def pick_dtype(name, device):
+def measured_dtype(name, device):
     """Of --dtype; auto is bfloat16 where a trial finds it faster."""
     return ("bfloat16" if bfloat16_is_faster(device) else "float32") if name == "auto" else name
 
@@ -362,7 +364,7 @@ def new_model(cfg, meta, device):
                        "trunk; leave --init_from away")
     if cfg.target != "lm_head":
         raise BadInput("a pretrained trunk keeps its own LM head as the target; leave --target away")
-    cfg = replace(cfg, freeze_trunk=True, dtype=pick_dtype(cfg.dtype, device))
+    cfg = replace(cfg, freeze_trunk=True, dtype=measured_dtype(cfg.dtype, device))
     head = {name: getattr(cfg, name) for name in HEAD}
     return cfg, load_pretrained(meta["trunk"]["name"], device, cfg.dtype, meta["trunk"], **head)[0]
 

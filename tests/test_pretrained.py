@@ -176,7 +176,8 @@ def test_speculative_texts_follow_the_models_distribution(kind):
 
 def test_loss_counts_what_a_draft_can_reach():
     """Brute force over a batch: an offset counts inside the text, and as long as the tokens before
-    it could be drafted; accept is sum min(p, q), and the loss the cross-entropy of q with p."""
+    it could be drafted; accept is sum min(p, q), and the loss the cross-entropy of q with p, each
+    offset weighing 0.6 of the one before."""
     model = a_model("llama", head="recurrent", n_future=4, draft_vocab=200)
     states, gold = torch.randn(30, 4, 16, dtype=torch.float64), torch.randint(300, (30, 4))
     gold[:5, 2:] = -1
@@ -195,7 +196,8 @@ def test_loss_counts_what_a_draft_can_reach():
                 if gold[i, s + 1] < 0:  # this place is after the text already
                     losses[s].pop(), accepts[s].pop()
                 break
-    assert loss.item() == pytest.approx(np.mean(sum(losses, [])), abs=1e-9)
+    weights = [[0.6**s] * len(losses[s]) for s in range(3)]
+    assert loss.item() == pytest.approx(np.average(sum(losses, []), weights=sum(weights, [])), abs=1e-9)
     assert parts["accept"].tolist() == pytest.approx([np.mean(a) for a in accepts], abs=1e-9)
 
 
