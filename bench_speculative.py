@@ -28,14 +28,12 @@ from pathlib import Path
 
 import torch
 
-from common import ArgumentParser, any_path, number, run_script
+from common import ArgumentParser, any_path, import_transformers, number, run_script
 from decode import (Stats, generate, generate_cached, generate_speculative, make_sampler,
                     window_ids)
-from model import BadInput
+from model import HEAD_FIELDS, BadInput
 from plot import check_plot, draw_bench, save
 from sample import add_model_flags, fast_kernels, load, prompt_ids
-
-KIND = ("head", "n_future", "rank", "draft_vocab")  # what says of which kind a head is
 
 # -----------------------------------------------------------------------------
 # clocks
@@ -111,11 +109,7 @@ def to_transformers(model):
     if model.config.target != "lm_head":
         raise BadInput("--peers needs a model with target lm_head: others know nothing of the head's "
                        "marginal.")
-    try:
-        import transformers
-    except ImportError:
-        raise BadInput("--peers needs transformers: python -m pip install transformers") from None
-    transformers.logging.set_verbosity_error()
+    transformers = import_transformers("--peers")
     c = model.config
     peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=c.n_token, n_positions=c.block_size + LOOKUP, n_embd=c.n_embd, n_layer=c.n_layer,
@@ -175,7 +169,7 @@ def check_same_target(model, other, out_dir):
                        "what gets written.")
     ours, theirs = model.state_dict(), other.state_dict()
     trunk = [name for name in ours if not name.startswith("head.")]
-    config = replace(other.config, **{name: getattr(model.config, name) for name in (*KIND, "dropout")})
+    config = replace(other.config, **{name: getattr(model.config, name) for name in (*HEAD_FIELDS, "dropout")})
     if other.head is None or config != model.config or not all(
             torch.equal(ours[name], theirs[name]) for name in trunk):
         raise BadInput(f"--beside: {out_dir} is not another head on the very trunk of --out_dir, with "
@@ -285,14 +279,11 @@ class Bench:
             return [sum(r["parts"][part] for part in parts) / r["tokens"] if parts else
                     r["seconds"] / r["tokens"] for r in own]
 
-        def speedups(seconds):  # over plain decoding, round by round
-            plain = [r["seconds"] / r["tokens"] for r in rounds["plain"]]
-            return [slow / fast for slow, fast in zip(plain, seconds)]
-
+        ratios = speedups(rounds["plain"], per_token())
         row = {"mode": name, "temperature": temperature,
                "tokens_per_second": 1 / statistics.median(per_token()),
-               "speedup": statistics.median(speedups(per_token())),
-               "speedup_range": [f(speedups(per_token())) for f in (min, max)], "bound": None,
+               "speedup": statistics.median(ratios), "speedup_range": [min(ratios), max(ratios)],
+               "bound": None,
                "tokens_per_step": stats.tokens_per_step if stats.steps else None,  # None: a peer
                "acceptance": [a if a == a else None for a in stats.acceptance],
                "histogram": stats.histogram, "distinct": distinct(own[0]["texts"])}
@@ -301,22 +292,22 @@ class Bench:
         if mode.speculative:
             n_passes = stats.steps + len(own) * len(self.prompts)  # prefills, too
             ms = 1e3 * sum(r["tokens"] for r in own) / n_passes  # a forward pass's, of a token's seconds
-            row |= {key: getattr(mode.model.config, key) for key in KIND}
+            row |= {key: getattr(mode.model.config, key) for key in HEAD_FIELDS}
             row["step_ms"] = ms * statistics.median(per_token())
             row["parts_ms"] = {part: ms * statistics.median(per_token(part))
                                for part in ("draft", "trunk", "target", "verify")}
             row["parts_ms"]["rest"] = row["step_ms"] - sum(row["parts_ms"].values())
-            row["bound"] = statistics.median(speedups(per_token("trunk", "target")))
+            row["bound"] = statistics.median(speedups(rounds["plain"], per_token("trunk", "target")))
         return row
 
     @staticmethod
     def row_of_kind(kind, own, plain):
         """What a row says of one kind of prompts, from the mode's rounds and those of plain decoding."""
         own, plain = ([r["kinds"][kind] for r in rounds] for rounds in (own, plain))
-        speedups = [p["seconds"] / p["tokens"] * o["tokens"] / o["seconds"] for o, p in zip(own, plain)]
+        ratios = speedups(plain, [o["seconds"] / o["tokens"] for o in own])
         steps = sum(o["steps"] for o in own)
         tokens = sum(o["tokens"] - o["prompts"] for o in own)
-        return {"speedup": statistics.median(speedups), "speedup_range": [min(speedups), max(speedups)],
+        return {"speedup": statistics.median(ratios), "speedup_range": [min(ratios), max(ratios)],
                 "tokens_per_step": tokens / steps if steps else None}
 
     @torch.inference_mode()
@@ -329,6 +320,11 @@ class Bench:
                     first, second = logits.topk(2).values.tolist()
                     return {"prompt": i, "token": k, "logit_gap": first - second}
         return None
+
+
+def speedups(plain, seconds):
+    """Round by round: plain decoding's seconds per token, of its rounds, over another mode's."""
+    return [r["seconds"] / r["tokens"] / fast for r, fast in zip(plain, seconds)]
 
 
 def distinct(texts, length=8):
@@ -349,7 +345,7 @@ def describe(bench, args):
         "torch": torch.__version__, "dtype": str(bench.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "trunk_parameters": trunk, "head_parameters": head,
-        **{name: getattr(config, name) for name in KIND}, "target": config.target,
+        **{name: getattr(config, name) for name in HEAD_FIELDS}, "target": config.target,
         "vocab_size": config.n_token, "prompts": len(bench.prompts),
         "tokens_per_prompt": bench.n_tokens, "rounds": args.rounds, "seed": args.seed,
     }
@@ -388,12 +384,13 @@ def print_table(rows):
             print(f"{'':{width}}  steps by tokens: {' '.join(shares)}")
             parts = " + ".join(f"{part} {ms:.2f}" for part, ms in row["parts_ms"].items())
             print(f"{'':{width}}  a step {row['step_ms']:.2f} ms = {parts}")
-        for kind, part in row.get("kinds", {}).items() if row["mode"] != "plain" else ():
+        if row["mode"] == "plain":
+            print(f"{'':{width}}  {row['distinct']:.0%} of its runs of 8 tokens are different ones")
+            continue
+        for kind, part in row.get("kinds", {}).items():
             spread = "{:.2f}..{:.2f}".format(*part["speedup_range"])
             per_step = f"{part['tokens_per_step']:.2f}" if part["tokens_per_step"] else ""
             print(f"{kind:>{width + 15}} {part['speedup']:7.2f}x {spread:>12} {'':6} {per_step:>8}")
-        if row["mode"] == "plain":
-            print(f"{'':{width}}  {row['distinct']:.0%} of its runs of 8 tokens are different ones")
 
 
 def print_differences(differences):

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -110,6 +111,17 @@ def progress_bar(**options):
     return tqdm(mininterval=1.0, **options)
 
 
+def import_transformers(what, packages="transformers"):
+    """The module transformers, without its progress bars; BadInput where what needs it in vain."""
+    try:
+        import transformers
+    except ImportError:
+        raise BadInput(f"{what} needs transformers: python -m pip install {packages}") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
 # -----------------------------------------------------------------------------
 # files
 
@@ -214,6 +226,7 @@ def pick_device(name):
         raise BadInput(f"--device {name} cannot be used here ({why}); try cpu") from None
 
 
+@functools.cache
 def bfloat16_is_faster(device):
     """Whether a trial finds products in bfloat16 faster: on GPUs that have it, and on CPUs with AMX."""
     if device.type == "mps":
@@ -379,6 +392,26 @@ def read_meta(data_dir):
             raise BadInput(f"{file} is not the file of {size:,} bytes that {path} speaks of; write "
                            f"them anew: {again}")
     return meta
+
+
+class Batches:
+    """Batches of training data, which start at n_starts different places.
+
+    A subclass sets n_starts and batch_size, and its at(starts) makes a batch of the numbers of some
+    places, a list or an array.
+    """
+
+    def random(self, generator):
+        """Batches at random places, for ever."""
+        while True:
+            starts = torch.randint(self.n_starts, (self.batch_size,), generator=generator)
+            yield self.at(starts.tolist())
+
+    def fixed(self, n):
+        """Batches at n evenly spaced places: the same ones at any batch size."""
+        starts = np.linspace(0, self.n_starts - 1, n).astype(int)
+        for i in range(0, n, self.batch_size):
+            yield self.at(starts[i : i + self.batch_size])
 
 
 def nanogpt_meta(folder):

@@ -31,6 +31,9 @@ class BadInput(ValueError):
     """
 
 
+HEAD_FIELDS = ("head", "n_future", "rank", "draft_vocab")  # of GPTConfig: which head it is
+
+
 @dataclass
 class GPTConfig:
     # the trunk, as in nanoGPT
@@ -208,8 +211,8 @@ class CPHead(nn.Module):
 
     def unembed(self, h, unembed):
         """W h, of the tokens that can be drafted: h (..., C) -> (..., V), or (..., K)."""
-        W = unembed if self.draft_ids is None else self.draft_rows
-        return widen(F.linear(h.contiguous(), W))  # of a slice, torch would copy W for each row
+        # contiguous: of a slice, torch would copy W for each row
+        return widen(F.linear(h.contiguous(), self.drafted_rows(unembed)))
 
     # training: all positions at once, along the gold tokens
 
@@ -220,9 +223,8 @@ class CPHead(nn.Module):
         if self.rank == 1:
             return self.unembed(h[:, 1:, 0], unembed).log_softmax(-1)
         log_p = self.unembed(h, unembed).log_softmax(-1)  # (N, n, r, V)
-        place = self.places(gold)[:, :-1, None, None].expand(-1, -1, self.rank, 1)
-        seen = log_p[:, :-1].gather(-1, place.clamp_min(0)).masked_fill(place == NO_PLACE, 0.0)
-        log_b = self.log_weights(e).unsqueeze(1) + seen.squeeze(-1).cumsum(1)  # (N, n - 1, r)
+        seen = self.of_tokens(log_p[:, :-1], gold[:, :-1])  # (N, n - 1, r)
+        log_b = self.log_weights(e).unsqueeze(1) + seen.cumsum(1)  # (N, n - 1, r)
         return torch.logsumexp(log_b.log_softmax(-1).unsqueeze(-1) + log_p[:, 1:], dim=2)
 
     def log_joint(self, e, gold, unembed):
@@ -233,7 +235,7 @@ class CPHead(nn.Module):
         """log P_a^(s) of the gold tokens alone: e (N, C), gold (N, n) -> (N, n, r)."""
         h = self.vectors_along(e, gold, unembed)  # (N, n, r, C)
         y = self.places(gold).unsqueeze(-1).expand(h.shape[:-1])
-        W = unembed if self.draft_ids is None else self.draft_rows
+        W = self.drafted_rows(unembed)
         return gold_log_prob(h.flatten(0, -2), W, y.flatten(), len(e)).view(y.shape)
 
     def vectors_along(self, e, gold, unembed):
@@ -257,6 +259,10 @@ class CPHead(nn.Module):
         self.draft_ids.copy_(ids.sort().values)
         self.draft_rows.copy_(unembed[self.draft_ids])
 
+    def drafted_rows(self, unembed):
+        """The rows of W (V, C) of the tokens that can be drafted: all of them, or (K, C)."""
+        return unembed if self.draft_ids is None else self.draft_rows
+
     def places(self, x):
         """Where the tokens x stand in the rows; NO_PLACE where they cannot be drafted."""
         if self.draft_ids is None:
@@ -264,13 +270,14 @@ class CPHead(nn.Module):
         place = torch.searchsorted(self.draft_ids, x).clamp_max(len(self.draft_ids) - 1)
         return torch.where(self.draft_ids[place] == x, place, NO_PLACE)
 
-    def of_token(self, log_p, x):
-        """log P_a^(s) of token x (1,) in rows (r, V or K) -> (r, 1). A token that cannot be drafted
-        says nothing of the component: 0 for all of them."""
+    def of_tokens(self, log_p, x):
+        """log P_a^(s) of tokens x (...) in rows (..., r, V or K) -> (..., r). A token that cannot be
+        drafted says nothing of the component: 0 for all of them."""
+        place = self.places(x)[..., None, None].expand(*log_p.shape[:-1], 1)
         if self.draft_ids is None:
-            return log_p.index_select(-1, x)
-        place = self.places(x)
-        return log_p.index_select(-1, place.clamp_min(0)).masked_fill(place == NO_PLACE, 0.0)
+            return log_p.gather(-1, place).squeeze(-1)
+        seen = log_p.gather(-1, place.clamp_min(0)).masked_fill(place == NO_PLACE, 0.0)
+        return seen.squeeze(-1)
 
     def all_tokens(self, rows, n_token):
         """Rows of logits (k, V or K) -> (k, n_token): -inf where a token cannot be drafted."""
@@ -421,7 +428,7 @@ class Conditionals:
         self.s += 1
         if self.head.rank == 1:  # one component: its row is the conditional
             return self.head.all_tokens(self.head.rows(self.state, self.s, x), self.n_token)
-        self.log_b = self.log_b + self.head.of_token(self.log_p, x)
+        self.log_b = self.log_b + self.head.of_tokens(self.log_p.unsqueeze(0), x).T
         self.log_p = self.head.rows(self.state, self.s, x)
         q = self.log_b.softmax(0).T @ self.log_p.exp()  # (1, V)
         # tiny: where all real tokens underflow next to the padding, the row is uniform and not NaN

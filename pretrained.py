@@ -19,6 +19,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,26 +29,18 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from common import (ArgumentParser, any_path, any_seed, bfloat16_is_faster, locked, number, onednn,
-                    pick_device, progress_bar, replacing, run_script)
+from common import (ArgumentParser, Batches, any_path, any_seed, bfloat16_is_faster,
+                    import_transformers, locked, number, onednn, pick_device, progress_bar, replacing,
+                    run_script)
 from decode import categorical
-from model import GPT, HEADS, NO_PLACE, BadInput, GPTConfig, balance_loss, widen
+from model import GPT, HEAD_FIELDS, HEADS, NO_PLACE, BadInput, GPTConfig, balance_loss, widen
 from prompts import FRAMES, HELD_OUT, SHARES, read_prompts
 
 # -----------------------------------------------------------------------------
 # the files of a model
 
 
-def import_transformers():
-    """The module transformers, without its progress bars; BadInput where it is missing."""
-    try:
-        import transformers
-    except ImportError:
-        raise BadInput("A pretrained model needs transformers: python -m pip install transformers, for "
-                       "a .gguf file also gguf and accelerate") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
+NEEDS = ("A pretrained model", "transformers, for a .gguf file also gguf and accelerate")
 
 
 def find_model(name):
@@ -60,7 +53,7 @@ def find_model(name):
         return path.parent, path.name
     if path.exists() or path.suffix == ".gguf" or name[:1] in "./" or name.count("/") > 1:
         raise BadInput(f"{name} is no folder, no .gguf file and no name of the hub, as owner/model")
-    import_transformers()
+    import_transformers(*NEEDS)
     import huggingface_hub  # comes with transformers
 
     plain = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -183,13 +176,12 @@ class Pretrained(GPT):
         nn.Module.__init__(self)
         self.config, self.source = config, source
         self.lm = lm.requires_grad_(False)
+        self.lm_head = lm.get_output_embeddings()
         self.head = HEADS[config.head](config) if config.n_future > 1 else None
+        if config.draft_vocab and self.head:  # rows of the trunk's W, and so of its type
+            self.head.draft_rows = self.head.draft_rows.to(self.dtype)
         parameters = inspect.signature(lm.base_model.forward).parameters
         self.cache_name = "cache" if "cache" in parameters else "past_key_values"  # its older name
-
-    @property
-    def lm_head(self):
-        return self.lm.get_output_embeddings()
 
     def new_cache(self, B=1):
         return Cache()
@@ -199,7 +191,7 @@ class Pretrained(GPT):
             return self.lm.base_model(idx, use_cache=False, **options).last_hidden_state
         options[self.cache_name] = cache.past
         one_row = idx.numel() == 1 and self.dtype == torch.bfloat16
-        with onednn(not one_row):  # of one row, torch's own product is faster: 33 ms for 41
+        with onednn(not one_row):  # of one row, torch's own product is faster
             out = self.lm.base_model(idx, use_cache=True, **options)
         cache.past = out[self.cache_name]
         return out.last_hidden_state
@@ -275,8 +267,6 @@ class Pretrained(GPT):
             self.head.load_state_dict(head)
         except RuntimeError as e:  # torch's list of what is missing, superfluous or of another shape
             raise BadInput(f"{path} holds no head that fits: {' '.join(str(e).split())[:300]}") from None
-        if self.head.draft_ids is not None:
-            self.head.draft_rows = self.head.draft_rows.to(self.dtype)
 
     def to_checkpoint(self):
         state = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
@@ -295,7 +285,7 @@ def load_lm(name, device, dtype):
     """
     folder, gguf = find_model(name)
     source = {"name": str(name), "sha256": fingerprint(folder, gguf)}
-    transformers, options = import_transformers(), {"gguf_file": gguf} if gguf else {}
+    transformers, options = import_transformers(*NEEDS), {"gguf_file": gguf} if gguf else {}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         config = transformers.AutoConfig.from_pretrained(folder, **options)
@@ -342,15 +332,12 @@ def measured_dtype(name, device):
     return ("bfloat16" if bfloat16_is_faster(device) else "float32") if name == "auto" else name
 
 
-HEAD = ("head", "n_future", "rank", "draft_vocab")  # the fields of GPTConfig that are the head's
-
-
 def load_checkpoint(ckpt, path, device, dtype):
     """(Pretrained, HubTokenizer) of a checkpoint, which holds the head and names the trunk."""
     source, args = ckpt["trunk"], ckpt["model_args"]
     if not isinstance(source, dict) or not isinstance(source.get("name"), str):
         raise BadInput(f"{path} does not say what its trunk is; train anew")
-    head = {name: args.get(name) for name in HEAD}
+    head = {name: args.get(name) for name in HEAD_FIELDS}
     model, enc = load_pretrained(source["name"], device, dtype, source, **head)
     model.load_head(ckpt["model"], path)
     return model, enc
@@ -365,7 +352,7 @@ def new_model(cfg, meta, device):
     if cfg.target != "lm_head":
         raise BadInput("a pretrained trunk keeps its own LM head as the target; leave --target away")
     cfg = replace(cfg, freeze_trunk=True, dtype=measured_dtype(cfg.dtype, device))
-    head = {name: getattr(cfg, name) for name in HEAD}
+    head = {name: getattr(cfg, name) for name in HEAD_FIELDS}
     return cfg, load_pretrained(meta["trunk"]["name"], device, cfg.dtype, meta["trunk"], **head)[0]
 
 
@@ -422,25 +409,27 @@ class Texts:
     def path(self, name):
         return self.folder / f"{name}.bin"
 
-    def width(self, name):
-        """Bytes per token."""
-        return np.dtype(FILES[name]).itemsize * (self.meta["n_embd"] if name == "states" else 1)
+    def shape(self, name):
+        """Of what meta.json counts in a file: (N,), or (N, C) of states."""
+        n = sum(self.meta["lengths"])
+        return (n, self.meta["n_embd"]) if name == "states" else (n,)
+
+    def size(self, name):
+        """The same in bytes."""
+        return np.dtype(FILES[name]).itemsize * math.prod(self.shape(name))
 
     def read(self, name):
-        """What meta.json counts of a file, memory-mapped: (N,), or (N, C) of states."""
-        n = sum(self.meta["lengths"])  # a writer may be at work after that
-        shape = (n, self.meta["n_embd"]) if name == "states" else (n,)
-        return np.memmap(self.path(name), dtype=FILES[name], mode="r", shape=shape)
+        """What meta.json counts in a file, memory-mapped; a writer may be at work after that."""
+        return np.memmap(self.path(name), dtype=FILES[name], mode="r", shape=self.shape(name))
 
     def cut(self):
         """Leave only what meta.json counts."""
-        n = sum(self.meta["lengths"])
         for name in FILES:
             with open(self.path(name), "ab") as file:
-                if file.tell() < n * self.width(name):
+                if file.tell() < self.size(name):
                     raise BadInput(f"{self.path(name)} is shorter than meta.json says; take another "
                                    "--data_dir, or remove this one")
-                file.truncate(n * self.width(name))
+                file.truncate(self.size(name))
 
     def append(self, texts):
         """Write what `answer` returned."""
@@ -464,11 +453,10 @@ def check_texts(folder, meta):
     """meta, if it is what `generate` writes and its files are there; else BadInput."""
     texts = Texts(folder, meta)
     try:
-        n = sum(meta["lengths"])
-        good = (n > 0 and isinstance(meta["trunk"]["name"], str) and meta["chat"] in (True, False)
+        good = (sum(meta["lengths"]) > 0 and isinstance(meta["trunk"]["name"], str) and meta["chat"] in (True, False)
                 and len(meta["prompts"]) == len(meta["kinds"]) > 0
                 and all(isinstance(text, str) for text in (*meta["prompts"], *meta["kinds"]))
-                and all(texts.path(name).stat().st_size >= n * texts.width(name) for name in FILES))
+                and all(texts.path(name).stat().st_size >= texts.size(name) for name in FILES))
     except (KeyError, TypeError, FileNotFoundError):
         good = False
     if not good:
@@ -477,7 +465,7 @@ def check_texts(folder, meta):
     return meta
 
 
-class States:
+class States(Batches):
     """Batches of a head's training: places in the texts, and the states that are stored there.
 
     Every 32nd text is for validation.
@@ -494,13 +482,15 @@ class States:
         places = np.arange(len(self.tokens))
         chosen = np.repeat(is_val == (split == "val"), lengths) & (self.end - places > 1)
         self.places = places[chosen]
-        if not len(self.places):
+        self.n_starts = len(self.places)
+        if not self.n_starts:
             raise BadInput(f"{folder} holds too few texts, {len(lengths)}; pretrained.py generate writes "
                            "more of them with a larger --num_texts")
 
-    def at(self, places):
-        """At places t: the states (B, n, C) e_t, ..., e_{t+n-1}, the tokens (B, n) x_{t+1}, ...,
+    def at(self, starts):
+        """At some of the places t: the states (B, n, C) e_t, ..., e_{t+n-1}, the tokens (B, n) x_{t+1}, ...,
         x_{t+n}, -1 after the text's end, and log_z (B, n), the logsumexp of W e."""
+        places = self.places[starts]
         i = places[:, None] + np.arange(self.n)
         inside = i < self.end[places][:, None]
         i = np.minimum(i, len(self.tokens) - 1)
@@ -512,18 +502,6 @@ class States:
     def counts(self, vocab_size):
         """How often each token comes in the texts."""
         return np.bincount(self.tokens[self.places], minlength=vocab_size)
-
-    def random(self, generator):
-        """Batches of random places, for ever."""
-        while True:
-            i = torch.randint(len(self.places), (self.batch_size,), generator=generator)
-            yield self.at(self.places[i.numpy()])
-
-    def fixed(self, n):
-        """Batches of n evenly spaced places: the same ones at any batch size."""
-        places = self.places[np.linspace(0, len(self.places) - 1, n).astype(int)]
-        for i in range(0, n, self.batch_size):
-            yield self.at(places[i : i + self.batch_size])
 
 
 def open_texts(folder, settings):

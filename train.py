@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (ArgumentParser, any_path, any_seed, check_tokenizer, check_writable, compiled,
-                    load_model, locked, number, padded, pick_device, progress_bar, read_checkpoint,
-                    read_meta, replacing, run_script, stop_signals)
-from model import GPT, HEADS, BadInput, GPTConfig
+from common import (ArgumentParser, Batches, any_path, any_seed, bfloat16_is_faster, check_tokenizer,
+                    check_writable, compiled, load_model, locked, number, padded, pick_device,
+                    progress_bar, read_checkpoint, read_meta, replacing, run_script, stop_signals)
+from model import GPT, HEAD_FIELDS, HEADS, BadInput, GPTConfig
 
 
 def flag(default, text, check=None):
@@ -180,7 +180,7 @@ def evaluate(run):
 # the data
 
 
-class Windows:
+class Windows(Batches):
     """Windows of block_size tokens of a .bin file, and the n_future tokens after each of them."""
 
     def __init__(self, path, cfg, device):
@@ -206,18 +206,6 @@ class Windows:
     def counts(self, vocab_size):
         """How often each token comes in the text."""
         return np.bincount(self.data, minlength=vocab_size)
-
-    def random(self, generator):
-        """Batches of random windows, for ever."""
-        while True:
-            starts = torch.randint(self.n_starts, (self.batch_size,), generator=generator)
-            yield self.at(starts.tolist())
-
-    def fixed(self, n_windows):
-        """Batches of n_windows evenly spaced windows: the same ones at any batch size."""
-        starts = np.linspace(0, self.n_starts - 1, n_windows).astype(int)
-        for i in range(0, n_windows, self.batch_size):
-            yield self.at(starts[i : i + self.batch_size])
 
 
 # -----------------------------------------------------------------------------
@@ -423,8 +411,7 @@ def trunk_with_head(cfg, meta, given):
     """The trunk of --init_from with the head that cfg asks for."""
     ckpt = read_checkpoint(cfg.init_from)
     check_tokenizer(ckpt, meta, cfg.init_from)
-    names = ("n_future", "rank", "head", "target", "draft_vocab", "dropout")
-    head = {name: getattr(cfg, name) for name in names}
+    head = {name: getattr(cfg, name) for name in (*HEAD_FIELDS, "target", "dropout")}
     model = load_model(ckpt, cfg.init_from, cfg.fresh_head, **head, n_token=meta["vocab_size"])
     for name in ("block_size", "n_layer", "n_head", "n_embd", "bias"):
         own = getattr(model.config, name)
@@ -451,7 +438,7 @@ def build_optimizer(model, cfg, device):
 
 def pick_dtype(name, device):
     if name == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = device.type == "cuda" and bfloat16_is_faster(device)
         name = "bfloat16" if bf16 else "float16" if device.type == "cuda" else "float32"
     return getattr(torch, name)
 
