@@ -171,7 +171,7 @@ def check_same_target(model, other, out_dir):
     trunk = [name for name in ours if not name.startswith("head.")]
     config = replace(other.config, **{name: getattr(model.config, name) for name in (*HEAD_FIELDS, "dropout")})
     if other.head is None or config != model.config or not all(
-            torch.equal(ours[name], theirs[name]) for name in trunk):
+            torch.equal(ours[name].to_dense(), theirs[name].to_dense()) for name in trunk):
         raise BadInput(f"--beside: {out_dir} is not another head on the very trunk of --out_dir, with "
                        "target lm_head.")
 
@@ -190,7 +190,8 @@ class Bench:
         for name, other in (beside or {}).items():
             self.modes[f"speculative, {name}"] = Mode(generate_speculative, other, True)
         if peers:
-            self.modes["no_cache"] = Mode(generate, model)
+            if not hasattr(model, "lm"):  # of a large model, it would take hours
+                self.modes["no_cache"] = Mode(generate, model)
             self.add_transformers()
         if model.config.target == "marginal":  # plain decoding pays for r heads: what is the trunk's part?
             lm_head_only = copy.copy(model)
@@ -417,7 +418,8 @@ def parse_args():
     parser.add_argument("--threads", type=number(int, 1, 1024),
                         help="CPU threads (the number that is best for plain decoding)")
     parser.add_argument("--peers", action="store_true",
-                        help="also time decoding without a cache, and transformers, on the same weights")
+                        help="also time transformers, and for a model from here decoding without a cache, on "
+                             "the same weights")
     parser.add_argument("--beside", metavar="OUT_DIR", nargs="+", type=any_path, default=[],
                         help="also time the heads of other checkpoints, trained on the same frozen trunk")
     parser.add_argument("--plot", type=any_path, metavar="FILE.png",

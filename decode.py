@@ -47,13 +47,13 @@ def warp(logits, temperature=1.0, top_k=None, top_p=None):
     return p
 
 
-def categorical(p, generator):
+def categorical(p, generator, wide=torch.float64):
     """One token from each row of probabilities, which need no normalisation: (..., V) -> (...).
 
     Inverse transform sampling, without a sync. The sums are in float64 (except on mps, which has
     none), so that rounding neither quantises the tail nor lets a token of probability 0 through.
     """
-    wide = torch.float32 if p.device.type == "mps" else torch.float64
+    wide = torch.float32 if p.device.type == "mps" else wide
     cdf = p.cumsum(-1, dtype=wide)
     u = torch.rand(*p.shape[:-1], 1, generator=generator, dtype=wide, device=p.device)
     # the first token whose cdf is above u; without the last cdf, even a row of NaN gives one of 0..V-1

@@ -372,9 +372,9 @@ class RecurrentHead(CPHead):
     def __init__(self, config):
         super().__init__(config)
         C = config.n_embd
-        self.fc1 = nn.Linear(2 * C, C, bias=False)
-        self.fc2 = nn.Linear(C, C, bias=False)
-        self.fc3 = nn.Linear(C, C, bias=False)
+        self.fc1 = nn.Linear(2 * C, 2 * C, bias=False)
+        self.fc2 = nn.Linear(2 * C, 2 * C, bias=False)
+        self.fc3 = nn.Linear(2 * C, C, bias=False)
         nn.init.zeros_(self.fc3.weight)
 
     @staticmethod

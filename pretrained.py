@@ -30,7 +30,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from common import (ArgumentParser, Batches, any_path, any_seed, bfloat16_is_faster,
-                    import_transformers, locked, number, onednn, pick_device, progress_bar, replacing,
+                    import_transformers, locked, number, pick_device, progress_bar, replacing,
                     run_script)
 from decode import categorical
 from model import GPT, HEAD_FIELDS, HEADS, NO_PLACE, BadInput, GPTConfig, balance_loss, widen
@@ -166,6 +166,33 @@ class Cache:
             self.past.crop(length - self.length)  # a negative number is what to take away
 
 
+def linear_weight(module):
+    """W (out, in) of a linear layer, the transposed one of transformers' GPT-2 included; else None."""
+    if type(module).__name__ == "Conv1D":
+        return module.weight.T.contiguous()
+    return module.weight if type(module) is nn.Linear else None
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for decoding on a CPU in bfloat16, its W in the order in which oneDNN reads it.
+
+    oneDNN would bring W into that order in every pass, and with few rows this takes longer than their
+    product. It gives the same numbers, has no gradient, and keeps W only where it is asked to.
+    """
+
+    def __init__(self, linear, keep_weight):
+        super().__init__()
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear_weight(linear).detach(), 8)
+        if keep_weight:
+            self.weight, self.packed = linear.weight, packed
+        else:
+            self.packed = nn.Parameter(packed, requires_grad=False)  # so that it counts as W did
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
 class Pretrained(GPT):
     """A causal language model of transformers under a head. Its weights are frozen.
 
@@ -190,9 +217,7 @@ class Pretrained(GPT):
         if cache is None:
             return self.lm.base_model(idx, use_cache=False, **options).last_hidden_state
         options[self.cache_name] = cache.past
-        one_row = idx.numel() == 1 and self.dtype == torch.bfloat16
-        with onednn(not one_row):  # of one row, torch's own product is faster
-            out = self.lm.base_model(idx, use_cache=True, **options)
+        out = self.lm.base_model(idx, use_cache=True, **options)
         cache.past = out[self.cache_name]
         return out.last_hidden_state
 
@@ -259,6 +284,21 @@ class Pretrained(GPT):
         if not same:
             raise BadInput(f"{name} has no cache that can be rolled back, or does not read from left to "
                            "right, so its drafts could not be verified; take a plain transformer decoder")
+
+    def pack(self):
+        """Decode from now on, with every linear layer a PackedLinear, where this is in bfloat16 on a CPU
+        that has it."""
+        if not (self.device.type == "cpu" and self.dtype == torch.bfloat16
+                and torch.backends.mkldnn.is_available()
+                and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            return
+        packed = {}  # by the layer: the LM head is in here twice
+        for parent in list(self.modules()):
+            for name, child in list(parent.named_children()):
+                if linear_weight(child) is not None:
+                    if child not in packed:  # the head needs the LM head's W
+                        packed[child] = PackedLinear(child, keep_weight=child is self.lm_head)
+                    setattr(parent, name, packed[child])
 
     def load_head(self, state, path):
         """Take over the head of a checkpoint's tensors; BadInput where it does not fit."""
@@ -340,6 +380,8 @@ def load_checkpoint(ckpt, path, device, dtype):
     head = {name: args.get(name) for name in HEAD_FIELDS}
     model, enc = load_pretrained(source["name"], device, dtype, source, **head)
     model.load_head(ckpt["model"], path)
+    model = model.to(device, model.dtype).eval()
+    model.pack()
     return model, enc
 
 
@@ -379,7 +421,10 @@ def answer(model, prompts, max_new_tokens, temperature, stop_token, generator):
     for _ in range(max_new_tokens):
         e = model.hidden(idx, cache, attention_mask=mask, position_ids=places)[:, -1]
         logits = widen(model.lm_head(e))
-        tokens = categorical((logits / temperature).softmax(-1), generator)
+        p = (logits / temperature).softmax(-1)
+        # to sum in float64 would take as long as the rest of the pass, for digits that training
+        # text does not need
+        tokens = categorical(p, generator, torch.float32)
         out.append((rows, tokens.cpu(), e.cpu(), logits.logsumexp(-1).cpu()))
         alive = tokens != stop_token
         if not alive.all():  # texts that have ended make room
@@ -546,6 +591,7 @@ def finish(model, enc, frames, generator):
 
 def generate(args):
     model, enc = load_pretrained(args.init_from, pick_device(args.device), args.dtype)
+    model.pack()
     training, held_out = read_prompts(args.prompts) if args.prompts else (FRAMES, HELD_OUT)
     settings = {
         "trunk": model.source, "chat": enc.has_chat, "vocab_size": enc.n_vocab,

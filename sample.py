@@ -30,8 +30,7 @@ def load(out_dir, device="auto", dtype="auto"):
     ckpt = read_checkpoint(path)
     if "trunk" in ckpt:  # a head on a model of transformers
         from pretrained import load_checkpoint
-        model, enc = load_checkpoint(ckpt, path, device, dtype)
-        return model.to(device, model.dtype).eval(), enc, ckpt
+        return (*load_checkpoint(ckpt, path, device, dtype), ckpt)
     dtype = "float32" if dtype == "auto" else dtype
     if device.type == "mps" and dtype == "float64":
         raise BadInput("mps has no float64; take --device cpu.")

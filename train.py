@@ -99,7 +99,7 @@ PRESETS = {
     ),
     "pretrained": TrainConfig(
         data_dir="data/own", out_dir="out/own", freeze_trunk=True, head="recurrent", n_future=6, rank=1,
-        draft_vocab=4096, batch_size=128, lr=3e-3, min_lr=1e-5, max_iters=7000,
+        draft_vocab=4096, batch_size=128, lr=2e-3, min_lr=1e-5, max_iters=9000,
         eval_interval=500, eval_windows=2048,
     ),
 }

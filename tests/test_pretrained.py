@@ -133,6 +133,30 @@ def test_the_cache_rolls_back(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_packed_weights_give_the_same_numbers(kind):
+    """All linear layers of trunk and head are packed, the LM head's W stays for the head, and
+    nothing else changes: states, logits, drafts, and how many parameters there are."""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        pytest.skip("this CPU has no products in bfloat16")
+    model = a_model(kind, torch.bfloat16, head="recurrent", n_future=3, rank=2)
+    idx, n_params = torch.randint(300, (2, 9)), model.n_params()
+
+    def numbers():
+        e = model.hidden(idx)
+        return e, model.target_logits(e), model.conditionals(e[0, 0]).next(idx[0, :1])
+
+    with torch.inference_mode():
+        before = numbers()
+        for _ in range(2):  # a second time, nothing is left to do
+            model.pack()
+        assert all(pretrained.linear_weight(module) is None for module in model.modules())
+        assert model.lm_head is model.lm.lm_head and model.n_params() == n_params
+        for expected, found in zip(before, numbers()):
+            torch.testing.assert_close(found.float(), expected.float(), rtol=0.02, atol=0.02)
+        assert list(generate_speculative(model, [256, 7], 20, sampler=Greedy()))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("head", [name for name in HEADS if name != "full"])
 @pytest.mark.parametrize("draft_vocab", [0, 120])
 def test_greedy_text_is_that_of_transformers(kind, head, draft_vocab):
