@@ -50,8 +50,9 @@ def warp(logits, temperature=1.0, top_k=None, top_p=None):
 def categorical(p, generator, wide=torch.float64):
     """One token from each row of probabilities, which need no normalisation: (..., V) -> (...).
 
-    Inverse transform sampling, without a sync. The sums are in float64 (except on mps, which has
-    none), so that rounding neither quantises the tail nor lets a token of probability 0 through.
+    Inverse transform sampling, without a sync. wide is the type of the sums: float64 (except on mps,
+    which has none), so that rounding neither quantises the tail nor lets a token of probability 0
+    through.
     """
     wide = torch.float32 if p.device.type == "mps" else wide
     cdf = p.cumsum(-1, dtype=wide)
