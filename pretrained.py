@@ -197,8 +197,11 @@ class PackedLinear(nn.Module):
 class Pretrained(GPT):
     """A causal language model of transformers under a head. Its weights are frozen.
 
-    source: what a checkpoint says of the trunk, {name, sha256, tokenizer}.
+    source: what a checkpoint says of the trunk, {name, sha256, tokenizer}. teacher: one of TEACHERS,
+    which `loss` uses.
     """
+
+    teacher = "kl"
 
     def __init__(self, lm, config, source):
         nn.Module.__init__(self)
@@ -244,19 +247,19 @@ class Pretrained(GPT):
         def mean(x):  # by offset
             return (x * counts).sum(0) / counts.sum(0).clamp_min(1)
 
+        is_gold = place[:, 1:, None].clamp_min(0)
+        of_gold = log_q.gather(-1, is_gold).squeeze(-1) * (place[:, 1:] != NO_PLACE)  # (B, n - 1)
         # a later offset is reached less often, and weighs less
-        loss = acceptance_loss(log_p, log_q)  # (B, n - 1)
+        loss = TEACHERS[self.teacher](log_p, log_q, of_gold)  # (B, n - 1)
         weights = counts * 0.6 ** torch.arange(loss.size(1), dtype=loss.dtype, device=loss.device)
         loss = (loss * weights).sum() / weights.sum().clamp_min(1e-9)
         log_w = self.head.log_weights(e)
         balance = balance_loss(log_w)
         with torch.no_grad():
             accept = torch.minimum(log_p, log_q).exp().sum(-1)
-            is_gold = place[:, 1:, None].clamp_min(0)
-            cross_entropy = -log_q.gather(-1, is_gold).squeeze(-1) * (place[:, 1:] != NO_PLACE)
             first = log_z[:, 0] - (W[real[:, 0]] * e).sum(-1)
-            parts = dict(next=first.mean(), joint=mean(cross_entropy).mean(),
-                         offset=torch.cat((first.mean()[None], mean(cross_entropy))), balance=balance,
+            parts = dict(next=first.mean(), joint=-mean(of_gold).mean(),
+                         offset=torch.cat((first.mean()[None], -mean(of_gold))), balance=balance,
                          usage=log_w.exp().mean(0), accept=mean(accept),
                          per_step=1 + (accept * counts).cumprod(1).sum(1).mean())
         return loss + balance_weight * balance, {name: x.detach() for name, x in parts.items()}
@@ -314,9 +317,14 @@ class Pretrained(GPT):
         return {"model": state, "model_args": asdict(self.config), "trunk": self.source}
 
 
-def acceptance_loss(log_p, log_q):
-    """The loss of the draft's rows q against the target's p, at each place: (..., K) -> (...)."""
-    return -(log_p.exp() * log_q).sum(-1)  # cross-entropy with the target as the teacher
+# The loss of the draft's rows log q (..., K) at each place (...), by what they learn from: the target's
+# whole row log p (..., K), or its text, of whose tokens of_gold is log q.
+TEACHERS = {
+    "kl": lambda log_p, log_q, of_gold: -(log_p.exp() * log_q).sum(-1),
+    # -log sum_x min(p, q), arXiv 2602.23881: the sum is the chance that the draft is accepted
+    "lk": lambda log_p, log_q, of_gold: -torch.minimum(log_p, log_q).logsumexp(-1),
+    "text": lambda log_p, log_q, of_gold: -of_gold,
+}
 
 
 @functools.cache

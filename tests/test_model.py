@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_cp_head import a_state, heads, tiny_model, variants
+from test_cp_head import OURS, a_state, heads, tiny_model, variants
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, HEADS, BadInput, GPTConfig
@@ -229,7 +229,7 @@ def test_low_precision_models_have_float32_probabilities():
     """A bfloat16 model computes its log-probabilities in float32; a float64 one keeps float64."""
     bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
     for dtype, expected in ((bf16, fp32), (fp32, fp32), (fp64, fp64)):
-        for head in HEADS:
+        for head in OURS:
             model, x, e = tiny_model(head=head).to(dtype), torch.tensor([1]), a_state().to(dtype)
             conditionals, W = model.conditionals(e), model.lm_head.weight
             rows = (conditionals.next(x), conditionals.log_p, conditionals.log_b, model.target_logits(e),

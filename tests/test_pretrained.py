@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cp_head import chi_square_p_value, expected_texts
+from test_cp_head import OURS, chi_square_p_value, expected_texts
 from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
 
 import common
@@ -18,7 +18,7 @@ import pretrained
 import sample
 import train
 from decode import Greedy, Sampling, generate, generate_cached, generate_speculative
-from model import HEADS, BadInput
+from model import BadInput
 from prompts import FRAMES, HELD_OUT, SHARES
 
 transformers = pytest.importorskip("transformers")
@@ -157,7 +157,7 @@ def test_packed_weights_give_the_same_numbers(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("head", [name for name in HEADS if name != "full"])
+@pytest.mark.parametrize("head", [name for name in OURS if name != "full"])
 @pytest.mark.parametrize("draft_vocab", [0, 120])
 def test_greedy_text_is_that_of_transformers(kind, head, draft_vocab):
     """Token for token, in float64: transformers' own generate, the oracle, plain and speculative
@@ -175,6 +175,16 @@ def test_text_past_the_block_is_the_oracles():
     model = a_model("gpt2", n_future=4)
     texts = [list(decoder(model, [256], 90, sampler=Greedy())) for decoder in (generate, generate_speculative)]
     assert texts[0] == texts[1] and len(texts[0]) == 90
+
+
+def test_teachers_are_the_formulas():
+    """kl and text by hand, lk -log sum_x min(p, q); where p is certain, all three are -log q of its token."""
+    p, q = torch.tensor([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0]]), torch.tensor([[0.25, 0.5, 0.25], [0.5, 0.125, 0.375]])
+    losses = {name: loss(p.log(), q.log(), q.log()[:, 1]) for name, loss in pretrained.TEACHERS.items()}
+    log2 = torch.tensor(2.0).log()
+    torch.testing.assert_close(losses["kl"], torch.stack((1.75 * log2, 3 * log2)))
+    torch.testing.assert_close(losses["lk"], torch.stack((-torch.tensor(0.75).log(), 3 * log2)))
+    torch.testing.assert_close(losses["text"], torch.stack((log2, 3 * log2)))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

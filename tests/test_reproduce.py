@@ -1,0 +1,158 @@
+"""reproduce.py: the experiments at a small scale, what is not made twice, and that documents show what was measured."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_scripts import ROOT, launch, run
+
+import reproduce
+from reproduce import EXPERIMENTS, SCALES
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A folder in which everything was run once, and the output."""
+    cwd = tmp_path_factory.mktemp("reproduce")
+    return cwd, run(cwd, "reproduce.py", "all", "--scale", "smoke", "--jobs", 2)
+
+
+def results(cwd):
+    return {path.name: path.read_text() for path in (cwd / "results" / "smoke").glob("*.json")}
+
+
+def test_all_experiments_run_and_write_a_table_and_a_picture(smoke):
+    cwd, out = smoke
+    for name, experiment in EXPERIMENTS.items():
+        if not list(experiment.cells(SCALES["smoke"])):
+            continue  # needs SmolLM2
+        table = (cwd / "results" / "smoke" / f"{name}.md").read_text(encoding="utf-8")
+        assert experiment.title in table and table.split("\n", 2)[2] in out
+        assert table.count("\n|") == 2 + len(list(experiment.cells(SCALES["smoke"])))
+        if __import__("importlib.util").util.find_spec("matplotlib"):
+            picture = (cwd / "results" / "smoke" / f"{name}.png").read_bytes()
+            assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    found = json.loads(results(cwd)["stories-n2-r2-seed1.json"])
+    assert found["spec"]["train.py"]["n_future"] == 2 and found["hardware"] and found["date"]
+    assert [point["iter"] for point in found["val"]] == [2, 4] and len(found["components"]) == 2
+
+
+def test_finished_runs_are_not_made_again(smoke):
+    """Not even read_checkpoint is called: the models may be gone. A damaged result and one of other
+    settings get a line each, and stay what they are."""
+    cwd, _ = smoke
+    before, path = results(cwd), cwd / "results" / "smoke" / "stories-n2-r2-seed1.json"
+    (cwd / "out").rename(cwd / "gone")
+    try:
+        run(cwd, "reproduce.py", "rank", "sizes", "--scale", "smoke")
+        assert results(cwd) == before
+        for text, message in (("{", "is no result of reproduce.py; move it away"),
+                              (before[path.name].replace('"n_embd": 16', '"n_embd": 32'), "is a run of other settings")):
+            path.write_text(text)
+            result = launch(cwd, "reproduce.py", "rank", "--scale", "smoke")
+            assert result.returncode == 1 and message in result.stderr and path.read_text() == text
+            assert result.stderr.count("\n") == 1
+    finally:
+        path.write_text(before[path.name])
+        subprocess.run(["rm", "-rf", cwd / "out"], check=True)
+        (cwd / "gone").rename(cwd / "out")
+
+
+def test_an_interrupted_experiment_goes_on(tmp_path):
+    """Ctrl-C after the first result: exit code 130, no process is left at work, and the same command
+    makes the rest."""
+    command = [sys.executable, ROOT / "reproduce.py", "next_token", "--scale", "smoke"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not results(tmp_path) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    first = results(tmp_path)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and "Traceback" not in process.stderr.read()
+    wanted = {f"{run.name}.json" for cell in EXPERIMENTS["next_token"].cells(SCALES["smoke"]) for run in cell.runs}
+    assert first and set(first) < wanted
+    run(tmp_path, "reproduce.py", "next_token", "--scale", "smoke")
+    assert set(results(tmp_path)) == wanted and all(results(tmp_path)[name] == text for name, text in first.items())
+
+
+def test_bad_input_is_one_line(tmp_path, smoke, monkeypatch, capsys):
+    result = launch(tmp_path, "reproduce.py", "ranks")
+    assert result.returncode == 2 and "invalid choice: 'ranks'" in result.stderr and result.stderr.count("\n") == 1
+    result = launch(tmp_path, "reproduce.py", "next_token", "--text", tmp_path / "no.txt")
+    assert result.returncode == 1 and "no.txt" in result.stderr and "Traceback" not in result.stderr
+    monkeypatch.chdir(smoke[0])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "sizes", "--scale", "smoke"])
+    reproduce.main()
+    assert capsys.readouterr().err.strip().endswith("no picture: Plots need matplotlib: python -m pip install matplotlib")
+
+
+def test_tables_are_means_and_ranges_of_the_runs():
+    """By hand: two seeds, one that has no value, and the comparison seed by seed."""
+    a, b = SCALES["laptop"].training((1, 2), n_future=4, rank=1), SCALES["laptop"].training((1, 2), n_future=4, rank=8)
+    losses = dict(zip((run.name for run in a + b), (2.0, 3.0, 1.5, 2.0)))
+    found = {name: {"val": [{"joint": 9.0, "next": 9.0}, {"joint": loss, "next": loss / 2}]} for name, loss in losses.items()}
+    experiment = reproduce.Experiment("title", None, ("r",), reproduce.LOSSES, ())
+    cells = [reproduce.Cell((1,), a, a), reproduce.Cell((8,), b, a)]
+    table = reproduce.markdown(experiment, list(reproduce.rows_of(experiment, cells, found)))
+    assert table.splitlines()[2:] == ["| 1 | 2.500 (2.000..3.000) | - | 1.250 (1.000..1.500) |",
+                                      "| 8 | 1.750 (1.500..2.000) | 0.750 (0.500..1.000) | 0.875 (0.750..1.000) |"]
+
+
+def test_runs_of_different_settings_have_different_names():
+    """At every scale; or one would be taken for the other."""
+    for scale in SCALES.values():
+        specs = {}
+        for experiment in EXPERIMENTS.values():
+            for cell in experiment.cells(scale):
+                for made in (*cell.runs, *cell.against):
+                    spec = json.dumps(made.spec)
+                    assert specs.setdefault(made.name, spec) == spec, made.name
+
+
+def test_specialties_are_posteriors(smoke, monkeypatch):
+    """The share of a token that is a component's, from the rows that drafts are drawn from instead."""
+    monkeypatch.chdir(smoke[0])
+    out_dir = Path("out/reproduce/smoke/stories-n2-r2-seed1")
+    model, enc, ckpt = reproduce.load(out_dir, "cpu")
+    cfg = reproduce.TrainConfig(**ckpt["train_config"])
+    data = reproduce.read_data(cfg, ckpt["meta"], "val", torch.device("cpu"))
+    shares = {}
+    with torch.no_grad():
+        for idx, gold in data.fixed(64):
+            for e, window in zip(model.hidden(idx).flatten(0, 1), gold.flatten(0, 1)):
+                state, log_b = model.head.start(e, model.lm_head.weight), model.head.log_weights(e)
+                for s in (1, 2):
+                    log_b = log_b + model.head.rows(state, s, window[:1])[:, window[s - 1]]
+                shares.setdefault(enc.decode([window[0].item()]), []).append(log_b.softmax(-1))
+    found = reproduce.specialties(ckpt, out_dir, least=1)["components"]
+    assert len(found) == 2 and all(len(tokens) == 8 for tokens in found)
+    for a, tokens in enumerate(found):
+        for token, share in tokens:
+            assert share == pytest.approx(torch.stack(shares[token]).mean(0)[a].item(), abs=1e-4)
+        most = max(torch.stack(given).mean(0)[a].item() for given in shares.values())
+        assert tokens[0][1] == pytest.approx(most, abs=1e-4)
+
+
+def committed():
+    """The experiments of the laptop's scale whose results are in the repository."""
+    place = reproduce.Place(type("Args", (), dict(scale="laptop", results=ROOT / "results", work="-", threads=1)))
+    for name, experiment in EXPERIMENTS.items():
+        if (ROOT / "results" / "laptop" / f"{name}.md").exists():
+            yield name, experiment, place
+
+
+def test_documents_show_the_tables_that_the_results_give():
+    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for name, experiment, place in committed():
+        cells = list(experiment.cells(place.scale))
+        found = {made.name: place.read(made) for cell in cells for made in (*cell.runs, *cell.against)}
+        table = reproduce.markdown(experiment, list(reproduce.rows_of(experiment, cells, found)))
+        assert table in (ROOT / "results" / "laptop" / f"{name}.md").read_text(encoding="utf-8")
+        assert table in document, name
+        assert f"results/laptop/{name}.png" in document
