@@ -1,4 +1,4 @@
-"""Known alternatives to the CP head, as heads of the registry: all are verified alike, so all are lossless.
+"""Known alternatives to the CP head, as heads of the registry, all verified alike and so all lossless.
 
 Importing this file adds them to model.py's HEADS; common.py does. To understand the CP head, nobody
 needs it.
@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from model import HEADS, CPHead
+from model import HEADS, CPHead, gold_log_prob, widen
 
 
 class WideHead(CPHead):
@@ -37,5 +37,173 @@ class WideHead(CPHead):
         return super().vectors(e, offsets) + outer.unsqueeze(-2)
 
 
-BASELINES = {"wide": WideHead}
+class MedusaHead(CPHead):
+    """Medusa's heads (arXiv 2401.10774): a residual block and an unembedding for each offset.
+
+        P^(s) = softmax((W + D^(s)) (e + silu(A^(s) e + b^(s))))
+
+    One component, whatever --rank says. A, b and D start at 0, where every unembedding is the trunk's.
+    """
+
+    def __init__(self, config):
+        super().__init__(replace(config, rank=1))
+        n, C = config.n_future, config.n_embd
+        self.block = nn.Parameter(torch.zeros(n, C, C))  # A^(s)
+        self.bias = nn.Parameter(torch.zeros(n, C))  # b^(s)
+
+    @staticmethod
+    def new_maps(config):
+        """D^(s) (n, V or K, C)."""
+        return torch.zeros(config.n_future, config.draft_vocab or config.vocab_size, config.n_embd)
+
+    def vectors(self, e, offsets=slice(None)):
+        A, b = self.block[offsets], self.bias[offsets]
+        block = F.linear(e, A.flatten(0, 1)).unflatten(-1, b.shape) + b  # (..., n', C)
+        return (e.unsqueeze(-2) + F.silu(block)).unsqueeze(-2)
+
+    def logits(self, e, unembed, offsets=slice(None)):
+        weights = (self.drafted_rows(unembed) + D for D in self.maps[offsets])
+        h = self.vectors(e, offsets).unbind(-3)  # n' times (..., 1, C)
+        return widen(torch.stack([F.linear(x, W) for x, W in zip(h, weights)], dim=-3))
+
+    def log_conditionals(self, e, gold, unembed):
+        return self.logits(e, unembed, slice(1, None))[:, :, 0].log_softmax(-1)
+
+    def gold_log_probs(self, e, gold, unembed):
+        W, y = self.drafted_rows(unembed), self.places(gold)
+        h = self.vectors(e)[:, :, 0].unbind(1)  # n times (N, C)
+        log_p = [gold_log_prob(x, W + D, y_s, len(e)) for x, D, y_s in zip(h, self.maps.unbind(), y.unbind(1))]
+        return torch.stack(log_p, dim=1).unsqueeze(-1)
+
+
+class Transitions(nn.Module):
+    """Distributions of the next component given one: m matrices (r, r) with rows that sum to 1, made from e.
+
+        T = (1 - l) I + l softmax(A e),    l = min(|p|, 1)
+
+    p starts at almost 0, where T is the identity (MTPC, arXiv 2511.11346, found that it needs this).
+    """
+
+    def __init__(self, m, rank, n_embd):
+        super().__init__()
+        self.rank = rank
+        self.rows = nn.Linear(n_embd, m * rank * rank)
+        self.mix = nn.Parameter(torch.full((m, 1, 1), 1e-7))
+
+    def forward(self, e):
+        """log T: e (..., C) -> (..., m, r, r), of component a (row) and the next one."""
+        S = widen(self.rows(e)).unflatten(-1, (-1, self.rank, self.rank)).softmax(-1)
+        mix = self.mix.abs().clamp_max(1)
+        identity = torch.eye(self.rank, dtype=S.dtype, device=S.device)
+        return ((1 - mix) * identity + mix * S).log()
+
+
+def move(log_b, log_T):
+    """log sum_a b_a T(a, a'): log_b (..., r), log_T (..., r, r) -> (..., r)."""
+    return torch.logsumexp(log_b.unsqueeze(-1) + log_T, dim=-2)
+
+
+class HMMHead(CPHead):
+    """A mixture whose component moves along the window, a hidden Markov model (MTPC, arXiv 2511.11346).
+
+        P(x_1, ..., x_n | e) = sum_{a_1..a_n} w_{a_1} P_{a_1}^(1)(x_1) prod_{s>1} T^(s)(a_{s-1}, a_s) P_{a_s}^(s)(x_s)
+
+    It starts as the CP head, whose component stays.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transitions = Transitions(config.n_future - 1, config.rank, config.n_embd)
+
+    def log_joint(self, e, gold, unembed):
+        return torch.logsumexp(self.prefixes(e, self.gold_log_probs(e, gold, unembed)), dim=-1)
+
+    def prefixes(self, e, seen):
+        log_b, log_T, out = self.log_weights(e), self.transitions(e).unbind(-3), []
+        for s in range(seen.size(1)):
+            log_b = log_b + seen[:, s]
+            if s < len(log_T):  # after the window's last token, there is no next one
+                log_b = move(log_b, log_T[s])
+            out.append(log_b)
+        return torch.stack(out, dim=1)
+
+    def start(self, e, unembed):
+        return super().start(e, unembed), self.transitions(e).unbind(-3)
+
+    def rows(self, state, s, x):
+        return super().rows(state[0], s, x)
+
+    def prefix(self, state, s, log_b, seen):
+        return move((log_b + seen).squeeze(-1), state[1][s - 1]).unsqueeze(-1)
+
+
+class TreeHead(HMMHead):
+    """A mixture whose component depends on those of the halves that its offset is in, a binary tree (MTPC,
+    arXiv 2511.11346).
+
+    The root chooses a component for the window by w; it goes to each half by a transition, and so on
+    down to pairs of offsets (or one, where a half is odd). It starts as the CP head, whose component is
+    the same everywhere.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.root, self.n_edges = self.branch(1, config.n_future, 0)
+        self.transitions = Transitions(max(self.n_edges, 1), config.rank, config.n_embd)
+
+    def branch(self, first, last, n_edges):
+        """A node of the offsets first..last: (first, last, [(edge, child), ...]), and the number of edges
+        so far."""
+        children = []
+        if last - first > 1:
+            middle = (first + last) // 2
+            for part in ((first, middle), (middle + 1, last)):
+                edge, n_edges = n_edges, n_edges + 1
+                child, n_edges = self.branch(*part, n_edges)
+                children.append((edge, child))
+        return (first, last, children), n_edges
+
+    def below(self, node, log_T, seen):
+        """log P(the tokens of a node's offsets that are seen | its component): (..., r)."""
+        first, last, children = node
+        own = seen[..., first - 1 : last, :].sum(-2)
+        return own if not children else sum(
+            torch.logsumexp(log_T[edge] + self.below(child, log_T, seen).unsqueeze(-2), dim=-1)
+            for edge, child in children if child[0] <= seen.size(-2))
+
+    def descend(self, node, log_b, log_T, seen):
+        """log P(all that is seen, the component of the next offset): log_b (..., r) is that of the node
+        and what is seen outside of it."""
+        s = min(seen.size(-2) + 1, self.root[1])  # the next one; after the last, the last
+        while node[2]:
+            first, last, children = node
+            inside = [child[0] <= s <= child[1] for _, child in children].index(True)
+            for i, (edge, child) in enumerate(children):
+                if i != inside and child[0] <= seen.size(-2):
+                    log_b = log_b + torch.logsumexp(log_T[edge] + self.below(child, log_T, seen).unsqueeze(-2), dim=-1)
+            edge, node = children[inside]
+            log_b = move(log_b, log_T[edge])
+        return log_b + self.below(node, log_T, seen)
+
+    def prefixes(self, e, seen):
+        log_w, log_T = self.log_weights(e), self.transitions(e).unbind(-3)
+        return torch.stack([self.descend(self.root, log_w, log_T, seen[:, :k])
+                            for k in range(1, seen.size(1) + 1)], dim=1)
+
+    def log_marginal(self, e, unembed):
+        log_w, log_T = self.log_weights(e), self.transitions(e).unbind(-3)
+        log_b = self.descend(self.root, log_w, log_T, log_w.unsqueeze(-2)[..., :0, :])
+        log_p = self.logits(e, unembed, slice(0, 1)).squeeze(-3).log_softmax(-1)  # (..., r, V)
+        return torch.logsumexp(log_b.unsqueeze(-1) + log_p, dim=-2)
+
+    def start(self, e, unembed):
+        return CPHead.start(self, e, unembed), self.transitions(e).unbind(-3), self.log_weights(e), []
+
+    def prefix(self, state, s, log_b, seen):
+        _, log_T, log_w, tokens = state
+        tokens.append(seen.T)  # s times (1, r)
+        return self.descend(self.root, log_w, log_T, torch.cat(tokens)).unsqueeze(-1)
+
+
+BASELINES = {"wide": WideHead, "medusa": MedusaHead, "hmm": HMMHead, "tree": TreeHead}
 HEADS.update(BASELINES)

@@ -224,8 +224,13 @@ class CPHead(nn.Module):
             return self.unembed(h[:, 1:, 0], unembed).log_softmax(-1)
         log_p = self.unembed(h, unembed).log_softmax(-1)  # (N, n, r, V)
         seen = self.of_tokens(log_p[:, :-1], gold[:, :-1])  # (N, n - 1, r)
-        log_b = self.log_weights(e).unsqueeze(1) + seen.cumsum(1)  # (N, n - 1, r)
+        log_b = self.prefixes(e, seen)  # (N, n - 1, r)
         return torch.logsumexp(log_b.log_softmax(-1).unsqueeze(-1) + log_p[:, 1:], dim=2)
+
+    def prefixes(self, e, seen):
+        """log P(x_1, ..., x_s and the component of x_{s+1} is a), s = 1..k, given e: a component keeps
+        to the window. e (N, C), seen (N, k, r) = log P_a^(s)(x_s) -> (N, k, r)."""
+        return self.log_weights(e).unsqueeze(1) + seen.cumsum(1)
 
     def log_joint(self, e, gold, unembed):
         """log P of the first 1, 2, ..., n gold tokens, (1): e (N, C), gold (N, n) -> (N, n)."""
@@ -251,6 +256,10 @@ class CPHead(nn.Module):
     def rows(self, state, s, x):
         """log P_a^(s) of all tokens given x (1,) = x_{t+s-1}: (r, V), each row normalised."""
         return state[s - 1]
+
+    def prefix(self, state, s, log_b, seen):
+        """`prefixes` in decoding, from that of s - 1, log_b (r, 1), and seen (r, 1): -> (r, 1)."""
+        return log_b + seen
 
     # the draft vocabulary
 
@@ -428,7 +437,8 @@ class Conditionals:
         self.s += 1
         if self.head.rank == 1:  # one component: its row is the conditional
             return self.head.all_tokens(self.head.rows(self.state, self.s, x), self.n_token)
-        self.log_b = self.log_b + self.head.of_tokens(self.log_p.unsqueeze(0), x).T
+        seen = self.head.of_tokens(self.log_p.unsqueeze(0), x).T  # (r, 1)
+        self.log_b = self.head.prefix(self.state, self.s - 1, self.log_b, seen)
         self.log_p = self.head.rows(self.state, self.s, x)
         q = self.log_b.softmax(0).T @ self.log_p.exp()  # (1, V)
         # tiny: where all real tokens underflow next to the padding, the row is uniform and not NaN

@@ -1,6 +1,8 @@
 """The heads of baselines.py: each is a joint distribution, its rows are the conditionals, and decoding with it is
 exact, by the very tests of the CP head."""
 
+import itertools
+
 import pytest
 import test_cp_head as shared
 import torch
@@ -13,13 +15,92 @@ baselines = pytest.mark.parametrize("head", BASELINES)
 targets = pytest.mark.parametrize("target", ["marginal", "lm_head"])
 
 
+def log_T(head, e, edge):
+    """A transition matrix of hmm or tree, by its formula."""
+    S = head.transitions.rows(e).view(-1, head.rank, head.rank)[edge].softmax(-1)
+    mix = min(abs(head.transitions.mix[edge].item()), 1)
+    return ((1 - mix) * torch.eye(head.rank, dtype=e.dtype) + mix * S).log()
+
+
+def joint_by_paths(model, e):
+    """The joint of four tokens of hmm or tree: a sum over all components of all offsets."""
+    head, W, r = model.head, model.lm_head.weight, model.config.rank
+    log_p = torch.stack([(W @ (head.maps[s] @ e).T).T.log_softmax(-1) for s in range(4)])  # (n, r, V)
+    w, T = head.log_weights(e), [log_T(head, e, edge) for edge in range(len(head.transitions.mix))]
+    table = torch.zeros((model.config.vocab_size,) * 4, dtype=e.dtype)
+    for a in itertools.product(range(r), repeat=4):
+        if model.config.head == "hmm":
+            log_path = w[a[0]] + T[0][a[0], a[1]] + T[1][a[1], a[2]] + T[2][a[2], a[3]]
+        else:  # the components of a half are one, and it comes from any of the root
+            if a[0] != a[1] or a[2] != a[3]:
+                continue
+            log_path = torch.logsumexp(w + T[0][:, a[0]] + T[1][:, a[2]], 0)
+        rows = [log_p[s, a[s]] for s in range(4)]
+        table += torch.einsum("i,j,k,l->ijkl", *(row.exp() for row in rows)) * log_path.exp()
+    return table
+
+
+@pytest.mark.parametrize("head", ["hmm", "tree"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_moving_components_by_all_their_paths(head, rank):
+    """Joint and conditionals against the sum over every path, with transitions that matter."""
+    model = tiny_model(head=head, rank=rank, n_future=4, vocab_size=3)
+    with torch.no_grad():
+        model.head.transitions.mix.uniform_(0.3, 0.9)
+    e, W = shared.a_state(), model.lm_head.weight
+    table = joint_by_paths(model, e)
+    assert table.sum().item() == pytest.approx(1, abs=1e-12)
+    windows = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    joint = model.head.log_joint(e.expand(len(windows), -1), windows, W).exp()
+    along = model.head.log_conditionals(e.expand(len(windows), -1), windows, W).exp()
+    for i, window in enumerate(windows):
+        conditionals, part = model.conditionals(e), table
+        for s, x in enumerate(window):
+            part = part[x]
+            marginal = part.sum()
+            assert joint[i, s].item() == pytest.approx(marginal.item(), abs=1e-12)
+            if s < 3:
+                q = conditionals.next(x[None]).softmax(-1)[0]
+                expected = part.flatten(1).sum(1) / marginal if s < 2 else part / marginal
+                torch.testing.assert_close(q, expected, rtol=0, atol=1e-11)
+                torch.testing.assert_close(along[i, s], expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("head", ["hmm", "tree"])
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_moving_components_start_as_the_cp_head(head, n):
+    """To 1e-6, with the weights of a CP head, for windows that do not halve evenly, too."""
+    model, cp = tiny_model(head=head, n_future=n), tiny_model(head="cp", n_future=n)
+    own = {name: torch.full_like(tensor, 1e-7) if name.endswith("mix") else tensor
+           for name, tensor in model.state_dict().items() if "transitions" in name}
+    model.load_state_dict(cp.state_dict() | own)
+    e, gold, W = torch.randn(6, 8, dtype=torch.float64), torch.randint(5, (6, n)), cp.lm_head.weight
+    joints = [m.head.log_joint(e, gold, W) for m in (model, cp)]
+    torch.testing.assert_close(*joints, rtol=0, atol=1e-6)
+    rows = [m.head.log_conditionals(e, gold, W) for m in (model, cp)]
+    torch.testing.assert_close(*rows, rtol=0, atol=1e-6)
+    fresh = HEADS[head](GPTConfig(vocab_size=5, n_embd=8, n_head=1, n_future=n, rank=2, head=head))
+    assert fresh.transitions.mix.max().item() < 1e-6  # and it can leave its start
+    fresh.log_joint(torch.randn(6, 8), gold, torch.randn(5, 8)).sum().backward()
+    assert n == 2 and head == "tree" or fresh.transitions.mix.grad.abs().min() > 0
+
+
 @baselines
 @targets
 @pytest.mark.parametrize("rank", [1, 3])
 def test_it_is_a_joint_distribution_and_its_rows_are_the_conditionals(head, target, rank):
-    shared.test_log_joint_is_equation_1_and_sums_to_one(dict(head=head, target=target), rank)
-    shared.test_conditionals_are_those_of_equation_1(dict(head=head, target=target), rank, n_token=3)
-    shared.test_the_methods_of_a_head_agree(head, rank)
+    """The last row sums to 1 whatever was drafted, and the product of the rows is the joint."""
+    model = tiny_model(head=head, target=target, rank=rank, vocab_size=4)
+    windows = torch.tensor(list(itertools.product(range(4), repeat=3)))
+    e, W = shared.a_state(), model.lm_head.weight
+    joint = model.head.log_joint(e.expand(len(windows), -1), windows, W)
+    assert joint[:, -1].exp().sum().item() == pytest.approx(1, abs=1e-12)
+    torch.testing.assert_close(model.head.log_marginal(e, W), joint[:, 0].view(4, 16)[:, 0], rtol=0, atol=1e-12)
+    for window, expected in zip(windows, joint):
+        conditionals, log_p = model.conditionals(e), joint[:, 0].view(4, 16)[window[0], 0]
+        for x, y, own in zip(window, window[1:], expected[1:]):
+            log_p = log_p + conditionals.next(x[None]).log_softmax(-1)[0, y]
+            assert log_p.item() == pytest.approx(own.item(), abs=1e-10)
     for draft_vocab in (0, 2):
         shared.test_rows_along_the_gold_tokens_are_those_that_drafts_are_drawn_from(head, rank, draft_vocab)
 
