@@ -13,6 +13,7 @@ An experiment is a function that lists its cells: the rows of its table, each wi
 each seed. To add one, write such a function, and an Experiment in EXPERIMENTS.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from pathlib import Path
 import torch
 
 from bench_speculative import hardware
-from common import (ArgumentParser, any_path, locked, number, progress_bar, read_checkpoint, read_meta,
+from common import (ArgumentParser, any_path, locked, number, progress_bar, read_checkpoint,
                     replacing, run_script)
 from model import BadInput
 from plot import PALETTE, new_figure, save
@@ -88,7 +89,7 @@ SCALES = {
         smollm2=None,
     ),
     "laptop": Scale(
-        stories=dict(vocab_size=257),
+        stories=dict(vocab_size=257, max_mb=4),
         base=dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=600,
                   eval_interval=75, eval_windows=32, device="cpu", dtype="float32"),
         seeds=(1, 2, 3), ranks=(1, 2, 4, 8, 16), headline=8, futures=(4, 8), seconds=60.0,
@@ -96,7 +97,7 @@ SCALES = {
         bench=dict(rounds=5, max_new_tokens=100, threads=1, device="cpu"),
         costs=dict(n_layer=6, n_head=6, n_embd=384, block_size=64, batch_size=1, joint_share=1.0,
                    vocab_sizes=[4096], device="cpu", dtype="float32"),
-        smollm2=dict(max_iters=10**6, max_seconds=200, device="cpu", dtype="bfloat16"),
+        smollm2=dict(max_iters=10**6, max_seconds=150, device="cpu", dtype="bfloat16"),
     ),
     "gpu": Scale(
         stories=dict(tokenizer="gpt2"),
@@ -176,9 +177,11 @@ def sizes(scale):
 def next_token(scale):
     alone = scale.training(n_future=1, rank=1)
     yield Cell(("none", 1), alone, alone)
-    for target in ("lm_head", "marginal"):
+    # the marginal learns from the joint alone, and so from a share of the positions, or from all
+    for target, flags in (("lm_head", dict(target="lm_head")), ("marginal", dict(target="marginal")),
+                          ("marginal, all positions", dict(target="marginal", joint_share=1.0))):
         for n in sorted({2, *scale.futures}):
-            yield Cell((target, n), scale.training(n_future=n, rank=4, target=target), alone)
+            yield Cell((target, n), scale.training(n_future=n, rank=4, **flags), alone)
 
 
 def smollm2(scale):
@@ -245,8 +248,8 @@ def of_bench(key, temperature):
 
 def of_costs(key, unit=1):
     def column(found, run, against, labels):
-        value = next(row[key] for row in found[run.name]["costs"]["rows"]
-                     if (row["n_future"], row["rank"]) == labels and not row["nanogpt"])
+        value = next((row[key] for row in found[run.name]["costs"]["rows"]  # or there was no memory
+                      if (row["n_future"], row["rank"]) == labels and not row["nanogpt"]), None)
         return value and value / unit  # some systems do not tell the memory
     return column
 
@@ -269,6 +272,17 @@ class Experiment:
     labels: tuple
     columns: dict  # by name: what it says of a run, and its number of decimals
     panels: tuple
+    more: callable = lambda cells, found: ""  # what follows the table
+
+
+def specialists(cells, found):
+    """A table of what components specialise on, in the first run of a cell in the middle."""
+    run = cells[len(cells) // 2].runs[0]
+    lines = [f"What components specialise on ({run.name}): tokens, and the share of each that is the component's.\n",
+             "| component | tokens |", "|---|---|"]
+    for a, tokens in enumerate(found[run.name]["components"], 1):
+        lines.append(f"| {a} | {', '.join(f'`{json.dumps(text)}` {share:.2f}' for text, share in tokens[:5])} |")
+    return "\n" + "\n".join(lines) + "\n"
 
 
 LOSSES = {"joint": (val("joint"), 3), "gain over r = 1": (gain("joint"), 3),
@@ -285,7 +299,7 @@ EXPERIMENTS = {
     "balance": Experiment(
         "The balance penalty (figure 4)", balance, ("r", "penalty"),
         {**LOSSES, "components in use": (in_use, 2)},
-        (Panel("penalty", "joint", "r"), Panel("penalty", "components in use", "r"))),
+        (Panel("penalty", "joint", "r"), Panel("penalty", "components in use", "r")), specialists),
     "acceptance": Experiment(
         "Acceptance and speed against rank (figure 5)", acceptance, ("target", "r"),
         {"first draft accepted, 1": (of_bench("acceptance", 1.0), 2),
@@ -306,8 +320,8 @@ EXPERIMENTS = {
          "MiB at the peak": (of_costs("bytes", 2**20), 0)},
         (Panel("r", "step / step without a head", "n"), Panel("r", "MiB at the peak", "n"))),
     "sizes": Experiment(
-        "Sizes of the trunk, and length of training", sizes, ("layers x width", "r"),
-        {**LOSSES, "gain after a quarter": (gain("joint", 0.25), 3),
+        "Sizes of the trunk, and along the training", sizes, ("layers x width", "r"),
+        {**LOSSES, "gain after a quarter of the run": (gain("joint", 0.25), 3),
          "after a half": (gain("joint", 0.5), 3), "trunk, M": (of_run("trunk_parameters"), 2)},
         (Panel("layers x width", "joint", "r"), Panel("layers x width", "next token", "r"))),
     "next_token": Experiment(
@@ -337,22 +351,25 @@ class Training:
     alone = False  # on the machine: not while another run is going on
 
     def __init__(self, text, flags, changed, trunk=None):
-        self.flags, self.text, self.trunk = flags, text, trunk
+        self.text, self.trunk = text, trunk
         self.needs = [trunk] if trunk else []
         parts = [f"{SHORT.get(name, name)}{value}" for name, value in sorted(changed.items())
                  if name != "max_iters" or "max_seconds" not in changed]
         self.name = "-".join([text, *["frozen"] * bool(trunk), *parts])
-        self.spec = {"text": text, "trunk": trunk and trunk.name, "train.py": flags}
+        self.spec = {"script": "train.py", "text": text, "flags": flags, "trunk": trunk and trunk.spec}
 
     def run(self, place):
         out = place.work / self.name
-        flags = {"data_dir": place.data(self.text), "out_dir": out, **self.flags}
+        flags = {"data_dir": place.data(self.text), "out_dir": out} | self.spec["flags"]
         if self.trunk:
             flags |= {"init_from": place.work / self.trunk.name / "ckpt.pt", "freeze_trunk": True,
                       "fresh_head": True}
         if (out / "ckpt.pt").exists():
+            old = read_checkpoint(out / "ckpt.pt").get("train_config", {})
+            if any(old.get(name, value) != value for name, value in self.spec["flags"].items()):
+                raise BadInput(f"{out} is a run of other settings; move it away")
             flags["resume"] = True
-        place.script("train.py", flags)
+        place.script(self.name, "train.py", flags)
         ckpt = read_checkpoint(out / "ckpt.pt")
         points = [{"iter": line["iter"], "seconds": line["seconds"]} | line["val"]
                   for line in ckpt["log"] if "val" in line]
@@ -369,13 +386,14 @@ class Bench:
     alone = True
 
     def __init__(self, training, flags):
-        self.training, self.flags, self.needs = training, flags, [training]
+        self.training, self.needs = training, [training]
         self.name = f"bench-{training.name}"
-        self.spec = {"training": training.name, "bench_speculative.py": flags}
+        self.text = training.text
+        self.spec = {"script": "bench_speculative.py", "flags": flags, "training": training.spec}
 
     def run(self, place):
-        flags = {"out_dir": place.work / self.training.name, **self.flags}
-        bench = json.loads(place.script("bench_speculative.py", flags).splitlines()[-1])
+        flags = {"out_dir": place.work / self.training.name, **self.spec["flags"]}
+        bench = json.loads(place.script(self.name, "bench_speculative.py", flags).splitlines()[-1])
         del bench["card"]["out_dir"]
         return {"bench": bench}
 
@@ -383,13 +401,14 @@ class Bench:
 class Costs:
     """bench_training.py."""
 
-    alone, needs, name = True, [], "costs"
+    alone, needs, name, text = True, [], "costs", "none"
 
     def __init__(self, flags):
-        self.flags, self.spec = flags, {"bench_training.py": flags}
+        self.spec = {"script": "bench_training.py", "flags": flags}
 
     def run(self, place):
-        return {"costs": json.loads(place.script("bench_training.py", self.flags).splitlines()[-1])}
+        out = place.script(self.name, "bench_training.py", self.spec["flags"])
+        return {"costs": json.loads(out.splitlines()[-1])}
 
 
 @torch.no_grad()
@@ -434,68 +453,83 @@ class Place:
         self.results, self.work = Path(args.results) / args.scale, Path(args.work) / args.scale
         self.processes, self.stopped, self.lock, self.ready = set(), False, threading.Lock(), set()
 
-    def script(self, script, flags):
-        """The stdout of a script of this folder; BadInput where it fails."""
+    def script(self, name, script, flags):
+        """The stdout of a script of this folder; BadInput where it fails. Its stderr goes to a log."""
         script, *rest = script.split()
         command = [sys.executable, str(Path(__file__).with_name(script)), *rest, *as_flags(flags)]
         env = {**os.environ, "OMP_NUM_THREADS": str(self.args.threads)}
-        # in a session of its own: a Ctrl-C comes here alone, and `stop` passes it on
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   encoding="utf-8", errors="replace", env=env,
-                                   start_new_session=True)
-        self.processes.add(process)
-        if self.stopped:
-            process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
+        log = self.work / "logs" / f"{name}.txt"
+        log.parent.mkdir(exist_ok=True)
+        with open(log, "wb") as file:
+            # in a session of its own: a Ctrl-C comes here alone, and `stop` passes it on
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True,
+                                       encoding="utf-8", env=env, start_new_session=True)
+            self.processes.add(process)
+            if self.stopped:
+                process.terminate()
+            out, _ = process.communicate()
         self.processes.remove(process)
         if process.returncode:
-            why = err.strip().splitlines()[-1:] or ["no word of it"]
-            raise BadInput(f"{' '.join(command[1:])} ended with exit code {process.returncode}: {why[0]}")
+            words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise BadInput(f"{name}: {script} ended with exit code {process.returncode}, see {log}"
+                           + "".join(f": {line[-200:]}" for line in words))
         return out
 
     def stop(self):
+        """Ask all scripts to end; train.py saves first."""
         self.stopped = True
         for process in list(self.processes):
-            process.send_signal(signal.SIGINT)
+            process.terminate()
 
     def data(self, text):
         """The folder of a text, which is written first where need be."""
         folder = self.work / "data" / text
         with self.lock:
-            if text not in self.ready and text == "smollm2":
-                self.script("pretrained.py generate", {"init_from": self.args.model, "num_texts": 2592,
-                                                       "data_dir": folder})
-            elif not (folder / "meta.json").exists():
-                source = {"input": self.args.text} if self.args.text else {"max_mb": 4}
-                source = {"data_dir": folder} | ({} if "toy" in self.scale.stories else source)
-                self.script("prepare_tinystories.py", self.scale.stories | source)
-            self.ready.add(text)
+            if text == "stories" and not (folder / "meta.json").exists():
+                flags = dict(self.scale.stories)
+                if self.args.text:
+                    flags.pop("max_mb", None)
+                    flags["input"] = self.args.text
+                self.script("data", "prepare_tinystories.py", flags | {"data_dir": folder})
+            elif text == "smollm2" and text not in self.ready:  # goes on where it was interrupted
+                flags = {"init_from": self.args.model, "num_texts": 2592, "data_dir": folder}
+                self.script("data", "pretrained.py generate", flags)
+                self.ready.add(text)
         return folder
+
+    def data_hash(self, text):
+        """Of what the data that is there says of itself, hashes included; None where there is none."""
+        path = self.work / "data" / text / "meta.json"
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
     def path(self, run):
         return self.results / f"{run.name}.json"
 
     def read(self, run):
-        """The results of a run, or None; BadInput if they are of other settings."""
+        """The results of a run, or None; BadInput if they are of other settings or another text."""
         path = self.path(run)
         if not path.exists():
             return None
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            old, new = found["spec"], json.loads(json.dumps(run.spec))
+            old, new, data = found["spec"], json.loads(json.dumps(run.spec)), found["data"]
         except (ValueError, KeyError, TypeError):
             raise BadInput(f"{path} is no result of reproduce.py; move it away") from None
-        if old != new:
-            raise BadInput(f"{path} is a run of other settings; move it away, or take another --results")
+        for was, now, what in ((old, new, "settings"), (data, self.data_hash(run.text) or data, "data")):
+            if was != now:
+                raise BadInput(f"{path} is a run of other {what}; move it and {self.work} away, or take "
+                               "another --results and --work")
         return found
 
     def make(self, run):
         """Make a run and write its results."""
-        found = {"spec": run.spec, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-                 "hardware": hardware(torch.device("cpu")), "threads": self.args.threads}
-        found |= run.run(self)
+        made = rounded(run.run(self))
+        device = torch.device(run.spec["flags"].get("device", "cpu"))
+        found = {"spec": run.spec, "data": self.data_hash(run.text), "date": time.strftime("%Y-%m-%d"),
+                 "torch": torch.__version__, "hardware": hardware(device),
+                 "threads": self.args.threads, "jobs": 1 if run.alone else self.args.jobs}
         with replacing(self.path(run)) as file:
-            file.write((json.dumps(rounded(found)) + "\n").encode())
+            file.write((json.dumps(found | made) + "\n").encode())
 
 
 def rounded(x):
@@ -516,6 +550,10 @@ def make_all(place, runs):
         depth = 1 + max((add(need) for need in run.needs), default=0)
         if place.read(run) is None:
             missing[run.name] = depth, run
+            for need in run.needs:
+                if place.read(need) and not (place.work / need.name / "ckpt.pt").exists():
+                    raise BadInput(f"The model of {need.name} is gone, and {run.name} needs it; move "
+                                   f"{place.path(need)} away to train it again")
         return depth
 
     for run in runs:
@@ -560,7 +598,7 @@ def markdown(experiment, rows):
         if not values:
             return "-"
         mean, *spread = (f"{f(values):.{digits}f}" for f in (statistics.mean, min, max))
-        return f"{mean} ({'..'.join(spread)})" if len(values) > 1 else mean
+        return mean if set(spread) == {mean} else f"{mean} ({'..'.join(spread)})"
 
     names = [*experiment.labels, *experiment.columns]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
@@ -583,7 +621,8 @@ def draw(experiment, rows, found):
             shown = [row for row in shown if row[0].get("n", 0) == n]
             lines = [(f"{panel.by} = {labels[panel.by]}", curve(runs, found, panel))
                      for labels, runs, _ in shown]
-            axis.set_xlabel("steps" if panel.x == "iter" else "seconds of training")
+            axis.set_xlabel("steps" if panel.x == "iter" else "seconds of training, evaluation included")
+            axis.margins(y=0.25)  # room for the legend
         else:
             lines, ticks = over_label(panel, shown)
             axis.set_xticks(range(len(ticks)), ticks)
@@ -592,9 +631,11 @@ def draw(experiment, rows, found):
             axis.plot(x, y, color=color, lw=1.6, ms=5, label=label, **style)
             axis.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
         axis.set_ylabel(panel.y + ", nats per token" * (panel.y in ("joint", "next token")))
-        axis.set_title(", ".join(f"{label} {value}" for label, value in panel.only), fontsize=9)
+        title = [f"{label} {value}" for label, value in panel.only]
+        title += [f"n = {n}"] if panel.x in ("iter", "seconds") and n else []
+        axis.set_title(", ".join(title), fontsize=9)
         if any(label for label, _ in lines):
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="upper right" if panel.x in ("iter", "seconds") else "best")
     figure.suptitle(experiment.title, fontsize=10)
     return figure
 
@@ -619,16 +660,11 @@ def over_label(panel, shown):
     return [(label, tuple(zip(*points))) for label, points in groups.items()], ticks
 
 
-def report(name, place):
+def report(name, cells, found, place):
     """Write an experiment's table and picture, and print the table."""
     experiment = EXPERIMENTS[name]
-    cells = list(experiment.cells(place.scale))
-    if not cells:
-        return
-    runs = [run for cell in cells for run in (*cell.runs, *cell.against)]
-    found = {run.name: place.read(run) for run in runs}
     rows = list(rows_of(experiment, cells, found))
-    table = markdown(experiment, rows)
+    table = markdown(experiment, rows) + experiment.more(cells, found)
     with replacing(place.results / f"{name}.md") as file:
         file.write(f"# {experiment.title}\n\n{table}".encode())
     print(f"\n{experiment.title}\n\n{table}")
@@ -664,16 +700,21 @@ def parse_args():
 
 def main():
     args = parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs are to stop, too
-    torch.set_num_threads(1)
-    names = list(EXPERIMENTS) if "all" in args.experiments else args.experiments
+    if args.text and "toy" in SCALES[args.scale].stories:
+        raise BadInput(f"--scale {args.scale} has a text of its own; leave --text away")
+    for end in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(end) is not signal.SIG_IGN:
+            signal.signal(end, signal.default_int_handler)  # as Ctrl-C: the scripts are to end, too
     place = Place(args)
     with locked(place.results), locked(place.work):
-        runs = [run for name in names for cell in EXPERIMENTS[name].cells(place.scale)
-                for run in (*cell.runs, *cell.against)]
-        make_all(place, runs)
-        for name in names:
-            report(name, place)
+        for name in EXPERIMENTS if "all" in args.experiments else args.experiments:
+            cells = list(EXPERIMENTS[name].cells(place.scale))
+            if not cells:
+                print(f"{name}: not at this scale", file=sys.stderr)
+                continue
+            runs = [run for cell in cells for run in (*cell.runs, *cell.against)]
+            make_all(place, runs)
+            report(name, cells, {run.name: place.read(run) for run in runs}, place)
 
 
 if __name__ == "__main__":

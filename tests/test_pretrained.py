@@ -187,6 +187,24 @@ def test_teachers_are_the_formulas():
     torch.testing.assert_close(losses["text"], torch.stack((log2, 3 * log2)))
 
 
+def test_heads_learn_from_their_teacher(copy):
+    """--teacher reaches the loss, also after --resume: the three heads differ, and one that is resumed
+    does not. Heads on a GPT have no such choice."""
+    kl, heads = torch.load("out/ckpt.pt", weights_only=True)["model"]["head.fc1.weight"], {}
+    for teacher in ("lk", "text"):
+        assert call("train", f"{TRAIN.replace('out_dir out', f'out_dir {teacher}')} --teacher {teacher}") == (0, "")
+        heads[teacher] = torch.load(f"{teacher}/ckpt.pt", weights_only=True)["model"]["head.fc1.weight"]
+    assert not torch.equal(kl, heads["lk"]) and not torch.equal(kl, heads["text"])
+    assert not torch.equal(heads["lk"], heads["text"])
+    half = TRAIN.replace("out_dir out", "out_dir half").replace("--max_iters 6", "--max_iters 9 --max_seconds 1e-9")
+    assert call("train", f"{half} --teacher lk") == (0, "")
+    assert call("train", "--resume --out_dir half --max_seconds 0 --max_iters 9") == (0, "")
+    ckpt = torch.load("half/ckpt.pt", weights_only=True)
+    assert ckpt["train_config"]["teacher"] == "lk" and ckpt["iter_num"] == 9
+    assert call("prepare", "--toy --stories 50") == (0, "")
+    assert "--teacher is for heads on" in call("train", "--preset toy --teacher lk --device cpu")[1]
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_speculative_texts_follow_the_models_distribution(kind):
     """Chi-square of 4,000 texts of 3 tokens, of a model with 4 tokens and a head that drafts three of

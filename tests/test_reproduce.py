@@ -1,17 +1,23 @@
 """reproduce.py: the experiments at a small scale, what is not made twice, and that documents show what was measured."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
 from test_scripts import ROOT, launch, run
 
 import reproduce
+import train as trainer
+from model import BadInput
 from reproduce import EXPERIMENTS, SCALES
 
 
@@ -33,20 +39,27 @@ def test_all_experiments_run_and_write_a_table_and_a_picture(smoke):
             continue  # needs SmolLM2
         table = (cwd / "results" / "smoke" / f"{name}.md").read_text(encoding="utf-8")
         assert experiment.title in table and table.split("\n", 2)[2] in out
-        assert table.count("\n|") == 2 + len(list(experiment.cells(SCALES["smoke"])))
-        if __import__("importlib.util").util.find_spec("matplotlib"):
+        more = 4 if name == "balance" else 0  # lines of what components specialise on
+        assert table.count("\n|") == 2 + len(list(experiment.cells(SCALES["smoke"]))) + more
+        if find_spec("matplotlib"):
             picture = (cwd / "results" / "smoke" / f"{name}.png").read_bytes()
             assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
     found = json.loads(results(cwd)["stories-n2-r2-seed1.json"])
-    assert found["spec"]["train.py"]["n_future"] == 2 and found["hardware"] and found["date"]
+    assert found["spec"]["flags"]["n_future"] == 2 and found["hardware"] and found["date"] and found["data"]
     assert [point["iter"] for point in found["val"]] == [2, 4] and len(found["components"]) == 2
 
 
 def test_finished_runs_are_not_made_again(smoke):
-    """Not even read_checkpoint is called: the models may be gone. A damaged result and one of other
-    settings get a line each, and stay what they are."""
+    """The models may be gone. A damaged result and one of other settings get a line each, and stay what
+    they are; so does a run whose model is needed and gone."""
     cwd, _ = smoke
-    before, path = results(cwd), cwd / "results" / "smoke" / "stories-n2-r2-seed1.json"
+    before, folder = results(cwd), cwd / "results" / "smoke"
+    path, bench = folder / "stories-n2-r2-seed1.json", folder / "bench-stories-n2-r1-seed1-marginal.json"
+
+    def refused(message, *experiments):
+        result = launch(cwd, "reproduce.py", *experiments, "--scale", "smoke")
+        assert result.returncode == 1 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
     (cwd / "out").rename(cwd / "gone")
     try:
         run(cwd, "reproduce.py", "rank", "sizes", "--scale", "smoke")
@@ -54,18 +67,26 @@ def test_finished_runs_are_not_made_again(smoke):
         for text, message in (("{", "is no result of reproduce.py; move it away"),
                               (before[path.name].replace('"n_embd": 16', '"n_embd": 32'), "is a run of other settings")):
             path.write_text(text)
-            result = launch(cwd, "reproduce.py", "rank", "--scale", "smoke")
-            assert result.returncode == 1 and message in result.stderr and path.read_text() == text
-            assert result.stderr.count("\n") == 1
+            refused(message, "rank")
+            assert path.read_text() == text
+        path.write_text(before[path.name])
+        bench.unlink()
+        refused("The model of stories-n2-r1-seed1-marginal is gone", "acceptance")
     finally:
         path.write_text(before[path.name])
-        subprocess.run(["rm", "-rf", cwd / "out"], check=True)
+        bench.write_text(before[bench.name])
+        shutil.rmtree(cwd / "out")
         (cwd / "gone").rename(cwd / "out")
+    other = before[path.name].replace(json.loads(before[path.name])["data"], "0" * 64)
+    path.write_text(other)
+    refused("is a run of other data", "rank")
+    path.write_text(before[path.name])
 
 
 def test_an_interrupted_experiment_goes_on(tmp_path):
     """Ctrl-C after the first result: exit code 130, no process is left at work, and the same command
-    makes the rest."""
+    makes the rest. A training that was interrupted goes on and ends as it would have, on a frozen
+    trunk, too; one of other settings does not."""
     command = [sys.executable, ROOT / "reproduce.py", "next_token", "--scale", "smoke"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -80,11 +101,42 @@ def test_an_interrupted_experiment_goes_on(tmp_path):
     assert set(results(tmp_path)) == wanted and all(results(tmp_path)[name] == text for name, text in first.items())
 
 
+def test_an_interrupted_training_goes_on(smoke, tmp_path, monkeypatch):
+    """A frozen trunk's head, stopped after half of its steps, ends with the losses of the whole run."""
+    scale = SCALES["smoke"]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(smoke[0] / "out", "out")
+    head = scale.training(n_future=2, rank=2, trunk=scale.trunk())[0]
+    whole = json.loads(results(smoke[0])[f"{head.name}.json"])
+    place = reproduce.Place(type("Args", (), dict(scale="smoke", results="results", work="out/reproduce", threads=1,
+                                                  text=None, jobs=1)))
+    out = place.work / head.name
+    shutil.rmtree(out)
+    half = {"data_dir": place.data("stories"), "out_dir": out, "init_from": place.work / scale.trunk().name / "ckpt.pt",
+            "freeze_trunk": True, "fresh_head": True} | head.spec["flags"]
+    monkeypatch.setattr(trainer, "evaluate", lambda run, real=trainer.evaluate: os.kill(os.getpid(), signal.SIGTERM)
+                        or real(run))
+    assert call("train", " ".join(reproduce.as_flags(half)))[0] == 130
+    assert torch.load(out / "ckpt.pt", weights_only=True)["iter_num"] < 4
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    found = head.run(place)
+    assert [point["joint"] for point in found["val"]] == pytest.approx([point["joint"] for point in whole["val"]], rel=1e-4)
+    other = scale.training(n_future=2, rank=2, trunk=scale.trunk(), lr=1e-4)[0]
+    shutil.copytree(out, place.work / other.name)
+    with pytest.raises(BadInput, match="is a run of other settings; move it away"):
+        other.run(place)
+
+
 def test_bad_input_is_one_line(tmp_path, smoke, monkeypatch, capsys):
     result = launch(tmp_path, "reproduce.py", "ranks")
     assert result.returncode == 2 and "invalid choice: 'ranks'" in result.stderr and result.stderr.count("\n") == 1
+    result = launch(tmp_path, "reproduce.py", "rank", "--scale", "smoke", "--text", "a.txt")
+    assert result.returncode == 1 and "leave --text away" in result.stderr and result.stderr.count("\n") == 1
     result = launch(tmp_path, "reproduce.py", "next_token", "--text", tmp_path / "no.txt")
-    assert result.returncode == 1 and "no.txt" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 1 and "no.txt: no such file or folder" in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "smollm2: not at this scale" in launch(tmp_path, "reproduce.py", "smollm2", "--scale", "smoke").stderr
     monkeypatch.chdir(smoke[0])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "sizes", "--scale", "smoke"])
@@ -139,20 +191,16 @@ def test_specialties_are_posteriors(smoke, monkeypatch):
         assert tokens[0][1] == pytest.approx(most, abs=1e-4)
 
 
-def committed():
-    """The experiments of the laptop's scale whose results are in the repository."""
-    place = reproduce.Place(type("Args", (), dict(scale="laptop", results=ROOT / "results", work="-", threads=1)))
-    for name, experiment in EXPERIMENTS.items():
-        if (ROOT / "results" / "laptop" / f"{name}.md").exists():
-            yield name, experiment, place
-
-
 def test_documents_show_the_tables_that_the_results_give():
+    """Every table of the laptop's scale in docs/results.md, word for word, and its picture."""
     document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    for name, experiment, place in committed():
-        cells = list(experiment.cells(place.scale))
+    place = reproduce.Place(type("Args", (), dict(scale="laptop", results=ROOT / "results", work="no", threads=1)))
+    tables = [path.stem for path in place.results.glob("*.md")]
+    assert {"rank", "balance", "next_token"} <= set(tables) <= set(EXPERIMENTS)
+    for name in tables:
+        experiment, cells = EXPERIMENTS[name], list(EXPERIMENTS[name].cells(place.scale))
         found = {made.name: place.read(made) for cell in cells for made in (*cell.runs, *cell.against)}
         table = reproduce.markdown(experiment, list(reproduce.rows_of(experiment, cells, found)))
-        assert table in (ROOT / "results" / "laptop" / f"{name}.md").read_text(encoding="utf-8")
-        assert table in document, name
-        assert f"results/laptop/{name}.png" in document
+        table += experiment.more(cells, found)
+        assert (place.results / f"{name}.md").read_text(encoding="utf-8").endswith(table), name
+        assert table in document and f"results/laptop/{name}.png" in document, name

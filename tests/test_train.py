@@ -1,9 +1,11 @@
 """train.py's parts: windows, learning rate, optimizer, accumulation, the clock; and the ways to
 train once for real."""
 
+import itertools
 import json
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +128,21 @@ def test_half_precision_trains_with_a_scaled_loss(data):
     assert torch.load("out/laptop/ckpt.pt", weights_only=True)["scaler"] == {}  # the reference's, which came last
 
 
+def test_bfloat16_is_taken_where_a_trial_finds_it_faster(data, monkeypatch):
+    """By a clock that makes the second of each pair of trials as fast as it says; nothing is drawn from the
+    generator, and no gradient is left."""
+    run, state = data(), torch.get_rng_state()
+    monkeypatch.setattr(trainer, "bfloat16_is_faster", lambda device: True)
+    for seconds, expected in ((0.7, "bfloat16"), (0.9, "float32")):
+        clock = itertools.accumulate(itertools.cycle((1.0, 0.0, seconds, 0.0)))
+        times = itertools.chain([0.0], clock)
+        monkeypatch.setattr(trainer.time, "perf_counter", lambda times=times: next(times))
+        assert trainer.faster_dtype(run) == expected
+    assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in run.model.parameters())
+    monkeypatch.setattr(trainer, "bfloat16_is_faster", lambda device: False)
+    assert trainer.faster_dtype(run) == "float32"
+
+
 def can_compile():
     try:
         return bool(compiled(abs, CPU))
@@ -163,6 +180,6 @@ def test_training_works_off_the_main_thread(data):
 
 def test_the_log_has_every_loss_apart(data):
     data()
-    log = [json.loads(line) for line in open("out/laptop/log.jsonl")]
+    log = [json.loads(line) for line in Path("out/laptop/log.jsonl").read_text().splitlines()]
     assert {"loss", "next", "joint", "balance", "offset", "usage", "lr", "tokens_per_second"} <= set(log[0])
     assert [line["iter"] for line in log] == [1, 2, 3, 4, 5, 6, 6] and "val" in log[-1]
