@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout  # comes with torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import baselines  # noqa: F401: its heads join the registry
+import baselines  # noqa: F401  (its heads join the registry)
 from model import GPT, BadInput
 from tokenizer import gpt2_tokenizer, load_tokenizer, read_characters
 

@@ -169,7 +169,7 @@ class CPHead(nn.Module):
         start, rows    the same in decoding, one offset after another; then set sees_drafts
 
     At s = 1 there are no such tokens: log_marginal, the target "marginal", is from vectors alone.
-    test_cp_head.py runs over all of HEADS and says where these methods do not agree.
+    test_cp_head.py runs over HEADS and says where these methods do not agree.
 
     The components must not start as copies of one another: where they agree, the router has no
     gradient, and nothing but its own noise parts them.

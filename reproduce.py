@@ -97,7 +97,7 @@ SCALES = {
         bench=dict(rounds=5, max_new_tokens=100, threads=1, device="cpu"),
         costs=dict(n_layer=6, n_head=6, n_embd=384, block_size=64, batch_size=1, joint_share=1.0,
                    vocab_sizes=[4096], device="cpu", dtype="float32"),
-        smollm2=dict(max_iters=10**6, max_seconds=150, device="cpu", dtype="bfloat16"),
+        smollm2=dict(max_iters=10**6, max_seconds=120, device="cpu", dtype="bfloat16"),
     ),
     "gpu": Scale(
         stories=dict(tokenizer="gpt2"),
@@ -144,10 +144,16 @@ def balance(scale):
 
 
 def acceptance(scale):
-    n, trunk = scale.futures[-1], scale.trunk()
-    for target, flags in (("its own", dict(target="marginal")), ("one trunk", dict(trunk=trunk))):
+    n, own = scale.futures[-1], dict(target="marginal")
+    for target, flags in (("its own", own), ("one trunk", dict(trunk=scale.trunk()))):
         for r in scale.ranks:
             runs = scale.training(scale.seeds_of(r), n_future=n, rank=r, **flags)
+            yield Cell((target, r), tuple(Bench(run, scale.bench) for run in runs))
+    # where the models are their own targets, does it help to train on all positions, or longer?
+    for target, flags in (("its own, all positions", own | {"joint_share": 1.0}),
+                          ("its own, longer", own | {"max_iters": 3 * scale.base["max_iters"]})):
+        for r in (1, scale.headline):
+            runs = scale.training(scale.seeds[:1], n_future=n, rank=r, **flags)
             yield Cell((target, r), tuple(Bench(run, scale.bench) for run in runs))
 
 
@@ -302,7 +308,8 @@ EXPERIMENTS = {
         (Panel("penalty", "joint", "r"), Panel("penalty", "components in use", "r")), specialists),
     "acceptance": Experiment(
         "Acceptance and speed against rank (figure 5)", acceptance, ("target", "r"),
-        {"first draft accepted, 1": (of_bench("acceptance", 1.0), 2),
+        {"next token": (lambda found, run, *_: val("next")(found, run.training, None, None), 3),
+         "first draft accepted, 1": (of_bench("acceptance", 1.0), 2),
          "tok/step, 0": (of_bench("tokens_per_step", 0.0), 2),
          "tok/step, 1": (of_bench("tokens_per_step", 1.0), 2),
          "speed-up, 0": (of_bench("speedup", 0.0), 2), "speed-up, 1": (of_bench("speedup", 1.0), 2)},
@@ -521,6 +528,11 @@ class Place:
                                "another --results and --work")
         return found
 
+    def found(self, cells):
+        """The results of all runs of cells, and of those that they needed, by name."""
+        runs = [run for cell in cells for run in (*cell.runs, *cell.against)]
+        return {run.name: self.read(run) for user in runs for run in (user, *user.needs)}
+
     def make(self, run):
         """Make a run and write its results."""
         made = rounded(run.run(self))
@@ -714,7 +726,7 @@ def main():
                 continue
             runs = [run for cell in cells for run in (*cell.runs, *cell.against)]
             make_all(place, runs)
-            report(name, cells, {run.name: place.read(run) for run in runs}, place)
+            report(name, cells, place.found(cells), place)
 
 
 if __name__ == "__main__":

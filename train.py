@@ -45,8 +45,8 @@ class TrainConfig:
     data_dir: str = flag("data/text", "folder that prepare_tinystories.py wrote, or nanoGPT's", any_path)
     out_dir: str = flag("out/laptop", "folder for the checkpoint and the log", any_path)
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes cuda, then mps, then cpu")
-    dtype: str = flag("auto", "auto is bfloat16 (else float16) on cuda; on a CPU the faster one of a trial; "
-                      "else float32",
+    dtype: str = flag("auto", "auto is bfloat16 (else float16) on cuda, else float32, and on a CPU train.py takes "
+                      "bfloat16 where a trial finds it faster",
                       ("auto", "float32", "bfloat16", "float16"))
     compile: bool = flag(False, "torch.compile the loss (needs a C++ compiler)")
     seed: int = flag(1337, "seed of the initial weights, the batches and dropout", any_seed)

@@ -199,7 +199,7 @@ def test_documents_show_the_tables_that_the_results_give():
     assert {"rank", "balance", "next_token"} <= set(tables) <= set(EXPERIMENTS)
     for name in tables:
         experiment, cells = EXPERIMENTS[name], list(EXPERIMENTS[name].cells(place.scale))
-        found = {made.name: place.read(made) for cell in cells for made in (*cell.runs, *cell.against)}
+        found = place.found(cells)
         table = reproduce.markdown(experiment, list(reproduce.rows_of(experiment, cells, found)))
         table += experiment.more(cells, found)
         assert (place.results / f"{name}.md").read_text(encoding="utf-8").endswith(table), name
