@@ -113,7 +113,10 @@ class HMMHead(CPHead):
 
     def __init__(self, config):
         super().__init__(config)
-        self.transitions = Transitions(config.n_future - 1, config.rank, config.n_embd)
+        self.transitions = Transitions(self.n_transitions(config.n_future), config.rank, config.n_embd)
+
+    def n_transitions(self, n):
+        return n - 1
 
     def log_joint(self, e, gold, unembed):
         return torch.logsumexp(self.prefixes(e, self.gold_log_probs(e, gold, unembed)), dim=-1)
@@ -146,10 +149,9 @@ class TreeHead(HMMHead):
     the same everywhere.
     """
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.root, self.n_edges = self.branch(1, config.n_future, 0)
-        self.transitions = Transitions(max(self.n_edges, 1), config.rank, config.n_embd)
+    def n_transitions(self, n):
+        self.root, n_edges = self.branch(1, n, 0)
+        return max(n_edges, 1)
 
     def branch(self, first, last, n_edges):
         """A node of the offsets first..last: (first, last, [(edge, child), ...]), and the number of edges
@@ -166,22 +168,26 @@ class TreeHead(HMMHead):
     def below(self, node, log_T, seen):
         """log P(the tokens of a node's offsets that are seen | its component): (..., r)."""
         first, last, children = node
-        own = seen[..., first - 1 : last, :].sum(-2)
-        return own if not children else sum(
-            torch.logsumexp(log_T[edge] + self.below(child, log_T, seen).unsqueeze(-2), dim=-1)
-            for edge, child in children if child[0] <= seen.size(-2))
+        if not children:
+            return seen[..., first - 1 : last, :].sum(-2)
+        return sum(self.through(edge, child, log_T, seen) for edge, child in children
+                   if child[0] <= seen.size(-2))
+
+    def through(self, edge, child, log_T, seen):
+        """`below` of a child, given the component of its parent: (..., r)."""
+        return torch.logsumexp(log_T[edge] + self.below(child, log_T, seen).unsqueeze(-2), dim=-1)
 
     def descend(self, node, log_b, log_T, seen):
         """log P(all that is seen, the component of the next offset): log_b (..., r) is that of the node
         and what is seen outside of it."""
         s = min(seen.size(-2) + 1, self.root[1])  # the next one; after the last, the last
         while node[2]:
-            first, last, children = node
-            inside = [child[0] <= s <= child[1] for _, child in children].index(True)
-            for i, (edge, child) in enumerate(children):
-                if i != inside and child[0] <= seen.size(-2):
-                    log_b = log_b + torch.logsumexp(log_T[edge] + self.below(child, log_T, seen).unsqueeze(-2), dim=-1)
-            edge, node = children[inside]
+            (left, before), (right, after) = node[2]
+            if s > before[1]:  # the left half is all seen, and of the right half comes the next one
+                log_b = log_b + self.through(left, before, log_T, seen)
+                edge, node = right, after
+            else:
+                edge, node = left, before
             log_b = move(log_b, log_T[edge])
         return log_b + self.below(node, log_T, seen)
 

@@ -13,7 +13,6 @@ An experiment is a function that lists its cells: the rows of its table, each wi
 each seed. To add one, write such a function, and an Experiment in EXPERIMENTS.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -34,8 +33,9 @@ from common import (ArgumentParser, any_path, locked, number, progress_bar, read
                     replacing, run_script)
 from model import BadInput
 from plot import PALETTE, new_figure, save
+from pretrained import sha256
 from sample import load
-from train import TrainConfig, read_data
+from train import TrainConfig, as_flag, read_data
 
 # -----------------------------------------------------------------------------
 # the scales
@@ -145,16 +145,19 @@ def balance(scale):
 
 def acceptance(scale):
     n, own = scale.futures[-1], dict(target="marginal")
+
+    def cell(target, r, seeds, flags):
+        runs = scale.training(seeds, n_future=n, rank=r, **flags)
+        return Cell((target, r), tuple(Bench(run, scale.bench) for run in runs))
+
     for target, flags in (("its own", own), ("one trunk", dict(trunk=scale.trunk()))):
         for r in scale.ranks:
-            runs = scale.training(scale.seeds_of(r), n_future=n, rank=r, **flags)
-            yield Cell((target, r), tuple(Bench(run, scale.bench) for run in runs))
+            yield cell(target, r, scale.seeds_of(r), flags)
     # where the models are their own targets, does it help to train on all positions, or longer?
     for target, flags in (("its own, all positions", own | {"joint_share": 1.0}),
                           ("its own, longer", own | {"max_iters": 3 * scale.base["max_iters"]})):
         for r in (1, scale.headline):
-            runs = scale.training(scale.seeds[:1], n_future=n, rank=r, **flags)
-            yield Cell((target, r), tuple(Bench(run, scale.bench) for run in runs))
+            yield cell(target, r, scale.seeds[:1], flags)
 
 
 def heads_only(scale):
@@ -204,10 +207,9 @@ def smollm2(scale):
     for n, r in ((4, 1), (8, 1), (6, 4), (6, 8)):
         yield cell("recurrent", n, r, "kl")
     yield cell("chain", 6, 1, "kl")
-    for r in (1, 4, 8, 16):
-        yield cell("cp", 6, r, "kl")
-    for r in (1, 4, 8, 16):
-        yield cell("cp", 6, r, "text")
+    for teacher in ("kl", "text"):
+        for r in (1, 4, 8, 16):
+            yield cell("cp", 6, r, teacher)
 
 
 # what a column of a table says of a run: found has the results of all runs, by name
@@ -445,10 +447,8 @@ def as_flags(flags):
     """A dict as a command line."""
     out = []
     for name, value in flags.items():
-        if value is True:
-            out.append(f"--{name}")
-        else:
-            out += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
+        out += [as_flag(name, value), *map(str, values)]
     return out
 
 
@@ -507,7 +507,7 @@ class Place:
     def data_hash(self, text):
         """Of what the data that is there says of itself, hashes included; None where there is none."""
         path = self.work / "data" / text / "meta.json"
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+        return sha256(path) if path.exists() else None
 
     def path(self, run):
         return self.results / f"{run.name}.json"
@@ -528,10 +528,9 @@ class Place:
                                "another --results and --work")
         return found
 
-    def found(self, cells):
-        """The results of all runs of cells, and of those that they needed, by name."""
-        runs = [run for cell in cells for run in (*cell.runs, *cell.against)]
-        return {run.name: self.read(run) for user in runs for run in (user, *user.needs)}
+    def found(self, runs):
+        """The results of runs, by name."""
+        return {name: self.read(run) for name, run in runs.items()}
 
     def make(self, run):
         """Make a run and write its results."""
@@ -553,27 +552,40 @@ def rounded(x):
     return [rounded(value) for value in x] if isinstance(x, (list, tuple)) else x
 
 
+def runs_of(cells):
+    """All runs of cells, and those that they need, by name."""
+    runs = {}
+
+    def add(run):
+        for need in run.needs:
+            add(need)
+        runs[run.name] = run
+
+    for cell in cells:
+        for run in (*cell.runs, *cell.against):
+            add(run)
+    return runs
+
+
+def depth(run):
+    """How many runs need one another up to this one."""
+    return 1 + max(map(depth, run.needs), default=0)
+
+
 def make_all(place, runs):
     """Make the runs that have no results: those that others need first, several at once, and then
     those that must be alone on the machine."""
-    missing = {}  # by name: how many runs need one another before it, and the run
-
-    def add(run):
-        depth = 1 + max((add(need) for need in run.needs), default=0)
-        if place.read(run) is None:
-            missing[run.name] = depth, run
-            for need in run.needs:
-                if place.read(need) and not (place.work / need.name / "ckpt.pt").exists():
-                    raise BadInput(f"The model of {need.name} is gone, and {run.name} needs it; move "
-                                   f"{place.path(need)} away to train it again")
-        return depth
-
-    for run in runs:
-        add(run)
-    levels = sorted({(run.alone, depth) for depth, run in missing.values()})
+    found = place.found(runs)
+    missing = [run for name, run in runs.items() if not found[name]]
+    for run in missing:
+        for need in run.needs:
+            if found[need.name] and not (place.work / need.name / "ckpt.pt").exists():
+                raise BadInput(f"The model of {need.name} is gone, and {run.name} needs it; move "
+                               f"{place.path(need)} away to train it again")
+    levels = sorted({(run.alone, depth(run)) for run in missing})
     with progress_bar(total=len(missing), unit="run") as bar:
         for level in levels:
-            now = [run for depth, run in missing.values() if (run.alone, depth) == level]
+            now = [run for run in missing if (run.alone, depth(run)) == level]
             make_level(place, now, 1 if level[0] else place.args.jobs, bar)
 
 
@@ -628,7 +640,8 @@ def draw(experiment, rows, found):
     figure, axes = new_figure(4.4 * len(experiment.panels), 4, (1,) * len(experiment.panels))
     for panel, axis in zip(experiment.panels, axes):
         shown = [row for row in rows if all(row[0][label] == value for label, value in panel.only)]
-        if panel.x in ("iter", "seconds"):
+        is_curve, n = panel.x in ("iter", "seconds"), 0
+        if is_curve:
             n = max((row[0].get("n", 0) for row in shown), default=0)
             shown = [row for row in shown if row[0].get("n", 0) == n]
             lines = [(f"{panel.by} = {labels[panel.by]}", curve(runs, found, panel))
@@ -644,10 +657,10 @@ def draw(experiment, rows, found):
             axis.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
         axis.set_ylabel(panel.y + ", nats per token" * (panel.y in ("joint", "next token")))
         title = [f"{label} {value}" for label, value in panel.only]
-        title += [f"n = {n}"] if panel.x in ("iter", "seconds") and n else []
+        title += [f"n = {n}"] if n else []
         axis.set_title(", ".join(title), fontsize=9)
         if any(label for label, _ in lines):
-            axis.legend(fontsize=8, loc="upper right" if panel.x in ("iter", "seconds") else "best")
+            axis.legend(fontsize=8, loc="upper right" if is_curve else "best")
     figure.suptitle(experiment.title, fontsize=10)
     return figure
 
@@ -724,9 +737,9 @@ def main():
             if not cells:
                 print(f"{name}: not at this scale", file=sys.stderr)
                 continue
-            runs = [run for cell in cells for run in (*cell.runs, *cell.against)]
+            runs = runs_of(cells)
             make_all(place, runs)
-            report(name, cells, place.found(cells), place)
+            report(name, cells, place.found(runs), place)
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ def test_finished_runs_are_not_made_again(smoke):
     try:
         run(cwd, "reproduce.py", "rank", "sizes", "--scale", "smoke")
         assert results(cwd) == before
-        for text, message in (("{", "is no result of reproduce.py; move it away"),
-                              (before[path.name].replace('"n_embd": 16', '"n_embd": 32'), "is a run of other settings")):
+        wider = before[path.name].replace('"n_embd": 16', '"n_embd": 32')
+        for text, message in (("{", "is no result of reproduce.py; move it away"), (wider, "is a run of other settings")):
             path.write_text(text)
             refused(message, "rank")
             assert path.read_text() == text
@@ -121,7 +121,8 @@ def test_an_interrupted_training_goes_on(smoke, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     found = head.run(place)
-    assert [point["joint"] for point in found["val"]] == pytest.approx([point["joint"] for point in whole["val"]], rel=1e-4)
+    joints, expected = ([point["joint"] for point in result["val"]] for result in (found, whole))
+    assert joints == pytest.approx(expected, rel=1e-4)
     other = scale.training(n_future=2, rank=2, trunk=scale.trunk(), lr=1e-4)[0]
     shutil.copytree(out, place.work / other.name)
     with pytest.raises(BadInput, match="is a run of other settings; move it away"):
@@ -141,14 +142,16 @@ def test_bad_input_is_one_line(tmp_path, smoke, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "sizes", "--scale", "smoke"])
     reproduce.main()
-    assert capsys.readouterr().err.strip().endswith("no picture: Plots need matplotlib: python -m pip install matplotlib")
+    line = "no picture: Plots need matplotlib: python -m pip install matplotlib"
+    assert capsys.readouterr().err.strip().endswith(line)
 
 
 def test_tables_are_means_and_ranges_of_the_runs():
     """By hand: two seeds, one that has no value, and the comparison seed by seed."""
     a, b = SCALES["laptop"].training((1, 2), n_future=4, rank=1), SCALES["laptop"].training((1, 2), n_future=4, rank=8)
     losses = dict(zip((run.name for run in a + b), (2.0, 3.0, 1.5, 2.0)))
-    found = {name: {"val": [{"joint": 9.0, "next": 9.0}, {"joint": loss, "next": loss / 2}]} for name, loss in losses.items()}
+    found = {name: {"val": [{"joint": 9.0, "next": 9.0}, {"joint": loss, "next": loss / 2}]}
+             for name, loss in losses.items()}
     experiment = reproduce.Experiment("title", None, ("r",), reproduce.LOSSES, ())
     cells = [reproduce.Cell((1,), a, a), reproduce.Cell((8,), b, a)]
     table = reproduce.markdown(experiment, list(reproduce.rows_of(experiment, cells, found)))
@@ -199,7 +202,7 @@ def test_documents_show_the_tables_that_the_results_give():
     assert {"rank", "balance", "next_token"} <= set(tables) <= set(EXPERIMENTS)
     for name in tables:
         experiment, cells = EXPERIMENTS[name], list(EXPERIMENTS[name].cells(place.scale))
-        found = place.found(cells)
+        found = place.found(reproduce.runs_of(cells))
         table = reproduce.markdown(experiment, list(reproduce.rows_of(experiment, cells, found)))
         table += experiment.more(cells, found)
         assert (place.results / f"{name}.md").read_text(encoding="utf-8").endswith(table), name
