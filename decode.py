@@ -237,16 +237,17 @@ def draft(model, e, token, n_drafts, sampler):
     return torch.cat(x), torch.cat((*q, nothing))
 
 
-def speculative_step(model, cache, e, token, n_drafts, sampler, lap=lambda part: None):
+def speculative_step(model, cache, before, token, n_drafts, sampler, lap=lambda part: None):
     """One forward pass of the trunk, 1..n_drafts + 1 new tokens.
 
-    The state: token (1,), the last one that was emitted, which the trunk has not seen yet; e (C,),
-    the hidden state of the token before it; cache, everything before it. Returns e and token for
-    the next step, and the new tokens, a list. lap(part) is called at the end of each part, "rest"
-    being what came before the step, for whoever times them.
+    The state: token (1,), the last one that was emitted, which the trunk has not seen yet; cache,
+    everything before it; before (T, C), the hidden states of the last of it, which the head has not
+    seen yet. Returns before and token for the next step, and the new tokens, a list. lap(part) is
+    called at the end of each part, "rest" being what came before the step, for whoever times them.
     """
     lap("rest")
     length = cache.length
+    e = model.head.see(before, cache)[-1]  # (C,), of the token before x_1
     x, q = draft(model, e, token, n_drafts, sampler)
     lap("draft")
     hidden = model.hidden(x.unsqueeze(0), cache)[0]  # (k + 1, C), of x_1..x_{k+1}
@@ -259,7 +260,7 @@ def speculative_step(model, cache, e, token, n_drafts, sampler, lap=lambda part:
     k, *new = torch.cat((n_accepted, x[1:], token)).tolist()
     new = [*new[:k], new[-1]]
     cache.length = length + len(new)  # x_1 and the accepted drafts; the others are rolled back
-    return hidden[k], token, new  # row 0 is x_1's, so row k is that of the last accepted token
+    return hidden[: k + 1], token, new  # row 0 is x_1's, row k that of the last accepted token
 
 
 def check_finite(x):
@@ -347,7 +348,7 @@ def speculative_blocks(model, tokens, sampler, lap):
     lap("rest")
     hidden = model.hidden(window_ids(tokens, model), cache)[0]
     lap("trunk")
-    e, token = hidden[-1], draw_next(model, hidden[-1:], sampler)  # (C,), (1,)
+    token = draw_next(model, hidden[-1:], sampler)  # (1,)
     lap("target")
     tokens.append(token.item())
     yield tokens[-1:], None
@@ -355,10 +356,10 @@ def speculative_blocks(model, tokens, sampler, lap):
         if cache.length == block_size:  # start over with the next window but its pending token
             cache.length = 0
             lap("rest")
-            e = model.hidden(window_ids(tokens, model)[:, :-1], cache)[0, -1]
+            hidden = model.hidden(window_ids(tokens, model)[:, :-1], cache)[0]
             lap("trunk")
         n_drafts = min(model.config.n_future - 1, block_size - cache.length - 1)
-        e, token, new = speculative_step(model, cache, e, token, n_drafts, sampler, lap)
+        hidden, token, new = speculative_step(model, cache, hidden, token, n_drafts, sampler, lap)
         tokens += new
         yield new, n_drafts
 

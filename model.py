@@ -106,6 +106,16 @@ class KVCache:
         return self.kv[layer].narrow(3, 0, self.length + T)
 
 
+def causal_mask(x, past):
+    """A token of x (B, T, C) sees the past and the new ones up to itself: 0, else -inf. (T, past + T),
+    or None where is_causal says the same, or there is nothing to hide."""
+    T = x.size(1)
+    if not past or T == 1:
+        return None
+    mask = torch.full((T, past + T), -math.inf, dtype=x.dtype, device=x.device)
+    return mask.triu_(past + 1)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -179,6 +189,7 @@ class CPHead(nn.Module):
     """
 
     sees_drafts = False  # whether P_a^(s) depends on the tokens between t and t + s
+    whole_text = False  # whether `see` needs all states of a text, and not some of them
     extends, added = None, ()  # the head that a trained one can become this by adding parameters
 
     def __init__(self, config):
@@ -195,6 +206,11 @@ class CPHead(nn.Module):
         """M_a^(s) (n, r, C, C): the identity and noise."""
         C = config.n_embd
         return torch.eye(C) + 0.02 * torch.randn(config.n_future, config.rank, C, C)
+
+    def see(self, e, cache=None):
+        """What the head drafts from, given the hidden states e (..., T, C) of T tokens, which are the
+        last ones in cache: here these themselves, but a head may have layers of its own."""
+        return e
 
     def log_weights(self, e):
         """log w: e (..., C) -> (..., r)."""
@@ -535,10 +551,7 @@ class GPT(nn.Module):
             raise ValueError(f"{past + T} tokens do not fit block_size {self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[past : past + T]
         x = self.transformer.drop(x) if self.training else x
-        mask = None
-        if past and T > 1:  # a new token sees the past and the new ones up to itself: 0, else -inf
-            mask = torch.full((T, past + T), -math.inf, dtype=x.dtype, device=x.device)
-            mask.triu_(past + 1)
+        mask = causal_mask(x, past)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, layer, cache, mask)
         if cache is not None:
@@ -575,18 +588,20 @@ class GPT(nn.Module):
         (-log P of the window, per token), offset (n,) (-log P(x_{t+s} | x_{t+1..t+s-1}); its mean
         is joint), balance (see balance_loss), usage (r,) (mean weight of each component).
         """
-        e = self.hidden(idx).flatten(0, 1)  # (N, C)
+        hidden = self.hidden(idx)  # (B, T, C)
+        e = hidden.flatten(0, 1)  # (N, C)
         gold, W = gold.flatten(0, 1), self.lm_head.weight  # (N, n), (V, C)
         if self.head is None:
             loss = F.cross_entropy(widen(self.lm_head(e)), gold[:, 0])
             return loss, dict(next=loss.detach(), joint=loss.detach(), offset=loss.detach()[None])
 
-        log_w = self.head.log_weights(e)  # (N, r)
+        seen = self.head.see(hidden).flatten(0, 1)  # e, if the head has no layers of its own
+        log_w = self.head.log_weights(seen)  # (N, r)
         balance = balance_loss(log_w)
         some = slice(None)
         if joint_share < 1:
             some = torch.randperm(len(e), device=e.device)[: math.ceil(joint_share * len(e))]
-        joint = self.head.log_joint(e[some], gold[some], W)  # (positions, n)
+        joint = self.head.log_joint(seen[some], gold[some], W)  # (positions, n)
         joint_loss = -joint[:, -1].mean() / self.config.n_future
         offset = -joint.detach().mean(0).diff(prepend=joint.new_zeros(1))  # -log P(x_s | x_<s)
 

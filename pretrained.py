@@ -402,6 +402,9 @@ def new_model(cfg, meta, device):
                        "trunk; leave --init_from away")
     if cfg.target != "lm_head":
         raise BadInput("a pretrained trunk keeps its own LM head as the target; leave --target away")
+    if HEADS[cfg.head].whole_text:
+        raise BadInput(f"--head {cfg.head} has layers over all of a text, and trains on no stored states; "
+                       "take another --head")
     cfg = replace(cfg, freeze_trunk=True, dtype=measured_dtype(cfg.dtype, device))
     head = {name: getattr(cfg, name) for name in HEAD_FIELDS}
     return cfg, load_pretrained(meta["trunk"]["name"], device, cfg.dtype, meta["trunk"], **head)[0]

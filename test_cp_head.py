@@ -112,8 +112,10 @@ def joint_of_rows(model, e):
     return torch.stack(table).view((V,) * n)
 
 
-def a_state():
-    return torch.randn(8, dtype=torch.float64)  # some hidden state e
+def a_state(head=None):
+    """Some hidden state e, as a head sees it that may look at those before it."""
+    states = torch.randn(3, 8, dtype=torch.float64)
+    return states[-1] if head is None else head.see(states)[-1]
 
 
 # -----------------------------------------------------------------------------
@@ -221,10 +223,10 @@ def test_gradcheck_of_the_joint_loss(head):
     """Finite differences agree with the recomputed backward pass, for the hidden state, router,
     maps and W."""
     torch.manual_seed(0)
-    config = GPTConfig(vocab_size=4, n_embd=3, n_head=1, n_future=3, rank=2, head=head)
+    config = GPTConfig(vocab_size=4, n_embd=3, n_head=1, n_future=3, rank=2, head=head, target="lm_head")
     module = HEADS[head](config).double()
     gold, names = torch.randint(4, (5, 3)), [name for name, _ in module.named_parameters()]
-    module.forward = lambda e, W: module.log_joint(e, gold, W)  # what functional_call runs, on parameters that vary
+    module.forward = lambda e, W: module.log_joint(module.see(e), gold, W)  # what functional_call runs, on parameters that vary
 
     def loss(e, W, *params):
         return torch.func.functional_call(module, dict(zip(names, params)), (e, W)).sum()
@@ -678,24 +680,24 @@ def blind_rows_draft(model, e, token, n_drafts, sampler, draft=decode.draft):
     return x, torch.stack((*blind, q[-1]))
 
 
-def step_without_residual(model, cache, e, token, n_drafts, sampler, lap=None):
+def step_without_residual(model, cache, before, token, n_drafts, sampler, lap=None):
     """Drops the draw after a rejection and drafts anew from the accepted prefix (as one published
     algorithm reads)."""
     length = cache.length
-    x, q = decode.draft(model, e, token, n_drafts, sampler)
+    x, q = decode.draft(model, before[-1], token, n_drafts, sampler)
     hidden = model.hidden(x.unsqueeze(0), cache)[0]
     p, y = sampler.warp(model.target_logits(hidden)), x[1:].unsqueeze(-1)
     kept = decode.bernoulli(p[:-1].gather(-1, y) / q[:-1].gather(-1, y), sampler.generator)
     k = kept.long().cumprod(0).sum().item()
     if k == n_drafts:
         bonus = decode.categorical(p[-1:], sampler.generator)
-        return hidden[-1], bonus, [*x[1:].tolist(), bonus.item()]
+        return hidden, bonus, [*x[1:].tolist(), bonus.item()]
     cache.length = length + k
     if k == 0:
-        return step_without_residual(model, cache, e, token, n_drafts, sampler)
+        return step_without_residual(model, cache, before, token, n_drafts, sampler)
     # the last accepted draft becomes the pending token: it is emitted now, and its predecessor's
     # state drafts next
-    return hidden[k - 1], x[k : k + 1], x[1 : k + 1].tolist()
+    return hidden[:k], x[k : k + 1], x[1 : k + 1].tolist()
 
 
 WRONG = {"argmax_draft": ("draft", argmax_draft), "prior_component": ("draft", prior_component_draft),
@@ -767,7 +769,7 @@ def test_rows_along_the_gold_tokens_are_those_that_drafts_are_drawn_from(head, r
     if head == "full" and draft_vocab:
         return  # refused: see GPTConfig
     model = tiny_model(head=head, rank=rank, target="lm_head", vocab_size=4, draft_vocab=draft_vocab)
-    W, e, ids = model.lm_head.weight.detach(), a_state(), torch.tensor([1, 3])
+    W, e, ids = model.lm_head.weight.detach(), a_state(model.head), torch.tensor([1, 3])
     if draft_vocab:
         model.head.choose_drafts(ids, W)
     for window in itertools.product(range(4), repeat=3):

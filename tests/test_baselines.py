@@ -9,10 +9,12 @@ import torch
 from test_cp_head import tiny_model
 
 from baselines import BASELINES
-from model import HEADS, GPTConfig
+from model import HEADS, BadInput, GPTConfig
 
 baselines = pytest.mark.parametrize("head", BASELINES)
-targets = pytest.mark.parametrize("target", ["marginal", "lm_head"])
+with_targets = pytest.mark.parametrize("head, target", [
+    (head, target) for head in BASELINES for target in ("marginal", "lm_head")
+    if target == "lm_head" or not HEADS[head].whole_text])
 
 
 def log_T(head, e, edge):
@@ -85,17 +87,17 @@ def test_moving_components_start_as_the_cp_head(head, n):
     assert n == 2 and head == "tree" or fresh.transitions.mix.grad.abs().min() > 0
 
 
-@baselines
-@targets
+@with_targets
 @pytest.mark.parametrize("rank", [1, 3])
 def test_it_is_a_joint_distribution_and_its_rows_are_the_conditionals(head, target, rank):
     """The last row sums to 1 whatever was drafted, and the product of the rows is the joint."""
     model = tiny_model(head=head, target=target, rank=rank, vocab_size=4)
     windows = torch.tensor(list(itertools.product(range(4), repeat=3)))
-    e, W = shared.a_state(), model.lm_head.weight
+    e, W = shared.a_state(model.head), model.lm_head.weight
     joint = model.head.log_joint(e.expand(len(windows), -1), windows, W)
     assert joint[:, -1].exp().sum().item() == pytest.approx(1, abs=1e-12)
-    torch.testing.assert_close(model.head.log_marginal(e, W), joint[:, 0].view(4, 16)[:, 0], rtol=0, atol=1e-12)
+    if target == "marginal":
+        torch.testing.assert_close(model.head.log_marginal(e, W), joint[:, 0].view(4, 16)[:, 0], rtol=0, atol=1e-12)
     for window, expected in zip(windows, joint):
         conditionals, log_p = model.conditionals(e), joint[:, 0].view(4, 16)[window[0], 0]
         for x, y, own in zip(window, window[1:], expected[1:]):
@@ -110,8 +112,7 @@ def test_gradients(head):
     shared.test_gradcheck_of_the_joint_loss(head)
 
 
-@baselines
-@targets
+@with_targets
 def test_speculative_decoding_is_exact_by_enumeration(head, target, monkeypatch):
     for config in shared.SMALL:
         shared.test_speculative_decoding_is_exact_by_enumeration(config, dict(head=head, target=target), monkeypatch)
@@ -141,3 +142,39 @@ def test_the_wide_head_is_independent_heads_at_rank_1():
     e, gold = torch.randn(6, 8, dtype=torch.float64), torch.randint(5, (6, 3))
     W = cp.lm_head.weight
     assert torch.equal(model.head.log_joint(e, gold, W), cp.head.log_joint(e, gold, W))
+
+
+def test_layers_of_gloeckle_see_what_is_accepted_and_nothing_else():
+    """Decoding: states that come in parts, after one another and after a roll-back, are seen as all at once."""
+    model = tiny_model(head="gloeckle", target="lm_head", block_size=8)
+    idx = torch.randint(5, (1, 8))
+    hidden = model.hidden(idx)
+    whole = model.head.see(hidden)
+    for b in range(1, 7):  # of the whole text at once: the future is hidden
+        torch.testing.assert_close(model.head.see(hidden[:, :b]), whole[:, :b], rtol=0, atol=1e-12)
+    cache = model.new_cache()
+    seen = [model.head.see(model.hidden(idx[:, :3], cache)[0], cache)]
+    model.hidden(torch.randint(5, (1, 4)), cache)  # drafts that are rejected, but for the first place
+    cache.length = 3
+    seen.append(model.head.see(model.hidden(idx[:, 3:4], cache)[0], cache))
+    seen.append(model.head.see(model.hidden(idx[:, 4:], cache)[0], cache))
+    torch.testing.assert_close(torch.cat(seen), whole[0], rtol=0, atol=1e-12)
+
+
+def test_gloeckle_is_its_formula():
+    """norm(layer(e)), from the states; and fresh layers change nothing."""
+    model = tiny_model(head="gloeckle", target="lm_head")
+    hidden, W = model.hidden(torch.randint(5, (2, 6))), model.lm_head.weight
+    log_p = model.head.logits(model.head.see(hidden)[1, 4], W)[:, 0].log_softmax(-1)  # (n, V)
+    for s, layer in enumerate(model.head.layers):
+        x = layer(hidden[1:2, :5])[0, -1]
+        norm = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() * model.head.maps[s]
+        torch.testing.assert_close(log_p[s], (W @ norm).log_softmax(-1), rtol=0, atol=1e-12)
+    fresh = HEADS["gloeckle"](GPTConfig(vocab_size=5, n_embd=8, n_head=1, n_future=3, head="gloeckle", target="lm_head"))
+    e = torch.nn.functional.layer_norm(torch.randn(2, 6, 8), (8,))
+    torch.testing.assert_close(fresh.see(e).unflatten(-1, (3, 8)), e.unsqueeze(2).expand(-1, -1, 3, -1), atol=1e-4, rtol=0)
+
+
+def test_gloeckle_refuses_the_marginal():
+    with pytest.raises(BadInput, match="needs --target lm_head"):
+        tiny_model(head="gloeckle")
