@@ -5,12 +5,14 @@ needs it.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from model import HEADS, BadInput, Block, CPHead, KVCache, causal_mask, gold_log_prob, widen
+from model import (HEADS, BadInput, Block, CPHead, KVCache, RecurrentHead, causal_mask, gold_log_prob,
+                   widen)
 
 
 class WideHead(CPHead):
@@ -76,6 +78,13 @@ class MedusaHead(CPHead):
         return torch.stack(log_p, dim=1).unsqueeze(-1)
 
 
+def need_lm_head(config):
+    """For heads whose first factor is not one of e alone, as the target "marginal" is."""
+    if config.target == "marginal":
+        raise BadInput(f"--head {config.head} reads more of the trunk than its last state, so it needs "
+                       "--target lm_head")
+
+
 class GloeckleHead(CPHead):
     """Gloeckle et al.'s heads (arXiv 2404.19737): a transformer layer for each offset, on the trunk's states.
 
@@ -86,11 +95,10 @@ class GloeckleHead(CPHead):
     parameters as one without these heads, take n - 1 layers off the trunk (--n_layer).
     """
 
-    whole_text = True
+    reads_trunk = True
 
     def __init__(self, config):
-        if config.target == "marginal":
-            raise BadInput("--head gloeckle has layers over all of the text, so it needs --target lm_head")
+        need_lm_head(config)
         super().__init__(replace(config, rank=1))
         self.config = replace(config, n_layer=config.n_future)  # of the cache
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_future))
@@ -258,5 +266,40 @@ class TreeHead(HMMHead):
         return self.descend(self.root, log_w, log_T, torch.cat(tokens)).unsqueeze(-1)
 
 
-BASELINES = {"wide": WideHead, "medusa": MedusaHead, "gloeckle": GloeckleHead, "hmm": HMMHead, "tree": TreeHead}
+class LayersHead(RecurrentHead):
+    """A recurrent head that also sees the trunk after a quarter and after a half of its layers, as EAGLE-3
+    (arXiv 2503.01840) sees a low, a middle and a high one.
+
+        e' = e + L [norm(low); norm(middle)]
+
+    is in the place of e. L starts at 0, where this is the recurrent head.
+    """
+
+    reads_trunk = True
+
+    def __init__(self, config):
+        need_lm_head(config)
+        super().__init__(config)
+        self.layers = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)  # L
+        nn.init.zeros_(self.layers.weight)
+        self.outputs = [None, None]  # of the two layers in the trunk's last pass, (B, T, C)
+
+    def attach(self, model):
+        blocks = model.transformer.h
+        for i, share in enumerate((4, 2)):
+            block = blocks[max(1, len(blocks) // share) - 1]
+            block.register_forward_hook(partial(self.keep, i))
+
+    def keep(self, i, block, inputs, output):
+        self.outputs[i] = output
+
+    def see(self, e, cache=None):
+        # of a pass whose last tokens were rejected, e has the first states
+        low, middle = (x[:, : e.size(-2)].reshape(e.shape) for x in self.outputs)
+        x = torch.cat([F.layer_norm(x, x.shape[-1:]) for x in (low, middle)], dim=-1)
+        return e + self.layers(x)
+
+
+BASELINES = {"wide": WideHead, "medusa": MedusaHead, "gloeckle": GloeckleHead,
+             "layers": LayersHead, "hmm": HMMHead, "tree": TreeHead}
 HEADS.update(BASELINES)

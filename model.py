@@ -189,7 +189,7 @@ class CPHead(nn.Module):
     """
 
     sees_drafts = False  # whether P_a^(s) depends on the tokens between t and t + s
-    whole_text = False  # whether `see` needs all states of a text, and not some of them
+    reads_trunk = False  # whether `see` needs more of the trunk than some of its last states
     extends, added = None, ()  # the head that a trained one can become this by adding parameters
 
     def __init__(self, config):
@@ -206,6 +206,9 @@ class CPHead(nn.Module):
         """M_a^(s) (n, r, C, C): the identity and noise."""
         C = config.n_embd
         return torch.eye(C) + 0.02 * torch.randn(config.n_future, config.rank, C, C)
+
+    def attach(self, model):
+        """Called once with the GPT that the head is put on, for heads that look into its trunk."""
 
     def see(self, e, cache=None):
         """What the head drafts from, given the hidden states e (..., T, C) of T tokens, which are the
@@ -522,6 +525,8 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
         self.head = HEADS[config.head](config) if config.n_future > 1 else None
+        if self.head is not None:
+            self.head.attach(self)
 
     @staticmethod
     def _init_weights(module):

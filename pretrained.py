@@ -197,11 +197,10 @@ class PackedLinear(nn.Module):
 class Pretrained(GPT):
     """A causal language model of transformers under a head. Its weights are frozen.
 
-    source: what a checkpoint says of the trunk, {name, sha256, tokenizer}. teacher: one of TEACHERS,
-    which `loss` uses.
+    source: what a checkpoint says of the trunk, {name, sha256, tokenizer}.
     """
 
-    teacher = "kl"
+    teacher = "kl"  # one of TEACHERS, which `loss` uses
 
     def __init__(self, lm, config, source):
         nn.Module.__init__(self)
@@ -251,6 +250,9 @@ class Pretrained(GPT):
         of_gold = log_q.gather(-1, is_gold).squeeze(-1) * (place[:, 1:] != NO_PLACE)  # (B, n - 1)
         # a later offset is reached less often, and weighs less
         loss = TEACHERS[self.teacher](log_p, log_q, of_gold)  # (B, n - 1)
+        if self.teacher == "nextlat":  # arXiv 2511.05963: the state that drafts is the trunk's next one
+            h = self.head.vectors_along(e, real, W)[:, 1:, 0]  # (B, n - 1, C)
+            loss = loss + F.smooth_l1_loss(h, states[:, 1:], reduction="none").mean(-1)
         weights = counts * 0.6 ** torch.arange(loss.size(1), dtype=loss.dtype, device=loss.device)
         loss = (loss * weights).sum() / weights.sum().clamp_min(1e-9)
         log_w = self.head.log_weights(e)
@@ -325,6 +327,20 @@ TEACHERS = {
     "lk": lambda log_p, log_q, of_gold: -torch.minimum(log_p, log_q).logsumexp(-1),
     "text": lambda log_p, log_q, of_gold: -of_gold,
 }
+TEACHERS["nextlat"] = TEACHERS["kl"]  # and a term of the states, for recurrent heads
+
+
+def loss_on_frozen_trunk(model, idx, gold, joint_weight=1.0, balance_weight=0.0, joint_share=1.0):
+    """Pretrained.loss for a head on a GPT of ours, which is frozen: its states are computed in each step.
+    idx (B, T), gold (B, T, n), joint_share as in GPT.loss; joint_weight changes nothing."""
+    n = model.config.n_future
+    with torch.no_grad():
+        hidden = model.hidden(idx)  # (B, T, C)
+        log_z = widen(model.lm_head(hidden)).logsumexp(-1)  # (B, T)
+    windows = (hidden.unfold(1, n, 1).transpose(2, 3), gold[:, : gold.size(1) - n + 1], log_z.unfold(1, n, 1))
+    states, gold, log_z = (x.flatten(0, 1) for x in windows)  # (N, n, C), (N, n), (N, n)
+    some = torch.randperm(len(gold), device=gold.device)[: math.ceil(joint_share * len(gold))]
+    return Pretrained.loss(model, states[some], gold[some], log_z[some], joint_weight, balance_weight)
 
 
 @functools.cache
@@ -402,9 +418,9 @@ def new_model(cfg, meta, device):
                        "trunk; leave --init_from away")
     if cfg.target != "lm_head":
         raise BadInput("a pretrained trunk keeps its own LM head as the target; leave --target away")
-    if HEADS[cfg.head].whole_text:
-        raise BadInput(f"--head {cfg.head} has layers over all of a text, and trains on no stored states; "
-                       "take another --head")
+    if HEADS[cfg.head].reads_trunk:
+        raise BadInput(f"--head {cfg.head} reads more of the trunk than the states that are stored; take "
+                       "another --head")
     cfg = replace(cfg, freeze_trunk=True, dtype=measured_dtype(cfg.dtype, device))
     head = {name: getattr(cfg, name) for name in HEAD_FIELDS}
     return cfg, load_pretrained(meta["trunk"]["name"], device, cfg.dtype, meta["trunk"], **head)[0]

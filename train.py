@@ -18,6 +18,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +72,8 @@ class TrainConfig:
     joint_weight: float = flag(0.5, "weight of the joint loss if target is lm_head", amount)
     balance_weight: float = flag(0.05, "weight of the load-balancing loss", amount)
     joint_share: float = flag(0.25, "share of the positions that a step trains the joint on", share)
-    teacher: str = flag("kl", "what a head on a pretrained trunk learns from: its rows (kl, or lk for "
-                        "acceptance), or its text alone", ("kl", "lk", "text"))
+    teacher: str = flag("text", "what a head on a frozen trunk learns from: the text alone, or the trunk's rows "
+                        "(kl; lk for acceptance; nextlat, of its states, too)", ("text", "kl", "lk", "nextlat"))
     batch_size: int = flag(8, "windows per forward pass", count)
     grad_accum: int = flag(1, "forward passes per step", count)
     lr: float = flag(2e-3, "peak learning rate", amount)
@@ -102,7 +103,7 @@ PRESETS = {
     ),
     "pretrained": TrainConfig(
         data_dir="data/own", out_dir="out/own", freeze_trunk=True, head="recurrent", n_future=6, rank=1,
-        draft_vocab=4096, batch_size=128, lr=2e-3, min_lr=1e-5, max_iters=9000,
+        teacher="kl", draft_vocab=4096, batch_size=128, lr=2e-3, min_lr=1e-5, max_iters=9000,
         eval_interval=500, eval_windows=2048,
     ),
 }
@@ -115,7 +116,7 @@ PRESETS = {
 def train(run):
     """Train run to its end, or until a signal: the step that it interrupts is saved."""
     cfg = run.cfg
-    loss_function = compiled(run.model.loss, run.device) if cfg.compile else run.model.loss
+    loss_function = compiled(run.loss, run.device) if cfg.compile else run.loss
     with stop_signals() as stop, progress_bar(total=cfg.max_iters, initial=run.iter_num) as bar:
         while run.progress < 1:
             loss, parts = optimizer_step(run, loss_function)
@@ -220,7 +221,10 @@ class Run:
 
     def __init__(self, cfg, model, meta, device, batches=None, val=None):
         self.cfg, self.model, self.meta, self.device = cfg, model.to(device).train(), meta, device
-        self.model.teacher = cfg.teacher
+        self.model.teacher, self.loss = cfg.teacher, model.loss
+        if cfg.teacher != "text" and "trunk" not in meta:
+            import pretrained
+            self.loss = partial(pretrained.loss_on_frozen_trunk, model)
         dtype = pick_dtype(cfg.dtype, device)
         half = dtype != torch.float32
         self.autocast = torch.autocast(device.type, dtype) if half else nullcontext()
@@ -330,8 +334,11 @@ def new_run(cfg, given):
     if cfg.fresh_head and not cfg.init_from:
         raise BadInput("--fresh_head leaves the head of a checkpoint out; name the checkpoint with "
                        "--init_from.")
-    if cfg.teacher != "kl" and "trunk" not in meta:
-        raise BadInput("--teacher is for heads on the stored states of pretrained.py generate; leave it away.")
+    if cfg.teacher != "text" and (not cfg.freeze_trunk or HEADS[cfg.head].reads_trunk):
+        raise BadInput(f"--teacher {cfg.teacher} lets a head learn from its trunk, which must not change: add "
+                       "--freeze_trunk, and take a head that reads its last states alone.")
+    if cfg.teacher == "nextlat" and cfg.rank > 1:
+        raise BadInput("--teacher nextlat is for one component, whose states are the trunk's: add --rank 1")
     if "trunk" in meta:
         import pretrained  # here, as it needs transformers
         cfg, model = pretrained.new_model(cfg, meta, device)
@@ -362,7 +369,7 @@ def faster_dtype(run):
             for name, own in seconds.items():
                 start = time.perf_counter()
                 with torch.autocast("cpu", torch.bfloat16, enabled=name == "bfloat16"):
-                    loss, _ = run.model.loss(*batch, cfg.joint_weight, cfg.balance_weight, cfg.joint_share)
+                    loss, _ = run.loss(*batch, cfg.joint_weight, cfg.balance_weight, cfg.joint_share)
                 loss.backward()
                 own.append(time.perf_counter() - start)
     run.model.zero_grad(set_to_none=True)

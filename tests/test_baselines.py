@@ -9,12 +9,12 @@ import torch
 from test_cp_head import tiny_model
 
 from baselines import BASELINES
-from model import HEADS, BadInput, GPTConfig
+from model import GPT, HEADS, BadInput, GPTConfig
 
 baselines = pytest.mark.parametrize("head", BASELINES)
 with_targets = pytest.mark.parametrize("head, target", [
     (head, target) for head in BASELINES for target in ("marginal", "lm_head")
-    if target == "lm_head" or not HEADS[head].whole_text])
+    if target == "lm_head" or not HEADS[head].reads_trunk])
 
 
 def log_T(head, e, edge):
@@ -93,7 +93,7 @@ def test_it_is_a_joint_distribution_and_its_rows_are_the_conditionals(head, targ
     """The last row sums to 1 whatever was drafted, and the product of the rows is the joint."""
     model = tiny_model(head=head, target=target, rank=rank, vocab_size=4)
     windows = torch.tensor(list(itertools.product(range(4), repeat=3)))
-    e, W = shared.a_state(model.head), model.lm_head.weight
+    e, W = shared.a_state(model), model.lm_head.weight
     joint = model.head.log_joint(e.expand(len(windows), -1), windows, W)
     assert joint[:, -1].exp().sum().item() == pytest.approx(1, abs=1e-12)
     if target == "marginal":
@@ -107,7 +107,7 @@ def test_it_is_a_joint_distribution_and_its_rows_are_the_conditionals(head, targ
         shared.test_rows_along_the_gold_tokens_are_those_that_drafts_are_drawn_from(head, rank, draft_vocab)
 
 
-@baselines
+@pytest.mark.parametrize("head", [head for head in BASELINES if head != "layers"])  # which is linear in addition
 def test_gradients(head):
     shared.test_gradcheck_of_the_joint_loss(head)
 
@@ -175,6 +175,29 @@ def test_gloeckle_is_its_formula():
     torch.testing.assert_close(fresh.see(e).unflatten(-1, (3, 8)), e.unsqueeze(2).expand(-1, -1, 3, -1), atol=1e-4, rtol=0)
 
 
-def test_gloeckle_refuses_the_marginal():
+def test_layers_sees_the_trunks_layers():
+    """By hand, of a whole text and of the first states of a pass whose last tokens were rejected; fresh, it is
+    the recurrent head."""
+    model = tiny_model(head="layers", target="lm_head", n_layer=4)
+    idx = torch.randint(5, (2, 6))
+    hidden, outputs, x = model.hidden(idx), [], None
+    x = model.transformer.wte(idx) + model.transformer.wpe.weight[:6]
+    for block in model.transformer.h:
+        outputs.append(x := block(x))
+
+    def norm(x):
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+
+    expected = hidden + torch.cat((norm(outputs[0]), norm(outputs[1])), -1) @ model.head.layers.weight.T
+    torch.testing.assert_close(model.head.see(hidden), expected, rtol=0, atol=1e-12)
+    model.hidden(idx[:1])
+    torch.testing.assert_close(model.head.see(hidden[0, :4]), expected[0, :4], rtol=0, atol=1e-12)
+    fresh = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=2, n_head=2, n_embd=8, n_future=3, head="layers", target="lm_head"))
+    hidden = fresh.hidden(idx)
+    assert torch.equal(fresh.head.see(hidden), hidden)
+
+
+@pytest.mark.parametrize("head", ["gloeckle", "layers"])
+def test_heads_that_read_the_trunk_refuse_the_marginal(head):
     with pytest.raises(BadInput, match="needs --target lm_head"):
-        tiny_model(head="gloeckle")
+        tiny_model(head=head)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cp_head import OURS, chi_square_p_value, expected_texts
+from test_cp_head import OURS, chi_square_p_value, expected_texts, tiny_model
 from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
 
 import common
@@ -189,20 +189,48 @@ def test_teachers_are_the_formulas():
 
 def test_heads_learn_from_their_teacher(copy):
     """--teacher reaches the loss, also after --resume: the three heads differ, and one that is resumed
-    does not. Heads on a GPT have no such choice."""
+    does not."""
     kl, heads = torch.load("out/ckpt.pt", weights_only=True)["model"]["head.fc1.weight"], {}
-    for teacher in ("lk", "text"):
+    for teacher in ("lk", "text", "nextlat"):
         assert call("train", f"{TRAIN.replace('out_dir out', f'out_dir {teacher}')} --teacher {teacher}") == (0, "")
         heads[teacher] = torch.load(f"{teacher}/ckpt.pt", weights_only=True)["model"]["head.fc1.weight"]
     assert not torch.equal(kl, heads["lk"]) and not torch.equal(kl, heads["text"])
-    assert not torch.equal(heads["lk"], heads["text"])
+    assert not torch.equal(heads["lk"], heads["text"]) and not torch.equal(kl, heads["nextlat"])
     half = TRAIN.replace("out_dir out", "out_dir half").replace("--max_iters 6", "--max_iters 9 --max_seconds 1e-9")
     assert call("train", f"{half} --teacher lk") == (0, "")
     assert call("train", "--resume --out_dir half --max_seconds 0 --max_iters 9") == (0, "")
     ckpt = torch.load("half/ckpt.pt", weights_only=True)
     assert ckpt["train_config"]["teacher"] == "lk" and ckpt["iter_num"] == 9
     assert call("prepare", "--toy --stories 50") == (0, "")
-    assert "--teacher is for heads on" in call("train", "--preset toy --teacher lk --device cpu")[1]
+    assert "add --freeze_trunk" in call("train", "--preset toy --teacher lk --device cpu")[1]
+    assert "add --rank 1" in call("train", "--preset toy --teacher nextlat --freeze_trunk --device cpu")[1]
+
+
+@pytest.mark.parametrize("head", ["cp", "chain", "recurrent"])
+@pytest.mark.parametrize("teacher", ["text", "kl", "lk", "nextlat"])
+def test_heads_learn_from_a_frozen_gpt_of_ours(head, teacher):
+    """The loss, position by position and offset by offset, from the rows that drafts are drawn from."""
+    model, n = tiny_model(head=head, rank=1, n_future=4, vocab_size=6, target="lm_head"), 4
+    model.teacher = teacher
+    text = torch.randint(6, (2, 12))
+    idx, gold = text[:, :8], text[:, 1:].unfold(1, n, 1)
+    loss, _ = pretrained.loss_on_frozen_trunk(model, idx, gold)
+    hidden, total, weight = model.hidden(idx), 0.0, 0.0
+    for b, t in itertools.product(range(2), range(8 - n + 1)):
+        conditionals = model.conditionals(hidden[b, t])
+        h = model.head.vectors_along(hidden[b, t][None], gold[b, t][None], model.lm_head.weight)[0, :, 0]
+        for s in range(1, n):
+            log_q = conditionals.next(gold[b, t, s - 1][None])[0].log_softmax(-1)
+            log_p = model.lm_head(hidden[b, t + s]).log_softmax(-1)
+            part = {"text": -log_q[gold[b, t, s]], "lk": -torch.minimum(log_p, log_q).exp().sum().log()}.get(
+                teacher, -(log_p.exp() * log_q).sum())
+            if teacher == "nextlat":
+                d = (h[s] - hidden[b, t + s]).abs()
+                part = part + torch.where(d < 1, d**2 / 2, d - 0.5).mean()
+            total, weight = total + part * 0.6 ** (s - 1), weight + 0.6 ** (s - 1)
+    assert loss.item() == pytest.approx((total / weight).item(), rel=1e-9)
+    loss.backward()
+    assert all(p.grad is None for p in model.transformer.h.parameters())  # the trunk's states are given
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
