@@ -289,6 +289,7 @@ class LayersHead(RecurrentHead):
         for i, share in enumerate((4, 2)):
             block = blocks[max(1, len(blocks) // share) - 1]
             block.register_forward_hook(partial(self.keep, i))
+        return self
 
     def keep(self, i, block, inputs, output):
         self.outputs[i] = output

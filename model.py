@@ -208,7 +208,8 @@ class CPHead(nn.Module):
         return torch.eye(C) + 0.02 * torch.randn(config.n_future, config.rank, C, C)
 
     def attach(self, model):
-        """Called once with the GPT that the head is put on, for heads that look into its trunk."""
+        """The head, put on a GPT. For heads that look into its trunk."""
+        return self
 
     def see(self, e, cache=None):
         """What the head drafts from, given the hidden states e (..., T, C) of T tokens, which are the
@@ -524,9 +525,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():  # as GPT-2 scales residual projections
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-        self.head = HEADS[config.head](config) if config.n_future > 1 else None
-        if self.head is not None:
-            self.head.attach(self)
+        self.head = HEADS[config.head](config).attach(self) if config.n_future > 1 else None
 
     @staticmethod
     def _init_weights(module):

@@ -814,13 +814,20 @@ def rows_of(experiment, cells, found):
         yield dict(zip(experiment.labels, cell.labels)), cell.runs, values
 
 
+def summary(values):
+    """(mean, least, most) of the seeds' values; of one bench, the median and the extremes of its rounds;
+    () of none."""
+    values = [value for value in values if value is not None]
+    if not values or isinstance(values[0], tuple):
+        return values[0] if values else ()
+    return statistics.mean(values), min(values), max(values)
+
+
 def markdown(experiment, rows):
     """The table: the mean over the seeds, and their range."""
     def entry(values, digits):
-        values = [value for value in values if value is not None]
-        if not values:
+        if not (given := summary(values)):
             return "-"
-        given = values[0] if isinstance(values[0], tuple) else [f(values) for f in (statistics.mean, min, max)]
         mean, *spread = (f"{value:.{digits}f}" for value in given)
         return mean if set(spread) == {mean} else f"{mean} ({'..'.join(spread)})"
 
@@ -882,10 +889,9 @@ def over_label(panel, shown):
     ticks = list(dict.fromkeys(labels[panel.x] for labels, *_ in shown))
     groups = {}
     for labels, _, values in shown:
-        y = [value for value in values[panel.y] if value is not None]
-        if y:
+        if y := summary(values[panel.y]):
             groups.setdefault(f"{panel.by} = {labels[panel.by]}" if panel.by else "", []).append(
-                (ticks.index(labels[panel.x]), statistics.mean(y), min(y), max(y)))
+                (ticks.index(labels[panel.x]), *y))
     return [(label, tuple(zip(*points))) for label, points in groups.items()], ticks
 
 
