@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -207,3 +208,32 @@ def test_documents_show_the_tables_that_the_results_give():
         table += experiment.more(cells, found)
         assert (place.results / f"{name}.md").read_text(encoding="utf-8").endswith(table), name
         assert table in document and f"results/laptop/{name}.png" in document, name
+
+
+def tables_of(text):
+    """The Markdown tables of a document, each with its lines."""
+    return re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
+
+
+def strangers(text, tables):
+    """The decimals in the prose of a document that round no number of the tables."""
+    numbers = [abs(float(x)) for x in re.findall(r"-?\d+(?:\.\d+)?", tables.replace("..", " "))]
+    no_prose = r"```.*?```|`[^`]*`|\(\S*\)|^    .*?$|^\|.*?$|(?:arXiv|torch|transformers) [\d.]+"
+    prose = re.sub(no_prose, " ", text, flags=re.S | re.M).replace("..", " ")
+    found = re.findall(r"(?<![\w.-])\d+\.\d+(?![\w.])", prose)
+    return [x for x in found if all(abs(float(x) - y) > 0.5000001 * 10.0 ** -len(x.split(".")[1]) for y in numbers)]
+
+
+def test_every_figure_of_the_results_is_one_that_the_runs_give():
+    """A table with decimals is one of results/laptop, word for word. A decimal in the prose of a section
+    of docs/results.md rounds a number of that section's tables, and one in the README a number of any."""
+    made = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "results" / "laptop").glob("*.md")))
+    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for table in tables_of(document):
+        assert table in made or not re.search(r"\d\.\d", table), table
+    for section in re.split(r"^(?=##)", document, flags=re.M):
+        assert not strangers(section, "".join(tables_of(section))), section[:60]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [row for table in tables_of(readme) for row in table.splitlines()]
+    assert not strangers(readme + "\n".join(row.replace("|", " ") for row in rows), made)
+    assert strangers("It is 0.123 or 4.57.", "| 0.12 | 4.565 |") == ["0.123"]  # this test can fail
