@@ -216,39 +216,42 @@ def make_sampler(temperature=1.0, top_k=None, top_p=None, generator=None):
 # the speculative step
 
 
-def draft(model, e, token, n_drafts, sampler):
+def draft(model, e, token, n_drafts, sampler, stops=None):
     """Draw x_2, ..., x_{k+1} from the head's joint at e, given x_1 = token; k = n_drafts.
 
     Each x_s is drawn from its row q_s = P(x_s | x_1..x_{s-1}, e), the exact conditional of equation
     (1). e (C,) is the hidden state of the token before x_1. Returns x_1..x_{k+1} and q (k + 1,
-    n_token), see `verify`.
+    n_token), see `verify`. x_s is the last draft if stops(log q_s (1, n_token), [x_1, ..., x_s]).
     """
     nothing = e.new_zeros(1, model.config.n_token)  # the row of q for the place after the drafts
-    if model.head.rank == 1 and not model.head.sees_drafts:
+    if model.head.rank == 1 and not model.head.sees_drafts and stops is None:
         # independent heads: one draw for all of them, which is measurably faster
         logits = model.head.logits(e, model.lm_head.weight, slice(1, n_drafts + 1))  # (k, 1, V)
         drafted, q = sampler.draw(model.head.all_tokens(logits[:, 0], model.config.n_token))
         return torch.cat((token, drafted)), torch.cat((q, nothing))
     conditionals, x, q = model.conditionals(e), [token], []
     for _ in range(n_drafts):
-        x_s, q_s = sampler.draw(conditionals.next(x[-1]))  # (1,), (1, n_token)
+        x_s, q_s = sampler.draw(row := conditionals.next(x[-1]))  # (1,), (1, n_token)
         x.append(x_s)
         q.append(q_s)
+        if stops is not None and stops(row, x):
+            break
     return torch.cat(x), torch.cat((*q, nothing))
 
 
-def speculative_step(model, cache, before, token, n_drafts, sampler, lap=lambda part: None):
+def speculative_step(model, cache, before, token, n_drafts, sampler, lap=lambda part: None,
+                     drafter=None):
     """One forward pass of the trunk, 1..n_drafts + 1 new tokens.
 
     The state: token (1,), the last one that was emitted, which the trunk has not seen yet; cache,
     everything before it; before (T, C), the hidden states of the last of it, which the head has not
-    seen yet. Returns before and token for the next step, and the new tokens, a list. lap(part) is
-    called at the end of each part, "rest" being what came before the step, for whoever times them.
+    seen yet. Returns both for the next step, the new tokens, a list, and the number of drafts.
+    lap(part) is called at the end of each part, "rest" being what came before the step.
     """
     lap("rest")
     length = cache.length
     e = model.head.see(before, cache)[-1]  # (C,), of the token before x_1
-    x, q = draft(model, e, token, n_drafts, sampler)
+    x, q = (drafter or draft)(model, e, token, n_drafts, sampler)
     lap("draft")
     hidden = model.hidden(x.unsqueeze(0), cache)[0]  # (k + 1, C), of x_1..x_{k+1}
     lap("trunk")
@@ -260,7 +263,7 @@ def speculative_step(model, cache, before, token, n_drafts, sampler, lap=lambda 
     k, *new = torch.cat((n_accepted, x[1:], token)).tolist()
     new = [*new[:k], new[-1]]
     cache.length = length + len(new)  # x_1 and the accepted drafts; the others are rolled back
-    return hidden[: k + 1], token, new  # row 0 is x_1's, row k that of the last accepted token
+    return hidden[: k + 1], token, new, len(q) - 1  # row 0 is x_1's, row k the last token's
 
 
 def check_finite(x):
@@ -284,14 +287,16 @@ def generate_cached(model, prompt, max_new_tokens, **options):
     return stream(cached_blocks, model, prompt, max_new_tokens, **options)
 
 
-def generate_speculative(model, prompt, max_new_tokens, lap=lambda part: None, **options):
+def generate_speculative(model, prompt, max_new_tokens, lap=lambda part: None, drafter=None,
+                         **options):
     """Self-speculative decoding, 1..n tokens per forward pass. Options: see `stream`.
 
-    lap: see `speculative_step`; the prefill has the parts trunk and target.
+    lap: see `speculative_step`; the prefill has parts trunk and target. drafter: draft_length.py.
     """
     if model.head is None:
         raise BadInput("n_future = 1: there is no head to draft from; use generate_cached")
-    return stream(partial(speculative_blocks, lap=lap), model, prompt, max_new_tokens, **options)
+    blocks = partial(speculative_blocks, lap=lap, drafter=drafter)
+    return stream(blocks, model, prompt, max_new_tokens, **options)
 
 
 @torch.inference_mode()
@@ -343,7 +348,7 @@ def cached_blocks(model, tokens, sampler):
             cache.length, new = 0, window_ids(tokens, model)
 
 
-def speculative_blocks(model, tokens, sampler, lap):
+def speculative_blocks(model, tokens, sampler, lap, drafter):
     cache, block_size = model.new_cache(), model.config.block_size
     lap("rest")
     hidden = model.hidden(window_ids(tokens, model), cache)[0]
@@ -359,7 +364,8 @@ def speculative_blocks(model, tokens, sampler, lap):
             hidden = model.hidden(window_ids(tokens, model)[:, :-1], cache)[0]
             lap("trunk")
         n_drafts = min(model.config.n_future - 1, block_size - cache.length - 1)
-        hidden, token, new = speculative_step(model, cache, hidden, token, n_drafts, sampler, lap)
+        hidden, token, new, n_drafts = speculative_step(
+            model, cache, hidden, token, n_drafts, sampler, lap, drafter)
         tokens += new
         yield new, n_drafts
 

@@ -681,7 +681,7 @@ def blind_rows_draft(model, e, token, n_drafts, sampler, draft=decode.draft):
     return x, torch.stack((*blind, q[-1]))
 
 
-def step_without_residual(model, cache, before, token, n_drafts, sampler, lap=None):
+def step_without_residual(model, cache, before, token, n_drafts, sampler, lap=None, drafter=None):
     """Drops the draw after a rejection and drafts anew from the accepted prefix (as one published
     algorithm reads)."""
     length = cache.length
@@ -692,13 +692,13 @@ def step_without_residual(model, cache, before, token, n_drafts, sampler, lap=No
     k = kept.long().cumprod(0).sum().item()
     if k == n_drafts:
         bonus = decode.categorical(p[-1:], sampler.generator)
-        return hidden, bonus, [*x[1:].tolist(), bonus.item()]
+        return hidden, bonus, [*x[1:].tolist(), bonus.item()], k
     cache.length = length + k
     if k == 0:
         return step_without_residual(model, cache, before, token, n_drafts, sampler)
     # the last accepted draft becomes the pending token: it is emitted now, and its predecessor's
     # state drafts next
-    return hidden[:k], x[k : k + 1], x[1 : k + 1].tolist()
+    return hidden[:k], x[k : k + 1], x[1 : k + 1].tolist(), n_drafts
 
 
 WRONG = {"argmax_draft": ("draft", argmax_draft), "prior_component": ("draft", prior_component_draft),
