@@ -312,6 +312,23 @@ def side_by_side(scale):
             yield Cell(("smollm2", "time", label(head, r)), (bench.of(training),))
 
 
+POLICIES = ("speculative", "fixed 1", "fixed 3", "confident 0.1", "confident 0.3", "CLP", "LOSSY 0.9")
+
+
+def draft_length(scale):
+    """Fixed numbers of drafts beside chosen ones, for heads of side_by_side."""
+    flags = {name: value for name, value in scale.bench.items() if name != "max_new_tokens"}
+    flags |= dict(lengths=[1, 3], thresholds=[0.1, 0.3], taus=[0.9])
+    for head, r in (("cp", 1), ("cp", scale.headline), ("chain", 1), ("recurrent", 1)):
+        training, = scale.training(scale.seeds[:1], "time", scale.trunk(), n_future=scale.futures_of("stories"),
+                                   head=head, rank=r)
+        bench = Bench((training,), flags, script="draft_length.py")
+        for policy in POLICIES:
+            if policy.startswith("fixed") and int(policy[-1]) >= training.spec["flags"]["n_future"] - 1:
+                continue  # that is "speculative"
+            yield Cell((head, r, policy), (bench,))
+
+
 def decoders(scale):
     """Other decoders on the same weights."""
     if not scale.elsewhere:
@@ -393,6 +410,14 @@ def of_decoder(key, temperature=None, mode=None):
     return column
 
 
+def of_policy(key, temperature):
+    """Of the mode that the last label names; of the agreement, the share of the tokens."""
+    def column(found, run, against, labels):
+        row = row_of(found, run, temperature, labels[-1])
+        return row[key][0] if key == "agreement" else row[key]
+    return column
+
+
 def of_costs(key, unit=1):
     def column(found, run, against, labels):
         value = next((row[key] for row in found[run.name]["costs"]["rows"]  # or there was no memory
@@ -459,6 +484,13 @@ EXPERIMENTS = {
         (Panel("head", "tok/step, 1", "text", (("equal", "time"),)),
          Panel("head", "speed-up, 0", "text", (("equal", "time"),)),
          Panel("head", "speed-up, 1", "text", (("equal", "time"),)))),
+    "draft_length": Experiment(
+        "The number of drafts: fixed, or chosen at each step", draft_length, ("head", "r", "policy"),
+        {f"{name}, {t}": (of_policy(key, float(t)), 2) for name, key in
+         (("tok/step", "tokens_per_step"), ("speed-up", "speedup")) for t in (0, 1)}
+        | {"3-grams that repeat, 0": (of_policy("repetition", 0.0), 2),
+           "as plain decoding, 0": (of_policy("agreement", 0.0), 2)},
+        (Panel("policy", "speed-up, 0", "head"), Panel("policy", "speed-up, 1", "head"))),
     "decoders": Experiment(
         "Beside other decoders", decoders, ("text", "head", "r", "temperature"),
         {"ours, plain, tokens/s": (of_decoder("tokens_per_second", mode="plain"), 0),
@@ -573,15 +605,16 @@ class Training:
 
 
 class Bench:
-    """bench_speculative.py on Trainings, of one trunk if there are several; for the nth time."""
+    """bench_speculative.py on Trainings, of one trunk if there are several; for the nth time. Or another
+    script that prints the same JSON."""
 
     alone = True
 
-    def __init__(self, trainings, flags, nth=1):
+    def __init__(self, trainings, flags, nth=1, script="bench_speculative.py"):
         self.trainings, self.training, self.needs = trainings, trainings[0], list(trainings)
         self.text = self.training.text
-        self.name = f"bench-{self.training.name}" + f"-and{len(trainings) - 1}" * (len(trainings) > 1)
-        self.spec = {"script": "bench_speculative.py", "flags": flags, "training": self.training.spec}
+        self.name = f"{script.split('_')[0]}-{self.training.name}" + f"-and{len(trainings) - 1}" * (len(trainings) > 1)
+        self.spec = {"script": script, "flags": flags, "training": self.training.spec}
         if len(trainings) > 1:
             self.spec["beside"] = [training.spec for training in trainings[1:]]
         if nth > 1:
@@ -596,7 +629,7 @@ class Bench:
     def run(self, place):
         first, *beside = (place.work / training.name for training in self.trainings)
         flags = {"out_dir": first, **self.spec["flags"]} | ({"beside": beside} if beside else {})
-        bench = json.loads(place.script(self.name, "bench_speculative.py", flags).splitlines()[-1])
+        bench = json.loads(place.script(self.name, self.spec["script"], flags).splitlines()[-1])
         del bench["card"]["out_dir"]
         for row in bench["rows"]:  # "speculative, OUT_DIR"
             row["mode"] = row["mode"].replace(f"{place.work}{os.sep}", "")
