@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import baselines  # noqa: F401  (its heads join the registry)
+import masks  # noqa: F401
 from model import GPT, BadInput
 from tokenizer import gpt2_tokenizer, load_tokenizer, read_characters
 

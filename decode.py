@@ -349,6 +349,7 @@ def cached_blocks(model, tokens, sampler):
 
 
 def speculative_blocks(model, tokens, sampler, lap, drafter):
+    model = model.head.carrier(model) if model.head.carrier else model
     cache, block_size = model.new_cache(), model.config.block_size
     lap("rest")
     hidden = model.hidden(window_ids(tokens, model), cache)[0]
@@ -363,7 +364,8 @@ def speculative_blocks(model, tokens, sampler, lap, drafter):
             lap("rest")
             hidden = model.hidden(window_ids(tokens, model)[:, :-1], cache)[0]
             lap("trunk")
-        n_drafts = min(model.config.n_future - 1, block_size - cache.length - 1)
+        n_drafts = getattr(cache, "n_drafts", model.config.n_future - 1)
+        n_drafts = min(n_drafts, block_size - cache.length - 1)
         hidden, token, new, n_drafts = speculative_step(
             model, cache, hidden, token, n_drafts, sampler, lap, drafter)
         tokens += new

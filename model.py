@@ -191,6 +191,7 @@ class CPHead(nn.Module):
     sees_drafts = False  # whether P_a^(s) depends on the tokens between t and t + s
     reads_trunk = False  # whether `see` needs more of the trunk than some of its last states
     extends, added = None, ()  # the head that a trained one can become this by adding parameters
+    text = carrier = None  # what takes a head's own positions through the trunk: see masks.py
 
     def __init__(self, config):
         super().__init__()
@@ -592,14 +593,15 @@ class GPT(nn.Module):
         (-log P of the window, per token), offset (n,) (-log P(x_{t+s} | x_{t+1..t+s-1}); its mean
         is joint), balance (see balance_loss), usage (r,) (mean weight of each component).
         """
-        hidden = self.hidden(idx)  # (B, T, C)
+        text = self.head.text(self) if self.head and self.head.text else None
+        hidden = self.hidden(idx, text)  # (B, T, C)
         e = hidden.flatten(0, 1)  # (N, C)
         gold, W = gold.flatten(0, 1), self.lm_head.weight  # (N, n), (V, C)
         if self.head is None:
             loss = F.cross_entropy(widen(self.lm_head(e)), gold[:, 0])
             return loss, dict(next=loss.detach(), joint=loss.detach(), offset=loss.detach()[None])
 
-        seen = self.head.see(hidden).flatten(0, 1)  # e, if the head has no layers of its own
+        seen = self.head.see(hidden, text).flatten(0, 1)  # e, if the head has no layers of its own
         log_w = self.head.log_weights(seen)  # (N, r)
         balance = balance_loss(log_w)
         some = slice(None)
@@ -611,7 +613,8 @@ class GPT(nn.Module):
 
         if self.config.target == "lm_head":
             next_loss = -gold_log_prob(e, W, gold[:, 0], len(e)).mean()
-            loss = next_loss + joint_weight * joint_loss + balance_weight * balance
+            joint_all = joint_loss + (text.loss if text else 0.0)  # a head may have a loss of its own
+            loss = next_loss + joint_weight * joint_all + balance_weight * balance
         else:
             next_loss = offset[0]
             loss = joint_loss + balance_weight * balance

@@ -27,6 +27,7 @@ import decode
 from baselines import BASELINES
 from decode import (Coupled, Greedy, Sampling, Stats, generate, generate_cached, generate_speculative, make_sampler,
                     verify, warp, window_start)
+from masks import MASKS
 from model import GPT, HEADS, GPTConfig, balance_loss, joint_log_probs
 
 # -----------------------------------------------------------------------------
@@ -45,7 +46,7 @@ def tiny_model(seed=0, scale=2.0, **config):
     return model
 
 
-OURS = [head for head in HEADS if head not in BASELINES]  # those have their tests in tests/test_baselines.py
+OURS = [head for head in HEADS if head not in BASELINES | MASKS]  # those have tests of their own in tests/
 VARIANTS = [dict(head=head, target=target) for target in ("marginal", "lm_head") for head in OURS]
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()))
 heads = pytest.mark.parametrize("head", OURS)
