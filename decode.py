@@ -348,7 +348,7 @@ def cached_blocks(model, tokens, sampler):
             cache.length, new = 0, window_ids(tokens, model)
 
 
-def speculative_blocks(model, tokens, sampler, lap, drafter):
+def speculative_blocks(model, tokens, sampler, lap, drafter=None):
     model = model.head.carrier(model) if model.head.carrier else model
     cache, block_size = model.new_cache(), model.config.block_size
     lap("rest")

@@ -98,6 +98,7 @@ def collect(model, prompts, n_tokens, sampler, stop_token=None):
     """
     if model.head is None:
         raise BadInput("n_future = 1: there is no head to draft from")
+    model = model.head.carrier(model) if model.head.carrier else model
     n, states, labels = model.config.n_future, [], []
     for prompt in prompts:
         cache = model.new_cache()

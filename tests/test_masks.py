@@ -230,6 +230,7 @@ def test_training_on_a_frozen_trunk_makes_drafts_that_are_accepted():
             optimizer.zero_grad()
         return parts
 
+    assert not any(B.any() for B in model.head.B)
     for p in model.head.parameters():
         p.requires_grad_(False)
     before = train(120, 3e-3, 0.0)
