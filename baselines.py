@@ -64,9 +64,8 @@ class MedusaHead(CPHead):
         return (e.unsqueeze(-2) + F.silu(block)).unsqueeze(-2)
 
     def logits(self, e, unembed, offsets=slice(None)):
-        weights = (self.drafted_rows(unembed) + D for D in self.maps[offsets])
-        h = self.vectors(e, offsets).unbind(-3)  # n' times (..., 1, C)
-        return widen(torch.stack([F.linear(x, W) for x, W in zip(h, weights)], dim=-3))
+        h, W = self.vectors(e, offsets), self.drafted_rows(unembed)  # (..., n', 1, C), n' may be 0
+        return widen(F.linear(h, W) + torch.einsum("...nrc,nvc->...nrv", h, self.maps[offsets]))
 
     def log_conditionals(self, e, gold, unembed):
         return self.logits(e, unembed, slice(1, None))[:, :, 0].log_softmax(-1)

@@ -9,6 +9,7 @@ import torch
 from test_cp_head import tiny_model
 
 from baselines import BASELINES
+from decode import Greedy, generate, generate_speculative
 from model import GPT, HEADS, BadInput, GPTConfig
 
 baselines = pytest.mark.parametrize("head", BASELINES)
@@ -116,6 +117,13 @@ def test_gradients(head):
 def test_speculative_decoding_is_exact_by_enumeration(head, target, monkeypatch):
     for config in shared.SMALL:
         shared.test_speculative_decoding_is_exact_by_enumeration(config, dict(head=head, target=target), monkeypatch)
+
+
+@baselines
+def test_greedy_texts_are_the_oracles_past_the_block(head):
+    """Where the block ends there is room for fewer drafts, and for none."""
+    model = tiny_model(head=head, target="lm_head", block_size=5)
+    assert list(generate_speculative(model, [1], 30, sampler=Greedy())) == list(generate(model, [1], 30, sampler=Greedy()))
 
 
 def test_the_wide_head_begins_as_independent_heads_and_has_the_parameters_of_a_mixture():
