@@ -307,25 +307,37 @@ def stream(blocks, model, prompt, max_new_tokens, *, sampler=None, stop_token=No
     that ends the text; it is yielded. stats: a Stats to count in.
 
     blocks(model, tokens, sampler) yields (new tokens, number of drafts or None for the prefill) for
-    ever. This is the one place where text ends, so no decoder can overshoot or miss a stop token
-    inside a block.
+    ever. `until_end` is the one place where text ends, so no decoder can overshoot or miss a stop
+    token inside a block.
     """
-    if model.training:
-        raise BadInput("call model.eval() first: dropout would change the distribution")
-    n_token = model.config.n_token
-    if not len(prompt) or not all(isinstance(x, int) and 0 <= x < n_token for x in prompt):
-        raise BadInput(f"the prompt must be a non-empty list of ids below {n_token} (batch size is 1)")
+    check_call(model, prompt)
     steps, left = blocks(model, list(prompt), sampler or Sampling()), max_new_tokens
     while left > 0:
         new, n_drafts = next(steps)
-        block = new[:left]
-        if stop_token in block:
-            block = block[: block.index(stop_token) + 1]
-            left = 0
-        left -= len(block)
+        block, left = until_end(new, left, stop_token)
         if stats is not None:
             stats.count(len(new), len(block), n_drafts)
         yield from block
+
+
+def check_call(model, prompt):
+    """BadInput unless the model is in evaluation mode, and prompt a list of its ids."""
+    if model.training:
+        raise BadInput("call model.eval() first: dropout would change the distribution")
+    n_token = model.config.n_token
+    is_list = isinstance(prompt, (list, tuple)) and len(prompt)
+    if not is_list or not all(isinstance(x, int) and 0 <= x < n_token for x in prompt):
+        raise BadInput(f"a prompt must be a non-empty list of ids below {n_token}; batched.py takes a "
+                       "list of prompts")
+
+
+def until_end(new, left, stop_token):
+    """Those of a step's new tokens that are in the text, which has room for `left`, and the room
+    after them."""
+    block = new[:left]
+    if stop_token in block:
+        return block[: block.index(stop_token) + 1], 0
+    return block, left - len(block)
 
 
 def oracle_blocks(model, tokens, sampler):

@@ -229,6 +229,16 @@ def test_bench_ends_with_one_json_object(trained):
     assert sum(k * h for k, h in enumerate(fast["histogram"])) == 8 * 5 * 9
 
 
+def test_batches_are_measured_and_end_with_one_json_object(trained):
+    lines = run(trained, "batched.py", "--batch_sizes", 1, 10, "--max_new_tokens", 8, "--rounds", 5,
+                "--device", "cpu", "--dtype", "float64").splitlines()
+    rows = json.loads(lines[-1])["rows"]
+    assert [(row["batch_size"], row["temperature"]) for row in rows] == [(1, 0.0), (10, 0.0), (1, 1.0), (10, 1.0)]
+    assert [line.split()[:2] for line in lines[2:6]] == [["1", "0.0"], ["10", "0.0"], ["1", "1.0"], ["10", "1.0"]]
+    assert all(row["plain"] > 0 and row["speedup"] > 0 and 1 <= row["tokens_per_step"] <= 8 for row in rows)
+    assert rows[0]["same_texts"] and rows[1]["same_texts"]
+
+
 def test_marginal_target_and_text_files_end_to_end(trained):
     """The paper's own target on a user's folder with a foreign file in it; the bench times the LM
     head apart."""
@@ -291,7 +301,7 @@ def documents():
 
 
 @pytest.mark.parametrize("script", ["prepare_tinystories", "train", "sample", "bench_speculative", "bench_training",
-                                    "plot"])
+                                    "plot", "batched"])
 def test_help_knows_every_flag_that_the_documents_use(script, tmp_path):
     commands = re.findall(rf"python {script}\.py([^\n&`|]*)", "\n".join(documents().values()))
     flags = set(re.findall(r"--\w+", " ".join(commands)))

@@ -1,0 +1,254 @@
+"""More than one text at once: each row is the text that it would be by itself."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from test_cp_head import (SMALL, VARIANTS, chi_square_model, counting_model, enumerated, expected_texts, tiny_model,
+                          total_variation, variants)
+
+import batched
+from batched import generate_cached_batch, generate_speculative_batch, measure
+from decode import Coupled, Greedy, Sampling, Stats, generate, generate_cached, generate_speculative
+from model import HEADS, BadInput
+
+DECODERS = (generate_cached_batch, generate_speculative_batch)
+decoders = pytest.mark.parametrize("decoder", DECODERS)
+
+
+def a_model(seed):
+    return tiny_model(seed, n_future=2 + seed % 4, rank=1 + seed % 3, block_size=5 + seed, vocab_size=11, n_token=9,
+                      **VARIANTS[seed % len(VARIANTS)])
+
+
+def some_prompts(seed, block_size):
+    """Six prompts of different lengths: one token, a full block, one more, and longer."""
+    rng = torch.Generator().manual_seed(seed)
+    lengths = (3, 1, block_size, block_size + 1, block_size - 1, 2 * block_size + 3)
+    return [torch.randint(9, (T,), generator=rng).tolist() for T in lengths]
+
+
+def greedy(model, prompts, length, **options):
+    return [list(generate(model, prompt, length, sampler=Greedy(), **options)) for prompt in prompts]
+
+
+# -----------------------------------------------------------------------------
+# token for token
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_greedy_rows_are_the_oracles_texts(seed):
+    """Temperature 0, float64, past the block, of prompts whose windows move at different times; with a stop token the
+    rows end at different times, and inside an accepted block."""
+    model = a_model(seed)
+    prompts, length = some_prompts(seed, model.config.block_size), 2 * model.config.block_size + 5
+    expected = greedy(model, prompts, length)
+    stop = expected[0][length // 2]
+    stopped = greedy(model, prompts, length, stop_token=stop)
+    assert min(map(len, stopped)) < length
+    for decoder in DECODERS:
+        write = partial(decoder, model, samplers=Greedy())
+        assert write(prompts, length) == expected
+        assert write(prompts, length, stop_token=stop) == stopped
+        assert write(prompts[::-1], 3) == [text[:3] for text in expected[::-1]]
+        assert write(prompts, 0) == [[]] * 6 and write([], 3) == []
+
+
+@decoders
+@pytest.mark.parametrize("seed", range(6))
+def test_a_row_does_not_depend_on_the_others(decoder, seed):
+    """With a generator of its own, a row is the text of the decoder for one: whoever else is in the batch, in whatever
+    order, and also where each row's sampler is another one."""
+    model, single = a_model(seed), {generate_cached_batch: generate_cached}.get(decoder, generate_speculative)
+    prompts = some_prompts(seed, model.config.block_size)
+    options = [{}, dict(temperature=0.7), dict(top_k=2), dict(top_p=0.8), {}, dict(temperature=1.5)]
+
+    def samplers(order):
+        return [Sampling(**options[i], generator=torch.Generator().manual_seed(i)) for i in order]
+
+    expected = [list(single(model, prompt, 30, sampler=sampler)) for prompt, sampler in zip(prompts, samplers(range(6)))]
+    for order in ([0, 1, 2, 3, 4, 5], [5, 2, 0], [3], [1, 4, 3, 0, 2]):
+        texts = decoder(model, [prompts[i] for i in order], 30, samplers=samplers(order))
+        assert texts == [expected[i] for i in order]
+    coupled = decoder(model, prompts, 30, samplers=[Coupled(i) for i in range(6)])
+    assert coupled == [list(generate(model, prompt, 30, sampler=Coupled(i))) for i, prompt in enumerate(prompts)]
+
+
+@decoders
+@pytest.mark.parametrize("seed", range(6))
+def test_attention_meets_nothing_stale(decoder, seed, monkeypatch):
+    """NaN in all that is in the cache after a row's length, drafts that were rolled back, padding, and the rest of a
+    window that moved, changes nothing, where even weight 0 would give NaN."""
+    model, stale = a_model(seed), []
+    prompts, hidden_of_rows, put = some_prompts(seed, model.config.block_size), batched.hidden_of_rows, batched.RowCache.put
+    expected = greedy(model, prompts, 40)
+
+    def spoil(cache, row):
+        for kv in cache.kv:
+            rest = kv[:, row, :, cache.length[row] :]
+            stale.append((rest != 0).sum().item())
+            rest[rest != 0] = math.nan
+
+    def spoiled(model, x, cache):
+        for row in range(len(x)):
+            spoil(cache, row)
+        return hidden_of_rows(model, x, cache)
+
+    def spoiled_put(cache, row, single):
+        for kv in cache.kv:
+            kv[:, row] = math.nan
+        put(cache, row, single)
+
+    monkeypatch.setattr(batched, "hidden_of_rows", spoiled)
+    monkeypatch.setattr(batched.RowCache, "put", spoiled_put)
+    assert decoder(model, prompts, 40, samplers=Greedy()) == expected
+    assert (sum(stale) > 0) == (decoder is generate_speculative_batch)  # plain decoding rolls nothing back
+
+
+def see_padding(places, n):
+    """Every row sees what is after its own length, as far as the longest row goes."""
+    return torch.ones(*places.shape, n, dtype=torch.bool).tril(n - places.size(1)).unsqueeze(1)
+
+
+def places_of_the_longest(self):
+    """All rows go on where the longest one does, as if it were one length for all."""
+    self.places = (max(self.length) + self.steps).expand(len(self.length), -1)
+    return self.places
+
+
+def without_roll_back(batch, step=batched.speculative_step):
+    """All drafts stay in the cache."""
+    before = list(batch.cache.length)
+    step(batch)
+    batch.cache.length = [min(length + batch.cache.width, batch.model.config.block_size) for length in before]
+
+
+WRONG = {"padding": (batched, "visible", see_padding), "places": (batched.RowCache, "begin", places_of_the_longest),
+         "roll-back": (batched, "speculative_step", without_roll_back)}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_batches_write_other_texts(name, monkeypatch):
+    """Negative controls: rows that see padding, have one length, or are not rolled back."""
+    prompts, wrong = [[1], [1, 2, 3, 4, 5, 6], [7, 8, 3]], 0
+    for seed in range(4):
+        model = tiny_model(seed, block_size=64, vocab_size=11, target="lm_head")
+        expected = greedy(model, prompts, 30)
+        assert generate_speculative_batch(model, prompts, 30, samplers=Greedy()) == expected
+        with monkeypatch.context() as patch:
+            patch.setattr(*WRONG[name])
+            wrong += generate_speculative_batch(model, prompts, 30, samplers=Greedy()) != expected
+    assert wrong > 1
+
+
+# -----------------------------------------------------------------------------
+# the distribution
+
+
+def product(model, prompts, length):
+    """P of the texts of all rows, one after another: they are independent."""
+    joint = {(): 1.0}
+    for prompt in prompts:
+        own = expected_texts(model, prompt, length)
+        joint = {a + b: p * q for a, p in joint.items() for b, q in own.items()}
+    return joint
+
+
+@variants
+@decoders
+@pytest.mark.parametrize("shared", [True, False])
+def test_all_rows_together_are_exact_by_enumeration(decoder, variant, shared, monkeypatch):
+    """Every random outcome of two rows of different lengths: total variation to the product of both rows'
+    distributions below 1e-12."""
+    model, prompts = tiny_model(**variant, vocab_size=2, n_future=2, n_layer=1), [[0], [1, 0, 1]]
+
+    def run(choose):
+        samplers = Sampling() if shared else [Sampling(), Sampling()]
+        return sum(decoder(model, prompts, 2, samplers=samplers), [])
+
+    assert total_variation(enumerated(run, monkeypatch), product(model, prompts, 2)) < 1e-12
+
+
+@variants
+@pytest.mark.parametrize("config", [*SMALL, SMALL[0] | dict(block_size=3, n_token=2)],
+                         ids=["V3n2", "V2n3", "V2n3r1", "past the block"])
+def test_every_row_is_exact_by_enumeration(config, variant, monkeypatch):
+    """Each row through several steps, rejections and bonus draws, while the others are greedy."""
+    model, prompts = tiny_model(**variant, **config), [[0, 1], [1], [0, 0, 1]]
+    length = 4 if "block_size" in config else 3
+    for i, prompt in enumerate(prompts):
+        samplers = [Sampling() if i == k else Greedy() for k in range(3)]
+        texts = enumerated(lambda choose: generate_speculative_batch(model, prompts, length, samplers=samplers)[i],
+                           monkeypatch)
+        assert total_variation(texts, expected_texts(model, prompt, length)) < 1e-12
+
+
+def test_enumeration_rejects_rows_that_see_their_padding(monkeypatch):
+    """Negative control: the shorter row's distribution moves by more than 1 %."""
+    model, prompts = chi_square_model("full"), [[0, 1], [1, 0, 2, 2]]
+    monkeypatch.setattr(batched, "visible", see_padding)
+    write = partial(generate_speculative_batch, model, prompts, 3, samplers=[Sampling(), Greedy()])
+    assert total_variation(enumerated(lambda choose: write()[0], monkeypatch), expected_texts(model, [0, 1], 3)) > 0.01
+
+
+# -----------------------------------------------------------------------------
+# steps, statistics, bad calls
+
+
+@pytest.mark.parametrize("target", ["marginal", "lm_head"])
+def test_right_heads_are_always_accepted_in_every_row(target):
+    """Every row's every step yields n tokens: an off-by-one in the state that a row drafts from stays lossless."""
+    stats, model = Stats(), counting_model(7, 4, target)
+    prompts = [[3], [0, 1], [5, 6, 0, 1]]
+    texts = generate_speculative_batch(model, prompts, 21, samplers=Greedy(), stats=stats)
+    assert texts == [[(prompt[-1] + 1 + i) % 7 for i in range(21)] for prompt in prompts]
+    assert stats.histogram == [0, 0, 0, 0, 15] and stats.acceptance == [1.0] * 3 and stats.tokens_per_step == 4
+
+
+@decoders
+def test_rows_leave_when_their_text_ends(decoder, monkeypatch):
+    """The stop token falls into every place of an accepted block; a pass has the rows that go on, and no others."""
+    sizes, model, hidden_of_rows = [], counting_model(7, 5, "marginal"), batched.hidden_of_rows
+    monkeypatch.setattr(batched, "hidden_of_rows", lambda model, x, cache: sizes.append(len(x)) or hidden_of_rows(
+        model, x, cache))
+    stats, prompts = Stats(), [[start] for start in range(7)]
+    texts = decoder(model, prompts, 30, samplers=Greedy(), stop_token=3, stats=stats)
+    assert texts == [[(start + 1 + i) % 7 for i in range((2 - start) % 7 + 1)] for start in range(7)]
+    assert sizes == ([6, 5, 4, 3, 2, 1] if decoder is generate_cached_batch else [6, 1])
+    assert stats.tokens == sum(map(len, texts)) - 7 and stats.steps == sum(sizes)
+
+
+def test_bad_calls_are_refused():
+    model = tiny_model(target="lm_head", n_token=4)
+    for prompts in ([1, 2], [[1], []], [[1], [4]]):
+        for decoder in DECODERS:
+            with pytest.raises(BadInput, match="prompt must be"):
+                decoder(model, prompts, 3)
+    with pytest.raises(BadInput, match="2 prompts need 2 samplers, or one for all, not 3"):
+        generate_cached_batch(model, [[1], [2]], 3, samplers=[Greedy()] * 3)
+    with pytest.raises(BadInput, match="Coupled sampler serves one text"):
+        generate_cached_batch(model, [[1], [2]], 3, samplers=Coupled(0))
+    with pytest.raises(BadInput, match="n_future = 1"):
+        generate_speculative_batch(tiny_model(n_future=1), [[1]], 3)
+    with pytest.raises(BadInput, match="layers of head gloeckle"):
+        generate_speculative_batch(tiny_model(head="gloeckle", target="lm_head"), [[1]], 3)
+    with pytest.raises(BadInput, match="eval"):
+        generate_cached_batch(tiny_model().train(), [[1]], 3)
+    model.transformer.wpe.weight.data[5] = float("nan")  # which no prompt reaches
+    for decoder in DECODERS:
+        with pytest.raises(BadInput, match="NaN or infinite logits"):
+            decoder(model, [[1], [2, 3]], 8, samplers=Greedy())
+    model.lm = None  # what a trunk of transformers has
+    with pytest.raises(BadInput, match="trunk of transformers"):
+        generate_cached_batch(model, [[1]], 3)
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if not HEADS[head].whole_text])
+def test_both_decoders_are_measured_alike(head, monkeypatch):
+    """By a clock that makes each plain round take 4 s and each speculative one 2 s; and the greedy texts agree."""
+    clock = iter([t for i in range(6) for t in (0.0, 4.0, 10.0, 12.0)])
+    monkeypatch.setattr(batched.timed.__globals__["time"], "perf_counter", lambda: next(clock))
+    row = measure(tiny_model(head=head, target="lm_head"), [[1], [2, 3]], 10, 0.0, 5, 0)
+    assert row["speedup"] == 2.0 and row["speedup_range"] == [2.0, 2.0] and row["same_texts"]
+    assert (row["plain"], row["speculative"], row["batch_size"]) == (5.0, 10.0, 2) and row["tokens_per_step"] > 1
