@@ -259,17 +259,18 @@ def onednn(enabled):
 
 
 @contextmanager
-def stop_signals():
+def stop_signals(patient=False):
     """A list that is empty until Ctrl-C, SIGTERM or SIGHUP, and then holds the signal's number.
 
-    A second Ctrl-C interrupts as usual. A second one of the others changes nothing: a terminal that
-    closes may send SIGHUP twice. Off the main thread, Python allows no handlers: it stays empty.
+    A second Ctrl-C interrupts as usual, unless patient: torchrun passes on the one that the terminal
+    has sent already. A second one of the others changes nothing: a terminal that closes may send
+    SIGHUP twice. Off the main thread, Python allows no handlers: it stays empty.
     """
     caught, before = [], {}
 
     def note(number, frame):
         caught.append(number)
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and not patient:
             signal.signal(number, before[number])
 
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -403,11 +404,12 @@ class Batches:
     places, a list or an array.
     """
 
-    def random(self, generator):
-        """Batches at random places, for ever."""
+    def random(self, generator, rank=0, ranks=1):
+        """Batches at random places, for ever: of every `ranks` batches that there are for one process,
+        the one of this rank."""
         while True:
-            starts = torch.randint(self.n_starts, (self.batch_size,), generator=generator)
-            yield self.at(starts.tolist())
+            starts = torch.randint(self.n_starts, (ranks, self.batch_size), generator=generator)
+            yield self.at(starts[rank].tolist())
 
     def fixed(self, n):
         """Batches at n evenly spaced places: the same ones at any batch size."""

@@ -4,6 +4,7 @@
     python train.py                       real text on a CPU: the preset laptop
     python train.py --preset tinystories  one GPU, a model of the paper's size
     python train.py --preset toy --resume go on after an interruption, as if there had been none
+    torchrun --standalone --nproc_per_node=2 train.py ...    two processes, each with its own batches
 
 Every field of TrainConfig is a flag (--rank 4, --n_embd 128, --no-bias). Writes out_dir/ckpt.pt,
 which holds all that sample.py, bench_speculative.py and --resume need, and with it
@@ -13,16 +14,20 @@ out_dir/log.jsonl, one JSON object per line.
 import argparse
 import json
 import math
+import os
+import re
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from common import (ArgumentParser, Batches, any_path, any_seed, bfloat16_is_faster, check_tokenizer,
                     check_writable, compiled, load_model, locked, number, padded, pick_device,
@@ -117,21 +122,25 @@ def train(run):
     """Train run to its end, or until a signal: the step that it interrupts is saved."""
     cfg = run.cfg
     loss_function = compiled(run.loss, run.device) if cfg.compile else run.loss
-    with stop_signals() as stop, progress_bar(total=cfg.max_iters, initial=run.iter_num) as bar:
+    bar = progress_bar(total=cfg.max_iters, initial=run.iter_num, disable=RANK > 0)
+    with stop_signals(patient=RANKS > 1) as signals, bar:
         while run.progress < 1:
             loss, parts = optimizer_step(run, loss_function)
             run.count_step()
-            if run.iter_num % cfg.log_interval == 0:
+            run.seconds, stop = agree(run.seconds, signals)
+            if run.iter_num % cfg.log_interval == 0 and RANK == 0:
                 bar.set_postfix(run.log_step(loss, parts), refresh=False)
             if stop:
                 run.save()  # before anything is evaluated or printed: the terminal may be gone
             if run.progress >= 1 or run.iter_num % cfg.eval_interval == 0:
-                val = evaluate(run)
-                run.log.append({"iter": run.iter_num, "seconds": run.seconds, "val": val})
+                if RANK == 0:
+                    val = evaluate(run)
+                    run.log.append({"iter": run.iter_num, "seconds": run.seconds, "val": val})
                 run.save()
                 bar.clear()
-                print(f"step {run.iter_num}: validation next {val['next']:.4f}, "
-                      f"joint {val['joint']:.4f} nats/token")
+                if RANK == 0:
+                    print(f"step {run.iter_num}: validation next {val['next']:.4f}, "
+                          f"joint {val['joint']:.4f} nats/token")
             if stop:
                 break
             bar.update()
@@ -148,6 +157,7 @@ def optimizer_step(run, loss_function):
             weights = cfg.joint_weight, cfg.balance_weight, cfg.joint_share
             loss, parts = loss_function(*batch, *weights)
         scaler.scale(loss / cfg.grad_accum).backward()
+    average_gradients(run.model)
     if cfg.grad_clip:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip)
@@ -178,6 +188,74 @@ def evaluate(run):
         n_windows += len(batch[0])
     run.model.train()
     return {name: (total / n_windows).tolist() for name, total in totals.items()}
+
+
+# -----------------------------------------------------------------------------
+# several processes, which torchrun starts: rank 0 evaluates, prints and writes
+
+RANK, RANKS, LOCAL_RANK = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
+                           for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+@contextmanager
+def rank_0_first():
+    """Run a block on rank 0, then on the others: what is wrong ends the run in one line, not in RANKS."""
+    if RANK == 0:
+        yield
+    if RANKS > 1:
+        n_gpus = torch.cuda.device_count()
+        if n_gpus:
+            torch.cuda.set_device(LOCAL_RANK % n_gpus)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if n_gpus else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+        yield
+
+
+def average_gradients(model):
+    """Every gradient becomes its mean over the ranks. Torch's DistributedDataParallel would not do it:
+    it sees calls of forward, and training calls GPT.loss."""
+    if RANKS > 1:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = parameters_to_vector(grads)
+        dist.all_reduce(flat)
+        vector_to_parameters(flat / RANKS, grads)
+
+
+def agree(seconds, signals):
+    """The seconds of the slowest rank, and whether any has got a signal: all end at the same step."""
+    both = torch.tensor([seconds, len(signals)], dtype=torch.float64)
+    if RANKS > 1:
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+    return both[0].item(), both[1].item() > 0
+
+
+def of_all_ranks(x):
+    """The list of every rank's x."""
+    found = [x] * RANKS
+    if RANKS > 1:
+        dist.all_gather_object(found, x)
+    return found
+
+
+def check_same_start(run):
+    """BadInput unless all ranks begin with one model: they compute its weights or read them, each for
+    itself, and from then on take the same steps."""
+    start = [run.iter_num, *(p.detach().double().sum().item() for p in run.model.parameters())]
+    if any(other != start for other in of_all_ranks(start)):
+        raise BadInput("The processes begin with different weights: give all of them the same files.")
+
+
+@contextmanager
+def peers(out_dir):
+    """Within the block, a rank that is gone ends the others in one line."""
+    try:
+        yield
+    except RuntimeError as e:
+        if RANKS == 1 or not re.search("gloo|NCCL|peer", str(e)):
+            raise
+        raise BadInput(f"Another process of this run has ended; what {out_dir} holds is whole, and "
+                       "--resume goes on from there.") from None
 
 
 # -----------------------------------------------------------------------------
@@ -234,7 +312,7 @@ class Run:
         self.optimizer = build_optimizer(model, cfg, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.windows = torch.Generator().manual_seed(cfg.seed)  # draws the training windows
-        self.batches = batches or read_data(cfg, meta, "train", device).random(self.windows)
+        self.batches = batches or read_data(cfg, meta, "train", device).random(self.windows, RANK, RANKS)
         self.val = val
         self.iter_num, self.seconds, self.log = 0, 0.0, []
         self.is_new = True  # until its first checkpoint
@@ -248,7 +326,7 @@ class Run:
 
     @property
     def tokens_per_step(self):
-        return self.val.positions * self.cfg.grad_accum
+        return self.val.positions * self.cfg.grad_accum * RANKS
 
     def count_step(self):
         """The clock starts after the first step of this process, which may compile."""
@@ -276,7 +354,11 @@ class Run:
                 f"Start again with a lower --lr; what {self.cfg.out_dir} holds is as it was.")
 
     def save(self):
-        """Write ckpt.pt and log.jsonl. What another run left there is kept, as ckpt.old.pt."""
+        """Write ckpt.pt and log.jsonl. What another run left there is kept, as ckpt.old.pt. All ranks
+        must call it."""
+        random, *others = of_all_ranks(self.random_states())
+        if RANK > 0:
+            return
         self.stop_if_diverged(sum(p.detach().sum() for p in self.model.parameters()).item())
         path = Path(self.cfg.out_dir) / "ckpt.pt"
         if self.is_new and path.exists():
@@ -286,8 +368,8 @@ class Run:
         with replacing(path) as file:
             torch.save({**self.model.to_checkpoint(), "meta": self.meta,
                         "train_config": asdict(self.cfg), "iter_num": self.iter_num,
-                        "seconds": self.seconds, "log": self.log, "random": self.random_states(),
-                        "optimizer": self.optimizer.state_dict(),
+                        "seconds": self.seconds, "log": self.log, "random": random,
+                        "random_of_others": others, "optimizer": self.optimizer.state_dict(),
                         "scaler": self.scaler.state_dict()}, file)
         with replacing(path.with_name("log.jsonl")) as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in self.log)
@@ -303,10 +385,14 @@ class Run:
         if ckpt["scaler"]:
             self.scaler.load_state_dict(ckpt["scaler"])
         self.iter_num, self.seconds, self.log = ckpt["iter_num"], ckpt["seconds"], ckpt["log"]
-        self.windows.set_state(ckpt["random"]["windows"])
-        torch.set_rng_state(ckpt["random"]["cpu"])
-        if self.device.type != "cpu" and self.device.type in ckpt["random"]:
-            getattr(torch, self.device.type).set_rng_state(ckpt["random"][self.device.type])
+        states = [ckpt["random"], *ckpt.get("random_of_others", [])]
+        if len(states) != RANKS:
+            raise BadInput(f"--resume goes on with as many processes as before, {len(states)}, not {RANKS}; "
+                           "see torchrun's --nproc_per_node.")
+        self.windows.set_state(states[RANK]["windows"])
+        torch.set_rng_state(states[RANK]["cpu"])
+        if self.device.type != "cpu" and self.device.type in states[RANK]:
+            getattr(torch, self.device.type).set_rng_state(states[RANK][self.device.type])
 
     def random_states(self):
         """The generators: the windows', and those of dropout and joint_share, the device's too."""
@@ -352,8 +438,10 @@ def new_run(cfg, given):
     if cfg.draft_vocab and not model.head.draft_ids.any():  # not those of --init_from
         choose_drafts(model, cfg, meta)
     run = Run(cfg, model, meta, device, val=read_data(cfg, meta, "val", device))
-    if cfg.dtype == "auto" and device.type == "cpu":
+    if cfg.dtype == "auto" and device.type == "cpu" and RANKS == 1:  # one trial for all
         run = Run(replace(cfg, dtype=faster_dtype(run)), model, meta, device, val=run.val)
+    if RANK > 0:
+        torch.manual_seed(cfg.seed + RANK)  # dropout and joint_share of its own
     return run
 
 
@@ -548,16 +636,23 @@ def main():
     given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if f.name in args}
     cfg = replace(PRESETS[args.preset], **given)
     torch.set_flush_denormal(True)  # x86 is slow at numbers below 1e-38, as of a lost component
-    with locked(cfg.out_dir):
-        check_writable(Path(cfg.out_dir) / "ckpt.pt")  # which may be a link to another disk
-        run = resumed_run(cfg.out_dir, given) if args.resume else new_run(cfg, given)
+    with locked(cfg.out_dir) if RANK == 0 else nullcontext(), peers(cfg.out_dir):
+        with rank_0_first():
+            if RANK == 0:
+                check_writable(Path(cfg.out_dir) / "ckpt.pt")  # which may be a link to another disk
+            run = resumed_run(cfg.out_dir, given) if args.resume else new_run(cfg, given)
+        check_same_start(run)
         first = run.iter_num
         print(describe(run))
         train(run)
         if run.progress < 1:
-            print(f"\nstopped after step {run.iter_num}, which is saved; to go on: "
-                  f"python train.py --resume --out_dir {cfg.out_dir}", file=sys.stderr)
+            if RANK == 0:
+                python = "python" if RANKS == 1 else f"torchrun --standalone --nproc_per_node={RANKS}"
+                print(f"\nstopped after step {run.iter_num}, which is saved; to go on: "
+                      f"{python} train.py --resume --out_dir {cfg.out_dir}", file=sys.stderr)
             sys.exit(130)
+    if RANK > 0:
+        return
     for line in [line for line in run.log if "val" in line][-1:]:
         report(line["val"], run.meta)
     if run.iter_num == first:
