@@ -228,8 +228,8 @@ def generate_speculative_batch(model, prompts, max_new_tokens, *, samplers=None,
     """
     if model.head is None:
         raise BadInput("n_future = 1: there is no head to draft from; use generate_cached_batch")
-    if model.head.whole_text:
-        raise BadInput(f"the layers of head {model.config.head} have a cache with one length for "
+    if model.head.reads_trunk:
+        raise BadInput(f"head {model.config.head} reads the trunk through a cache with one length for "
                        "all rows; decode one text at a time")
     batch = Batch(model, prompts, max_new_tokens, samplers, stop_token, stats,
                   model.config.n_future)
