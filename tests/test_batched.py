@@ -231,7 +231,7 @@ def test_bad_calls_are_refused():
         generate_cached_batch(model, [[1], [2]], 3, samplers=Coupled(0))
     with pytest.raises(BadInput, match="n_future = 1"):
         generate_speculative_batch(tiny_model(n_future=1), [[1]], 3)
-    with pytest.raises(BadInput, match="layers of head gloeckle"):
+    with pytest.raises(BadInput, match="head gloeckle reads the trunk"):
         generate_speculative_batch(tiny_model(head="gloeckle", target="lm_head"), [[1]], 3)
     with pytest.raises(BadInput, match="eval"):
         generate_cached_batch(tiny_model().train(), [[1]], 3)
@@ -244,7 +244,7 @@ def test_bad_calls_are_refused():
         generate_cached_batch(model, [[1]], 3)
 
 
-@pytest.mark.parametrize("head", [head for head in HEADS if not HEADS[head].whole_text])
+@pytest.mark.parametrize("head", [head for head in HEADS if not HEADS[head].reads_trunk])
 def test_both_decoders_are_measured_alike(head, monkeypatch):
     """By a clock that makes each plain round take 4 s and each speculative one 2 s, but for the first round, which does
     not count; and the greedy texts agree."""
