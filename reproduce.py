@@ -329,6 +329,16 @@ def draft_length(scale):
             yield Cell((head, r, policy), (bench,))
 
 
+def batches(scale):
+    """Several texts at once."""
+    flags = {name: value for name, value in scale.bench.items() if name != "max_new_tokens"}
+    sizes = [1, 4, 16]
+    for text, head, r in (("toy", "cp", 1), ("toy", "cp", 8), ("stories", "chain", 4)):
+        bench = Bench((large(scale, text, head=head, rank=r),), flags | dict(batch_sizes=sizes), script="batched.py")
+        for B in sizes:
+            yield Cell((text, head, r, B), (bench,))
+
+
 def decoders(scale):
     """Other decoders on the same weights."""
     if not scale.elsewhere:
@@ -406,6 +416,15 @@ def of_decoder(key, temperature=None, mode=None):
         own, kind = (mode, "all") if mode else labels
         row = row_of(found, run, labels[-1] if temperature is None else temperature, own)
         row = row if kind == "all" else row["kinds"][kind]
+        return (row[key], *row["speedup_range"]) if key == "speedup" else row[key]
+    return column
+
+
+def of_batch(key, temperature):
+    """Of the batch size that the last label names; of a speed-up, also the extremes of the rounds."""
+    def column(found, run, against, labels):
+        row = next(row for row in found[run.name]["bench"]["rows"]
+                   if row["batch_size"] == labels[-1] and row["temperature"] == temperature)
         return (row[key], *row["speedup_range"]) if key == "speedup" else row[key]
     return column
 
@@ -491,6 +510,11 @@ EXPERIMENTS = {
         | {"3-grams that repeat, 0": (of_policy("repetition", 0.0), 2),
            "as plain decoding, 0": (of_policy("agreement", 0.0), 2)},
         (Panel("policy", "speed-up, 0", "head"), Panel("policy", "speed-up, 1", "head"))),
+    "batches": Experiment(
+        "Several texts at once", batches, ("text", "head", "r", "texts"),
+        {f"{name}, {t}": (of_batch(key, float(t)), digits) for t in (0, 1) for name, key, digits in
+         (("plain, tokens/s", "plain", 0), ("tok/step", "tokens_per_step", 2), ("speed-up", "speedup", 2))},
+        (Panel("texts", "speed-up, 0", "head"), Panel("texts", "speed-up, 1", "head"))),
     "decoders": Experiment(
         "Beside other decoders", decoders, ("text", "head", "r", "temperature"),
         {"ours, plain, tokens/s": (of_decoder("tokens_per_second", mode="plain"), 0),
@@ -632,7 +656,7 @@ class Bench:
         bench = json.loads(place.script(self.name, self.spec["script"], flags).splitlines()[-1])
         del bench["card"]["out_dir"]
         for row in bench["rows"]:  # "speculative, OUT_DIR"
-            row["mode"] = row["mode"].replace(f"{place.work}{os.sep}", "")
+            row["mode"] = row.get("mode", "").replace(f"{place.work}{os.sep}", "")
         return {"bench": bench}
 
 
