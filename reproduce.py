@@ -258,8 +258,9 @@ def nanogpt(scale):
     if not scale.elsewhere:
         return
     flags = dict(freeze_trunk=True, head="chain", n_future=8, rank=1, **CPU)
-    for shape, out in (("4 x 128, block 64", "out-shakespeare-char"), ("6 x 384, block 256", "out-shakespeare-char-6x384")):
-        run = Training("nanogpt", flags | {"init_from": f"{out}/ckpt.pt"}, {"out": out})
+    for shape, out, steps in (("4 x 128, block 64", "out-shakespeare-char", 2000),
+                              ("6 x 384, block 256", "out-shakespeare-char-6x384", 400)):
+        run = Training("nanogpt", flags | {"init_from": f"{out}/ckpt.pt", "max_iters": steps}, {"out": out})
         yield Cell((shape,), tuple(Bench((run,), dict(rounds=5, max_new_tokens=48, device="cpu"), nth + 1) for nth in range(scale.repeats)))
 
 
