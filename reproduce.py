@@ -192,12 +192,6 @@ def overheads(scale):
                 yield Cell((V, n, r), (costs,))
 
 
-def joint_share(scale):
-    flags = scale.large["toy"] | {"max_iters": scale.base["max_iters"], "seed": scale.seeds[0]}
-    for share in (1.0, 0.25, 0.125, 0.0625):
-        yield Cell((share,), (Training("toy", flags | {"joint_share": share}, {"share": share}),))
-
-
 def sizes(scale):
     n = scale.futures[-1]
     for n_layer, n_embd in scale.sizes:
@@ -306,7 +300,7 @@ def side_by_side(scale):
         for head, r in heads:
             yield Cell((text, "steps", label(head, r)), scale.training(scale.seeds[:1], head=head, rank=r, **flags))
     if scale.elsewhere:
-        heads = [("recurrent", 1), ("chain", 1), ("cp", 1), ("cp", 4), ("medusa", 1), ("hmm", 4), ("tree", 4)]
+        heads = [("recurrent", 1), ("chain", 1), ("cp", 1), ("cp", 4), ("medusa", 1)]
         trainings = [on_smollm2(head=head, n_future=6, rank=r, teacher="kl") for head, r in heads]
         bench = Bench(tuple(trainings), dict(rounds=5, max_new_tokens=12, threads=2))
         for (head, r), training in zip(heads, trainings):
@@ -562,10 +556,6 @@ EXPERIMENTS = {
          "MiB at the peak": (of_costs("bytes", 2**20), 0)},
         (Panel("r", "step / step without a head", "n", (("V", 4096),)),
          Panel("r", "MiB at the peak", "n", (("V", 4096),)))),
-    "joint_share": Experiment(
-        "A share of the positions", joint_share, ("share",),
-        {"joint": (val("joint"), 3), "next token": (val("next"), 3), "seconds": (of_run("seconds"), 0)},
-        (Panel("seconds", "joint", "share"),)),
     "sizes": Experiment(
         "Sizes of the trunk, and along the training", sizes, ("layers x width", "r"),
         {**LOSSES, "gain after a quarter of the run": (gain("joint", 0.25), 3),
