@@ -262,8 +262,8 @@ def onednn(enabled):
 def stop_signals(patient=False):
     """A list that is empty until Ctrl-C, SIGTERM or SIGHUP, and then holds the signal's number.
 
-    A second Ctrl-C interrupts as usual, unless patient: torchrun passes on the one that the terminal
-    has sent already. A second one of the others changes nothing: a terminal that closes may send
+    A second Ctrl-C interrupts as usual, unless patient: torchrun passes on what the terminal has
+    sent already. A second one of the others changes nothing: a terminal that closes may send
     SIGHUP twice. Off the main thread, Python allows no handlers: it stays empty.
     """
     caught, before = [], {}
@@ -405,7 +405,7 @@ class Batches:
     """
 
     def random(self, generator, rank=0, ranks=1):
-        """Batches at random places, for ever: of every `ranks` batches that there are for one process,
+        """Batches at random places, for ever: of every `ranks` batches that one process would get,
         the one of this rank."""
         while True:
             starts = torch.randint(self.n_starts, (ranks, self.batch_size), generator=generator)

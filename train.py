@@ -4,7 +4,7 @@
     python train.py                       real text on a CPU: the preset laptop
     python train.py --preset tinystories  one GPU, a model of the paper's size
     python train.py --preset toy --resume go on after an interruption, as if there had been none
-    torchrun --standalone --nproc_per_node=2 train.py ...    two processes, each with its own batches
+    torchrun --standalone --nproc_per_node=2 train.py ...   two processes, each with its batches
 
 Every field of TrainConfig is a flag (--rank 4, --n_embd 128, --no-bias). Writes out_dir/ckpt.pt,
 which holds all that sample.py, bench_speculative.py and --resume need, and with it
@@ -199,7 +199,7 @@ RANK, RANKS, LOCAL_RANK = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.
 
 @contextmanager
 def rank_0_first():
-    """Run a block on rank 0, then on the others: what is wrong ends the run in one line, not in RANKS."""
+    """Run a block on rank 0, then on the others: what is wrong is said once, and not RANKS times."""
     if RANK == 0:
         yield
     if RANKS > 1:
@@ -213,7 +213,7 @@ def rank_0_first():
 
 
 def average_gradients(model):
-    """Every gradient becomes its mean over the ranks. Torch's DistributedDataParallel would not do it:
+    """Every gradient becomes its mean over the ranks. Torch's DistributedDataParallel would not do:
     it sees calls of forward, and training calls GPT.loss."""
     if RANKS > 1:
         grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -223,7 +223,7 @@ def average_gradients(model):
 
 
 def agree(seconds, signals):
-    """The seconds of the slowest rank, and whether any has got a signal: all end at the same step."""
+    """The most seconds of any rank, and whether any has got a signal: all end at the same step."""
     both = torch.tensor([seconds, len(signals)], dtype=torch.float64)
     if RANKS > 1:
         dist.all_reduce(both, dist.ReduceOp.MAX)
@@ -239,11 +239,11 @@ def of_all_ranks(x):
 
 
 def check_same_start(run):
-    """BadInput unless all ranks begin with one model: they compute its weights or read them, each for
-    itself, and from then on take the same steps."""
+    """BadInput unless all ranks begin with one model: each computes its weights or reads them for
+    itself, and takes the same steps from then on."""
     start = [run.iter_num, *(p.detach().double().sum().item() for p in run.model.parameters())]
     if any(other != start for other in of_all_ranks(start)):
-        raise BadInput("The processes begin with different weights: give all of them the same files.")
+        raise BadInput("The processes begin with different weights; give them all the same files.")
 
 
 @contextmanager
@@ -312,7 +312,8 @@ class Run:
         self.optimizer = build_optimizer(model, cfg, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.windows = torch.Generator().manual_seed(cfg.seed)  # draws the training windows
-        self.batches = batches or read_data(cfg, meta, "train", device).random(self.windows, RANK, RANKS)
+        self.batches = batches or read_data(cfg, meta, "train", device).random(
+            self.windows, RANK, RANKS)
         self.val = val
         self.iter_num, self.seconds, self.log = 0, 0.0, []
         self.is_new = True  # until its first checkpoint
@@ -354,8 +355,10 @@ class Run:
                 f"Start again with a lower --lr; what {self.cfg.out_dir} holds is as it was.")
 
     def save(self):
-        """Write ckpt.pt and log.jsonl. What another run left there is kept, as ckpt.old.pt. All ranks
-        must call it."""
+        """Write ckpt.pt and log.jsonl. What another run left there is kept, as ckpt.old.pt.
+
+        All ranks must call it.
+        """
         random, *others = of_all_ranks(self.random_states())
         if RANK > 0:
             return
@@ -387,8 +390,8 @@ class Run:
         self.iter_num, self.seconds, self.log = ckpt["iter_num"], ckpt["seconds"], ckpt["log"]
         states = [ckpt["random"], *ckpt.get("random_of_others", [])]
         if len(states) != RANKS:
-            raise BadInput(f"--resume goes on with as many processes as before, {len(states)}, not {RANKS}; "
-                           "see torchrun's --nproc_per_node.")
+            raise BadInput(f"--resume goes on with as many processes as before, {len(states)}, not "
+                           f"{RANKS}; see torchrun's --nproc_per_node.")
         self.windows.set_state(states[RANK]["windows"])
         torch.set_rng_state(states[RANK]["cpu"])
         if self.device.type != "cpu" and self.device.type in states[RANK]:
@@ -647,9 +650,9 @@ def main():
         train(run)
         if run.progress < 1:
             if RANK == 0:
-                python = "python" if RANKS == 1 else f"torchrun --standalone --nproc_per_node={RANKS}"
+                ranks = f"torchrun --standalone --nproc_per_node={RANKS}"
                 print(f"\nstopped after step {run.iter_num}, which is saved; to go on: "
-                      f"{python} train.py --resume --out_dir {cfg.out_dir}", file=sys.stderr)
+                      f"{'python' if RANKS == 1 else ranks} train.py --resume --out_dir {cfg.out_dir}", file=sys.stderr)
             sys.exit(130)
     if RANK > 0:
         return

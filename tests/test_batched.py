@@ -67,7 +67,8 @@ def test_a_row_does_not_depend_on_the_others(decoder, seed):
     def samplers(order):
         return [Sampling(**options[i], generator=torch.Generator().manual_seed(i)) for i in order]
 
-    expected = [list(single(model, prompt, 30, sampler=sampler)) for prompt, sampler in zip(prompts, samplers(range(6)))]
+    expected = [list(single(model, prompt, 30, sampler=sampler))
+                for prompt, sampler in zip(prompts, samplers(range(6)))]
     for order in ([0, 1, 2, 3, 4, 5], [5, 2, 0], [3], [1, 4, 3, 0, 2]):
         texts = decoder(model, [prompts[i] for i in order], 30, samplers=samplers(order))
         assert texts == [expected[i] for i in order]
@@ -81,7 +82,8 @@ def test_attention_meets_nothing_stale(decoder, seed, monkeypatch):
     """NaN in all that is in the cache after a row's length, drafts that were rolled back, padding, and the rest of a
     window that moved, changes nothing, where even weight 0 would give NaN."""
     model, stale = a_model(seed), []
-    prompts, hidden_of_rows, put = some_prompts(seed, model.config.block_size), batched.hidden_of_rows, batched.RowCache.put
+    prompts, hidden_of_rows = some_prompts(seed, model.config.block_size), batched.hidden_of_rows
+    put = batched.RowCache.put
     expected = greedy(model, prompts, 40)
 
     def spoil(cache, row):
