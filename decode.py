@@ -327,8 +327,8 @@ def check_call(model, prompt):
     n_token = model.config.n_token
     is_list = isinstance(prompt, (list, tuple)) and len(prompt)
     if not is_list or not all(isinstance(x, int) and 0 <= x < n_token for x in prompt):
-        raise BadInput(f"a prompt must be a non-empty list of ids below {n_token}; batched.py takes "
-                       "a list of prompts")
+        raise BadInput(f"a prompt must be a non-empty list of ids below {n_token}; batched.py "
+                       "takes a list of prompts")
 
 
 def until_end(new, left, stop_token):

@@ -199,7 +199,7 @@ RANK, RANKS, LOCAL_RANK = (int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.
 
 @contextmanager
 def rank_0_first():
-    """Run a block on rank 0, then on the others: what is wrong is said once, and not RANKS times."""
+    """Run a block on rank 0, then on the others: what is wrong is said once, not RANKS times."""
     if RANK == 0:
         yield
     if RANKS > 1:
@@ -652,7 +652,8 @@ def main():
             if RANK == 0:
                 ranks = f"torchrun --standalone --nproc_per_node={RANKS}"
                 print(f"\nstopped after step {run.iter_num}, which is saved; to go on: "
-                      f"{'python' if RANKS == 1 else ranks} train.py --resume --out_dir {cfg.out_dir}", file=sys.stderr)
+                      f"{'python' if RANKS == 1 else ranks} train.py --resume "
+                      f"--out_dir {cfg.out_dir}", file=sys.stderr)
             sys.exit(130)
     if RANK > 0:
         return
