@@ -245,6 +245,8 @@ def smollm2_speed(scale):
         yield Cell(("speculative", kind), (bench,))
     for mode in ("transformers", "transformers_prompt_lookup"):
         yield Cell((mode, "all"), (bench,))
+    exact = Bench((run,), dict(rounds=5, max_new_tokens=8, threads=2, dtype="float32"))
+    yield Cell(("speculative, float32", "all"), (exact,))
 
 
 def nanogpt(scale):
@@ -408,7 +410,7 @@ def of_decoder(key, temperature=None, mode=None):
     """Of a mode and a kind of prompts, which labels tell, or of a mode at a temperature that they
     tell. Of a speed-up, also the extremes of the rounds."""
     def column(found, run, against, labels):
-        own, kind = (mode, "all") if mode else labels
+        own, kind = (mode, "all") if mode else (labels[0].split(",")[0], labels[1])
         row = row_of(found, run, labels[-1] if temperature is None else temperature, own)
         row = row if kind == "all" else row["kinds"][kind]
         return (row[key], *row["speedup_range"]) if key == "speedup" else row[key]
@@ -629,6 +631,7 @@ class Bench:
         self.trainings, self.training, self.needs = trainings, trainings[0], list(trainings)
         self.text = self.training.text
         self.name = f"{script.split('_')[0]}-{self.training.name}" + f"-and{len(trainings) - 1}" * (len(trainings) > 1)
+        self.name += "-peers" * flags.get("peers", False) + (f"-{flags['dtype']}" if "dtype" in flags else "")
         self.spec = {"script": script, "flags": flags, "training": self.training.spec}
         if len(trainings) > 1:
             self.spec["beside"] = [training.spec for training in trainings[1:]]
