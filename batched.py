@@ -77,10 +77,7 @@ def hidden_of_rows(model, x, cache):
     """
     trunk, last, places = model.transformer, model.config.block_size - 1, cache.begin()
     h = trunk.wte(x) + trunk.wpe(places.clamp_max(last))  # padding may be after the last place
-    mask = visible(places, max(cache.length) + cache.width)
-    for layer, block in enumerate(trunk.h):
-        h = block(h, layer, cache, mask)
-    return trunk.ln_f(h)
+    return model.through_blocks(h, cache, visible(places, max(cache.length) + cache.width))
 
 
 def visible(places, n):
@@ -214,7 +211,7 @@ def generate_cached_batch(model, prompts, max_new_tokens, *, samplers=None, stop
     """Plain decoding of B prompts, lists of ids, one token of each per forward pass: -> B texts.
 
     samplers: one that all rows draw from in turn, or a list of B; with a generator of its own, a
-    row's text does not depend on the others. stop_token: the id that ends a text, and is in it.
+    row's text depends on the others by rounding alone. stop_token: the id that ends a text, and is in it.
     stats: a Stats to count in; a step counts once for each row. BadInput as in `stream`.
     """
     batch = Batch(model, prompts, max_new_tokens, samplers, stop_token, stats, 1)
@@ -229,8 +226,8 @@ def generate_speculative_batch(model, prompts, max_new_tokens, *, samplers=None,
     if model.head is None:
         raise BadInput("n_future = 1: there is no head to draft from; use generate_cached_batch")
     if model.head.reads_trunk:
-        raise BadInput(f"head {model.config.head} reads the trunk through a cache with one length for "
-                       "all rows; decode one text at a time")
+        raise BadInput(f"head {model.config.head} reads the trunk through a cache with one length "
+                       "for all rows; decode one text at a time")
     batch = Batch(model, prompts, max_new_tokens, samplers, stop_token, stats,
                   model.config.n_future)
     return batch.write(speculative_step)

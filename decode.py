@@ -361,7 +361,7 @@ def cached_blocks(model, tokens, sampler):
 
 
 def speculative_blocks(model, tokens, sampler, lap, drafter=None):
-    model = model.head.carrier(model) if model.head.carrier else model
+    model = model.head.carrier(model)
     cache, block_size = model.new_cache(), model.config.block_size
     lap("rest")
     hidden = model.hidden(window_ids(tokens, model), cache)[0]

@@ -98,7 +98,9 @@ def collect(model, prompts, n_tokens, sampler, stop_token=None):
     """
     if model.head is None:
         raise BadInput("n_future = 1: there is no head to draft from")
-    model = model.head.carrier(model) if model.head.carrier else model
+    if not getattr(model.head, "quadratic", True):
+        raise BadInput("linear decoding has no masks after every token to learn from")
+    model = model.head.carrier(model)
     n, states, labels = model.config.n_future, [], []
     for prompt in prompts:
         cache = model.new_cache()
@@ -209,7 +211,7 @@ def parse_args():
     one("--rounds", type=count, default=5, help="interleaved rounds (5)")
     one("--max_new_tokens", type=number(int, 2), default=64, help="tokens per prompt (64)")
     one("--fit_texts", type=count, default=8, help="texts per prompt that CLP learns from (8)")
-    one("--threads", type=count, default=1, help="CPU threads (1)")
+    one("--threads", type=number(int, 1, 1024), default=1, help="CPU threads (1)")
     return parser.parse_args()
 
 

@@ -108,9 +108,9 @@ class MaskHead(CPHead):
     z_j is the state of the j-th mask after token t, at the place t + j. A mask sees the tokens up
     to t, and the masks before it in its group; nothing else sees it. At masks alone, the trunk's
     linear layers are y = W x + B A x, of rank r (--rank; there is one component), which leaves the
-    states of tokens as they are, to the bit. B starts at 0. z_j also learns to be the state that
-    predicts the same token: (z_j - e_{t+j})^2 has the weight of the joint. norm, a LayerNorm
-    without weights, is not in the paper.
+    states of tokens as they are, to the bit in a pass of the same shape. B starts at 0. z_j also
+    learns to be the state that predicts the same token: (z_j - e_{t+j})^2 has the weight of the
+    joint. norm, a LayerNorm without weights, is not in the paper.
 
     quadratic: a step of decoding feeds masks after every token; else after the last one alone, and
     the step after a rejection drafts nothing. BadInput for the target "marginal". The trunk must be
@@ -167,9 +167,7 @@ class MaskHead(CPHead):
         masks = F.pad(torch.block_diag(*G * [group]), (0, 0, T, 0)).bool()  # (T + G m, G m), masks
         seen = torch.cat((tokens, masks.expand(B, -1, -1)), dim=-1).unsqueeze(1)
         with self.lora(model, T):
-            for layer, block in enumerate(model.transformer.h):
-                x = block(x, layer, cache, seen)
-        x = model.transformer.ln_f(x)
+            x = model.through_blocks(x, cache, seen)
         return x[:, :T], x[:, T:].unflatten(1, (G, m))
 
     def see(self, e, cache=None):

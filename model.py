@@ -107,8 +107,8 @@ class KVCache:
 
 
 def causal_mask(x, past):
-    """A token of x (B, T, C) sees the past and the new ones up to itself: 0, else -inf. (T, past + T),
-    or None where is_causal says the same, or there is nothing to hide."""
+    """A token of x (B, T, C) sees the past and the new ones up to itself: 0, else -inf, (T, past + T).
+    None where is_causal says the same, or where there is nothing to hide."""
     T = x.size(1)
     if not past or T == 1:
         return None
@@ -191,7 +191,7 @@ class CPHead(nn.Module):
     sees_drafts = False  # whether P_a^(s) depends on the tokens between t and t + s
     reads_trunk = False  # whether `see` needs more of the trunk than some of its last states
     extends, added = None, ()  # the head that a trained one can become this by adding parameters
-    text = carrier = None  # what takes a head's own positions through the trunk: see masks.py
+    text = None  # the cache in which GPT.loss lets a head's own positions through: see masks.py
 
     def __init__(self, config):
         super().__init__()
@@ -207,6 +207,11 @@ class CPHead(nn.Module):
         """M_a^(s) (n, r, C, C): the identity and noise."""
         C = config.n_embd
         return torch.eye(C) + 0.02 * torch.randn(config.n_future, config.rank, C, C)
+
+    @staticmethod
+    def carrier(model):
+        """The model that decodes with this head: another one if its passes carry more than tokens."""
+        return model
 
     def attach(self, model):
         """The head, put on a GPT. For heads that look into its trunk."""
@@ -556,11 +561,15 @@ class GPT(nn.Module):
             raise ValueError(f"{past + T} tokens do not fit block_size {self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[past : past + T]
         x = self.transformer.drop(x) if self.training else x
-        mask = causal_mask(x, past)
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, layer, cache, mask)
+        x = self.through_blocks(x, cache, causal_mask(x, past))
         if cache is not None:
             cache.length = past + T
+        return x
+
+    def through_blocks(self, x, cache, mask):
+        """Embedded tokens x (B, T, C) through all blocks and the final norm."""
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, layer, cache, mask)
         return self.transformer.ln_f(x)
 
     def target_logits(self, e):
@@ -584,7 +593,8 @@ class GPT(nn.Module):
 
         idx (B, T); gold (B, T, n): gold[b, t, s - 1] is the token s places after idx[b, t].
             target "marginal": joint + balance_weight * balance
-            target "lm_head":  next + joint_weight * joint + balance_weight * balance
+            target "lm_head":  next + joint_weight * joint + balance_weight * balance (and a loss of
+                               the head's own beside joint, if it has one: see masks.py)
         joint_share < 1: the joint sees that share of the positions, drawn anew every time, at that
         share of its cost. The loss stays unbiased, and neighbouring windows share n - 1 of their
         tokens anyway.
@@ -613,8 +623,8 @@ class GPT(nn.Module):
 
         if self.config.target == "lm_head":
             next_loss = -gold_log_prob(e, W, gold[:, 0], len(e)).mean()
-            joint_all = joint_loss + (text.loss if text else 0.0)  # a head may have a loss of its own
-            loss = next_loss + joint_weight * joint_all + balance_weight * balance
+            own = 0.0 if text is None else text.loss
+            loss = next_loss + joint_weight * (joint_loss + own) + balance_weight * balance
         else:
             next_loss = offset[0]
             loss = joint_loss + balance_weight * balance

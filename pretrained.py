@@ -33,7 +33,8 @@ from common import (ArgumentParser, Batches, any_path, any_seed, bfloat16_is_fas
                     import_transformers, locked, number, pick_device, progress_bar, replacing,
                     run_script)
 from decode import categorical
-from model import GPT, HEAD_FIELDS, HEADS, NO_PLACE, BadInput, GPTConfig, balance_loss, widen
+from model import (GPT, HEAD_FIELDS, HEADS, NO_PLACE, BadInput, CPHead, GPTConfig, balance_loss,
+                   widen)
 from prompts import FRAMES, HELD_OUT, SHARES, read_prompts
 
 # -----------------------------------------------------------------------------
@@ -238,7 +239,7 @@ class Pretrained(GPT):
         real, place = gold.clamp_min(0), self.head.places(gold)
         log_q = self.head.log_conditionals(e, real, W)  # (B, n - 1, K)
         with torch.no_grad():
-            log_p = self.head.unembed(states[:, 1:], W) - log_z[:, 1:, None]  # (B, n - 1, K)
+            log_p = CPHead.unembed(self.head, states[:, 1:], W) - log_z[:, 1:, None]  # (B, n - 1, K)
         # an offset counts within the text, and where the tokens before it could be drafted
         drafted = F.pad((place[:, 1:-1] != NO_PLACE).cumprod(1), (1, 0), value=1)
         counts = drafted * (gold[:, 1:] >= 0)  # (B, n - 1)
@@ -250,7 +251,7 @@ class Pretrained(GPT):
         of_gold = log_q.gather(-1, is_gold).squeeze(-1) * (place[:, 1:] != NO_PLACE)  # (B, n - 1)
         # a later offset is reached less often, and weighs less
         loss = TEACHERS[self.teacher](log_p, log_q, of_gold)  # (B, n - 1)
-        if self.teacher == "nextlat":  # arXiv 2511.05963: the state that drafts is the trunk's next one
+        if self.teacher == "nextlat":  # arXiv 2511.05963: the drafting state is the trunk's next one
             h = self.head.vectors_along(e, real, W)[:, 1:, 0]  # (B, n - 1, C)
             loss = loss + F.smooth_l1_loss(h, states[:, 1:], reduction="none").mean(-1)
         weights = counts * 0.6 ** torch.arange(loss.size(1), dtype=loss.dtype, device=loss.device)
@@ -337,7 +338,8 @@ def loss_on_frozen_trunk(model, idx, gold, joint_weight=1.0, balance_weight=0.0,
     with torch.no_grad():
         hidden = model.hidden(idx)  # (B, T, C)
         log_z = widen(model.lm_head(hidden)).logsumexp(-1)  # (B, T)
-    windows = (hidden.unfold(1, n, 1).transpose(2, 3), gold[:, : gold.size(1) - n + 1], log_z.unfold(1, n, 1))
+    gold = gold[:, : gold.size(1) - n + 1]
+    windows = hidden.unfold(1, n, 1).transpose(2, 3), gold, log_z.unfold(1, n, 1)
     states, gold, log_z = (x.flatten(0, 1) for x in windows)  # (N, n, C), (N, n), (N, n)
     some = torch.randperm(len(gold), device=gold.device)[: math.ceil(joint_share * len(gold))]
     return Pretrained.loss(model, states[some], gold[some], log_z[some], joint_weight, balance_weight)

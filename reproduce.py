@@ -256,8 +256,9 @@ def nanogpt(scale):
     flags = dict(freeze_trunk=True, head="chain", n_future=8, rank=1, **CPU)
     for shape, out, steps in (("4 x 128, block 64", "out-shakespeare-char", 2000),
                               ("6 x 384, block 256", "out-shakespeare-char-6x384", 400)):
-        run = Training("nanogpt", flags | {"init_from": f"{out}/ckpt.pt", "max_iters": steps}, {"out": out})
-        yield Cell((shape,), tuple(Bench((run,), dict(rounds=5, max_new_tokens=48, device="cpu"), nth + 1) for nth in range(scale.repeats)))
+        own = flags | {"init_from": f"{out}/ckpt.pt", "max_iters": steps}
+        run, bench = Training("nanogpt", own, {"out": out}), dict(rounds=5, max_new_tokens=48, device="cpu")
+        yield Cell((shape,), tuple(Bench((run,), bench, nth + 1) for nth in range(scale.repeats)))
 
 
 def speedups(scale):
@@ -300,7 +301,8 @@ def side_by_side(scale):
                     if (training.spec["flags"].get("head", "cp"), training.spec["flags"]["rank"]) == (head, r)]
             yield Cell((text, "time", label(head, r)), tuple(runs))
         for head, r in heads if scale.repeats > 1 else ():  # for the smallest scale, they are too many
-            yield Cell((text, "steps", label(head, r)), scale.training(scale.seeds[:1], head=head, rank=r, **flags))
+            runs = scale.training(scale.seeds[:1], head=head, rank=r, **flags)
+            yield Cell((text, "steps", label(head, r)), runs)
     if scale.elsewhere:
         heads = [("recurrent", 1), ("chain", 1), ("cp", 1), ("cp", 4), ("medusa", 1)]
         trainings = [on_smollm2(head=head, n_future=6, rank=r, teacher="kl") for head, r in heads]
@@ -317,8 +319,8 @@ def draft_length(scale):
     flags = {name: value for name, value in scale.bench.items() if name != "max_new_tokens"}
     flags |= dict(lengths=[1, 3], thresholds=[0.1, 0.3], taus=[0.9])
     for head, r in (("cp", 1), ("cp", scale.headline), ("chain", 1), ("recurrent", 1)):
-        training, = scale.training(scale.seeds[:1], "time", scale.trunk(), n_future=scale.futures_of("stories"),
-                                   head=head, rank=r)
+        training, = scale.training(scale.seeds[:1], "time", scale.trunk(), head=head, rank=r,
+                                   n_future=scale.futures_of("stories"))
         bench = Bench((training,), flags, script="draft_length.py")
         for policy in POLICIES:
             if policy.startswith("fixed") and int(policy[-1]) >= training.spec["flags"]["n_future"] - 1:
@@ -331,7 +333,8 @@ def batches(scale):
     flags = {name: value for name, value in scale.bench.items() if name != "max_new_tokens"}
     sizes = [1, 4, 16]
     for text, head, r in (("toy", "cp", 1), ("toy", "cp", 8), ("stories", "chain", 4)):
-        bench = Bench((large(scale, text, head=head, rank=r),), flags | dict(batch_sizes=sizes), script="batched.py")
+        run = large(scale, text, head=head, rank=r)
+        bench = Bench((run,), flags | dict(batch_sizes=sizes), script="batched.py")
         for B in sizes:
             yield Cell((text, head, r, B), (bench,))
 
@@ -341,7 +344,8 @@ def decoders(scale):
     if not scale.elsewhere:
         return
     for text, head, r in (("toy", "cp", 8), ("stories", "chain", 4)):
-        bench = Bench((large(scale, text, head=head, rank=r),), dict(rounds=5, max_new_tokens=64, peers=True, threads=1))
+        run = large(scale, text, head=head, rank=r)
+        bench = Bench((run,), dict(rounds=5, max_new_tokens=64, peers=True, threads=1))
         for temperature in (0.0, 1.0):
             yield Cell((text, head, r, temperature), (bench,))
 
@@ -467,10 +471,12 @@ class Experiment:
 def specialists(cells, found):
     """A table of what components specialise on, in the first run of a cell in the middle."""
     run = cells[len(cells) // 2].runs[0]
-    lines = [f"What components specialise on ({run.name}): tokens, and the share of each that is the component's.\n",
+    lines = [f"What components specialise on ({run.name}): tokens, and the share of each that is the "
+             "component's.\n",
              "| component | tokens |", "|---|---|"]
     for a, tokens in enumerate(found[run.name]["components"], 1):
-        lines.append(f"| {a} | {', '.join(f'`{json.dumps(text)}` {share:.2f}' for text, share in tokens[:5])} |")
+        shares = ", ".join(f"`{json.dumps(text)}` {share:.2f}" for text, share in tokens[:5])
+        lines.append(f"| {a} | {shares} |")
     return "\n" + "\n".join(lines) + "\n"
 
 
@@ -510,7 +516,8 @@ EXPERIMENTS = {
     "batches": Experiment(
         "Several texts at once", batches, ("text", "head", "r", "texts"),
         {f"{name}, {t}": (of_batch(key, float(t)), digits) for t in (0, 1) for name, key, digits in
-         (("plain, tokens/s", "plain", 0), ("tok/step", "tokens_per_step", 2), ("speed-up", "speedup", 2))},
+         (("plain, tokens/s", "plain", 0), ("tok/step", "tokens_per_step", 2),
+          ("speed-up", "speedup", 2))},
         (Panel("texts", "speed-up, 0", "head"), Panel("texts", "speed-up, 1", "head"))),
     "decoders": Experiment(
         "Beside other decoders", decoders, ("text", "head", "r", "temperature"),
@@ -579,7 +586,8 @@ EXPERIMENTS = {
 # runs
 
 
-SHORT = {"n_future": "n", "rank": "r", "head": "", "target": "", "teacher": "", "preset": "", "max_iters": "steps",
+SHORT = {"n_future": "n", "rank": "r", "max_iters": "steps",
+         **dict.fromkeys(("head", "target", "teacher", "preset"), ""),
          "max_seconds": "seconds"}  # in names of runs
 
 
@@ -630,8 +638,9 @@ class Bench:
     def __init__(self, trainings, flags, nth=1, script="bench_speculative.py"):
         self.trainings, self.training, self.needs = trainings, trainings[0], list(trainings)
         self.text = self.training.text
-        self.name = f"{script.split('_')[0]}-{self.training.name}" + f"-and{len(trainings) - 1}" * (len(trainings) > 1)
-        self.name += "-peers" * flags.get("peers", False) + (f"-{flags['dtype']}" if "dtype" in flags else "")
+        kind, others = Path(script).stem.split("_")[0], len(trainings) - 1
+        parts = [f"and{others}"] * (others > 0) + ["peers"] * flags.get("peers", False)
+        self.name = "-".join([kind, self.training.name, *parts, *([flags["dtype"]] if "dtype" in flags else [])])
         self.spec = {"script": script, "flags": flags, "training": self.training.spec}
         if len(trainings) > 1:
             self.spec["beside"] = [training.spec for training in trainings[1:]]

@@ -228,7 +228,8 @@ def test_gradcheck_of_the_joint_loss(head):
     config = GPTConfig(vocab_size=4, n_embd=3, n_head=1, n_future=3, rank=2, head=head, target="lm_head")
     module = HEADS[head](config).double()
     gold, names = torch.randint(4, (5, 3)), [name for name, _ in module.named_parameters()]
-    module.forward = lambda e, W: module.log_joint(module.see(e), gold, W)  # what functional_call runs, on parameters that vary
+    # what functional_call runs, on parameters that vary
+    module.forward = lambda e, W: module.log_joint(module.see(e), gold, W)
 
     def loss(e, W, *params):
         return torch.func.functional_call(module, dict(zip(names, params)), (e, W)).sum()

@@ -77,8 +77,9 @@ class TrainConfig:
     joint_weight: float = flag(0.5, "weight of the joint loss if target is lm_head", amount)
     balance_weight: float = flag(0.05, "weight of the load-balancing loss", amount)
     joint_share: float = flag(0.25, "share of the positions that a step trains the joint on", share)
-    teacher: str = flag("text", "what a head on a frozen trunk learns from: the text alone, or the trunk's rows "
-                        "(kl; lk for acceptance; nextlat, of its states, too)", ("text", "kl", "lk", "nextlat"))
+    teacher: str = flag("text", "what a head on a frozen trunk learns from: the text alone, or the trunk's "
+                        "rows (kl; lk for acceptance; nextlat, its states, too)",
+                        ("text", "kl", "lk", "nextlat"))
     batch_size: int = flag(8, "windows per forward pass", count)
     grad_accum: int = flag(1, "forward passes per step", count)
     lr: float = flag(2e-3, "peak learning rate", amount)
@@ -252,7 +253,8 @@ def peers(out_dir):
     try:
         yield
     except RuntimeError as e:
-        if RANKS == 1 or not re.search("gloo|NCCL|peer", str(e)):
+        gone = "by peer|Connection (closed|reset)|ncclRemoteError|was aborted|[Tt]imed out"
+        if RANKS == 1 or not re.search(gone, str(e)):
             raise
         raise BadInput(f"Another process of this run has ended; what {out_dir} holds is whole, and "
                        "--resume goes on from there.") from None
@@ -417,17 +419,20 @@ def new_run(cfg, given):
     """A Run from its beginning. given: the flags that the user gave, as a dict."""
     torch.manual_seed(cfg.seed)
     device, meta = pick_device(cfg.device), read_meta(cfg.data_dir)
-    if cfg.freeze_trunk and cfg.n_future == 1:
+    frozen = cfg.freeze_trunk or "trunk" in meta
+    if RANKS > 1 and cfg.dtype == "auto" and device.type == "cpu":
+        cfg = replace(cfg, dtype="float32")  # a trial in each process may end differently
+    if frozen and cfg.n_future == 1:
         raise BadInput("--freeze_trunk trains the head alone, and n_future = 1 has none; take a "
                        "larger --n_future.")
     if cfg.fresh_head and not cfg.init_from:
         raise BadInput("--fresh_head leaves the head of a checkpoint out; name the checkpoint with "
                        "--init_from.")
-    if cfg.teacher != "text" and (not cfg.freeze_trunk or HEADS[cfg.head].reads_trunk):
-        raise BadInput(f"--teacher {cfg.teacher} lets a head learn from its trunk, which must not change: add "
-                       "--freeze_trunk, and take a head that reads its last states alone.")
-    if cfg.teacher == "nextlat" and cfg.rank > 1:
-        raise BadInput("--teacher nextlat is for one component, whose states are the trunk's: add --rank 1")
+    if cfg.teacher != "text" and (not frozen or cfg.target != "lm_head"
+                                  or HEADS[cfg.head].reads_trunk):
+        raise BadInput(f"--teacher {cfg.teacher} lets a head learn from its trunk's own rows: add "
+                       "--freeze_trunk and --target lm_head, and take a head that reads the trunk's "
+                       "last states alone.")
     if "trunk" in meta:
         import pretrained  # here, as it needs transformers
         cfg, model = pretrained.new_model(cfg, meta, device)
@@ -438,10 +443,19 @@ def new_run(cfg, given):
     # --init_from brings its own block_size, n_layer, ...: what is built is what gets saved
     built = {name: value for name, value in asdict(model.config).items() if hasattr(cfg, name)}
     cfg = replace(cfg, **built)
+    if cfg.teacher == "nextlat" and (model.head.rank > 1 or cfg.head == "full"):
+        raise BadInput("--teacher nextlat is for one component, whose states are the trunk's: add "
+                       "--rank 1, and take another --head than full")
+    if cfg.teacher != "text" and "trunk" not in meta and cfg.block_size < cfg.n_future:
+        raise BadInput(f"--teacher {cfg.teacher} needs a --block_size of at least n_future, "
+                       f"{cfg.n_future}")
+    if cfg.draft_vocab and not cfg.freeze_trunk:
+        raise BadInput("--draft_vocab keeps rows of the trunk's embedding, which must not change: add "
+                       "--freeze_trunk")
     if cfg.draft_vocab and not model.head.draft_ids.any():  # not those of --init_from
         choose_drafts(model, cfg, meta)
     run = Run(cfg, model, meta, device, val=read_data(cfg, meta, "val", device))
-    if cfg.dtype == "auto" and device.type == "cpu" and RANKS == 1:  # one trial for all
+    if cfg.dtype == "auto" and device.type == "cpu":
         run = Run(replace(cfg, dtype=faster_dtype(run)), model, meta, device, val=run.val)
     if RANK > 0:
         torch.manual_seed(cfg.seed + RANK)  # dropout and joint_share of its own
@@ -469,9 +483,6 @@ def faster_dtype(run):
 
 def choose_drafts(model, cfg, meta):
     """The head drafts the cfg.draft_vocab most frequent tokens of the training text alone."""
-    if not cfg.freeze_trunk:
-        raise BadInput("--draft_vocab keeps rows of the trunk's embedding, which must not change: add "
-                       "--freeze_trunk")
     counts = read_data(cfg, meta, "train", torch.device("cpu")).counts(model.config.n_token)
     ids = np.argsort(-counts, kind="stable")[: cfg.draft_vocab]
     model.head.choose_drafts(torch.from_numpy(ids.copy()), model.lm_head.weight.detach())
@@ -493,6 +504,8 @@ def resumed_run(out_dir, given):
         raise BadInput(f"{path} holds no state of training to go on from; --init_from {path} starts "
                        "a new run with its weights.")
     old = TrainConfig(**ckpt["train_config"])
+    if "trunk" not in ckpt["meta"] and "random_of_others" not in ckpt:
+        old = replace(old, teacher="text")  # an older train.py ignored it on a trunk of ours
     for name, value in given.items():
         if name not in CHANGEABLE and value != getattr(old, name):
             raise BadInput(f"--resume goes on with {name} = {getattr(old, name)}, not {value}; leave "

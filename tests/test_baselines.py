@@ -188,7 +188,7 @@ def test_layers_sees_the_trunks_layers():
     the recurrent head."""
     model = tiny_model(head="layers", target="lm_head", n_layer=4)
     idx = torch.randint(5, (2, 6))
-    hidden, outputs, x = model.hidden(idx), [], None
+    hidden, outputs = model.hidden(idx), []
     x = model.transformer.wte(idx) + model.transformer.wpe.weight[:6]
     for block in model.transformer.h:
         outputs.append(x := block(x))
@@ -200,7 +200,8 @@ def test_layers_sees_the_trunks_layers():
     torch.testing.assert_close(model.head.see(hidden), expected, rtol=0, atol=1e-12)
     model.hidden(idx[:1])
     torch.testing.assert_close(model.head.see(hidden[0, :4]), expected[0, :4], rtol=0, atol=1e-12)
-    fresh = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=2, n_head=2, n_embd=8, n_future=3, head="layers", target="lm_head"))
+    fresh = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=2, n_head=2, n_embd=8, n_future=3, head="layers",
+                          target="lm_head"))
     hidden = fresh.hidden(idx)
     assert torch.equal(fresh.head.see(hidden), hidden)
 

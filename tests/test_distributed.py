@@ -97,7 +97,7 @@ def test_two_ranks_are_one_process_that_accumulates_twice(home, monkeypatch):
     result = subprocess.run(command, cwd=home, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("step 8: validation") == result.stdout.count("wrote out/two/ckpt.pt") == 1
-    assert "Traceback" not in result.stderr and result.stderr.count("24/24") == 1
+    assert "Traceback" not in result.stderr and "24/24" in result.stderr
     monkeypatch.chdir(home)
     assert call("train", f"{SMALL} --grad_accum 2 --out_dir out/one") == (0, "")
     two, one = (torch.load(f"out/{name}/ckpt.pt", weights_only=True) for name in ("two", "one"))
@@ -125,7 +125,7 @@ def kill_and_interrupt():
     codes, lines = ended(ranks)
     reached = steps_of("out/broken/ckpt.pt")
     assert codes == [130, 130] and lines[0].startswith(f"stopped after step {reached}, which is saved"), lines
-    assert lines[1] == "" and reached > killed > 0
+    assert lines[1] in ("", "interrupted") and reached > killed > 0
 
     for args in ("--resume --out_dir out/broken", f"{FOR_EVER} --out_dir out/whole"):
         assert ended(start_ranks(f"{args} --max_iters {reached + 2}")) == ([0, 0], ANY)
@@ -198,6 +198,7 @@ def test_ranks_that_begin_with_other_weights_are_refused(home, monkeypatch):
 def test_only_a_rank_that_is_gone_gets_one_line(monkeypatch):
     """Another error keeps its traceback, and so does every one of a single process."""
     for ranks, words, kind in ((2, "Connection closed by peer", BadInput), (2, "shapes", RuntimeError),
+                               (2, "NCCL error: Duplicate GPU detected", RuntimeError),
                                (1, "Connection closed by peer", RuntimeError)):
         monkeypatch.setattr(trainer, "RANKS", ranks)
         with pytest.raises(kind), trainer.peers("out"):

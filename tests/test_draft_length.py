@@ -59,7 +59,7 @@ policies = pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("rank", [1, 2])
 def test_decoding_is_exact_whatever_chooses_the_length(policy, head, target, rank, monkeypatch):
     """Every path of the real decoder, to 1e-12, on random models; with those policies that look at something, steps
-    of all lengths occur."""
+    of more than one length occur."""
     seen = set()
     for seed in range(2):
         model = tiny_model(seed, vocab_size=2, n_future=4, n_layer=1, head=head, target=target, rank=rank)

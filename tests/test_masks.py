@@ -153,7 +153,7 @@ def test_states_of_tokens_are_the_trunks_to_the_bit():
 
 def test_it_is_a_joint_distribution_and_its_rows_are_the_conditionals():
     """Over all windows at V = 3, n = 3: the joint is the formula's, sums to 1, and the rows that drafts are drawn
-    from are its conditionals; also with a draft vocabulary."""
+    from are its conditionals."""
     model = mask_model(vocab_size=3)
     e, W = torch.randn(3, 8, dtype=torch.float64), model.lm_head.weight
     windows = torch.tensor(list(itertools.product(range(3), repeat=3)))
@@ -317,7 +317,7 @@ def test_greedy_and_coupled_texts_are_the_oracles(seed, quadratic):
 
 def test_quadratic_accepts_no_less_than_linear_from_an_equal_prefix():
     """Step by step over the same text: as much where linear decoding has masks, and no less where it has none; there
-    it is more at least once."""
+    it is more, more than 5 times."""
     equal, more = 0, 0
     for seed in range(8):
         steps = []
