@@ -154,7 +154,7 @@ def test_clp_drafts_what_promises_most_tokens_per_cost(cost):
     assert chosen == {4} if cost == 0 else chosen == {0} if cost > 1 else len(chosen) > 1
 
 
-@pytest.mark.parametrize("head", ["cp", "chain", "recurrent", "gloeckle"])
+@pytest.mark.parametrize("head", ["cp", "chain", "recurrent", "gloeckle", "layers"])
 @pytest.mark.parametrize("sampler", [Greedy, lambda: Coupled(5)], ids=["greedy", "sampled"])
 def test_labels_and_states_by_brute_force(head, sampler):
     """Each token of the text: the head's argmax drafts, one by one, beside the oracle's greedy continuation; and the

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import decode
 from decode import Coupled, Greedy, Sampling, Stats, generate, generate_speculative
+from draft_length import collect
 from masks import Carrier, Text
 from model import GPT, BadInput, GPTConfig
 
@@ -353,3 +354,15 @@ def test_bad_input():
     cfg = SimpleNamespace(head="mask", target="lm_head", init_from="", data_dir="data")
     with pytest.raises(BadInput, match="--head mask"):
         pretrained.new_model(cfg, {"trunk": {"name": "a model"}}, torch.device("cpu"))
+
+
+def test_the_states_that_clp_learns_from_are_those_of_each_prefix():
+    model, text = mask_model(block_size=16), [0, 1]
+    seen, _ = collect(model, [text], 6, Greedy())
+    text = text + list(generate(model, text, 6, sampler=Greedy()))
+    assert len(seen) == 6
+    for i, e in enumerate(seen):
+        close(e.view(3, -1), states(model, text[: 2 + i]))
+    model.head.quadratic = False
+    with pytest.raises(BadInput, match="no masks after every token"):
+        collect(model, [[0, 1]], 6, Greedy())
