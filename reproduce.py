@@ -96,7 +96,7 @@ SCALES = {
     "smoke": Scale(
         texts=dict.fromkeys(("stories", "toy"), dict(toy=True, stories=300)),
         base=TINY,
-        large=dict.fromkeys(("stories", "toy"), TINY | dict(n_future=2)),
+        large=dict(toy=TINY | dict(n_future=2)),
         seeds=(1,), ranks=(1, 2), headline=2, futures=(2,), seconds=0.1, trunk_iters=6,
         sizes=((1, 8),), bench=dict(rounds=5, max_new_tokens=4, threads=1, device="cpu"), repeats=1,
         costs=dict(n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=1, joint_share=1.0,
@@ -307,6 +307,8 @@ def batches(scale):
     """Several texts at once."""
     flags = scale.bench_of_all_lengths() | {"batch_sizes": [1, 4, 16]}
     for text, head, r in (("toy", "cp", 1), ("toy", "cp", 8), ("stories", "chain", 4)):
+        if text not in scale.large:
+            continue
         bench = Bench((large(scale, text, head=head, rank=r),), flags, script="batched.py")
         for B in flags["batch_sizes"]:
             yield Cell((text, label(head, r), B), (bench,))
