@@ -223,7 +223,8 @@ def test_documents_show_the_tables_that_the_results_give():
         table = reproduce.markdown(experiment, list(reproduce.rows_of(experiment, cells, found)))
         table += experiment.more(cells, found)
         assert (place.results / f"{name}.md").read_text(encoding="utf-8").endswith(table), name
-        assert table in document and f"results/laptop/{name}.png" in document, name
+        assert table in document, name
+        assert not experiment.panels or f"results/laptop/{name}.png" in document, name
 
 
 def tables_of(text):
