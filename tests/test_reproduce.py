@@ -235,7 +235,7 @@ def tables_of(text):
 def strangers(text, tables):
     """The decimals in the prose of a document that round no number of the tables."""
     numbers = [abs(float(x)) for x in re.findall(r"-?\d+(?:\.\d+)?", tables.replace("..", " "))]
-    no_prose = (r"```.*?```|`[^`]*`|\]\(\S*\)|\[\d{4}\.\d{5}\]|^    .*?$|^\|.*?$|"
+    no_prose = (r"```.*?```|`[^`]*`|\]\(\S*\)|\d{4}\.\d{5}|^    .*?$|^\|.*?$|"
                 r"(?:arXiv|torch|transformers)\s[\d.]+")
     prose = re.sub(no_prose, " ", text, flags=re.S | re.M).replace("..", " ")
     found = re.findall(r"(?<![\w.-])\d+\.\d+(?![\w.])", prose)
