@@ -297,6 +297,9 @@ def main():
     card = {"out_dir": args.out_dir, "hardware": hardware(model.device), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "max_new_tokens": args.max_new_tokens,
             "rounds": args.rounds, "seed": args.seed}
+    if model.head is None or model.head.reads_trunk:
+        raise BadInput(f"{args.out_dir} has no head that drafts for several texts at once; "
+                       "bench_speculative.py decodes one")
     print("tokens per second of all rows together\n"
           "batch temp     plain speculative speed-up        range tok/step")
     with fast_kernels(model):

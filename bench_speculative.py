@@ -365,7 +365,7 @@ def print_card(card, bench):
     for name, mode in bench.modes.items():
         if mode.speculative:
             print(f"{name}: head {mode.model.config.head}, n = {mode.model.config.n_future}, "
-                  f"r = {mode.model.config.rank}")
+                  f"r = {mode.model.head.rank}")
 
 
 def print_table(rows):

@@ -311,6 +311,8 @@ def load_model(ckpt, path, fresh_head=False, **changes):
     try:
         return GPT.from_checkpoint(ckpt, fresh_head, **changes)
     except BadInput as e:
+        if fresh_head:
+            raise
         raise BadInput(f"{path} holds no model that fits: {e}. If only its head is at fault, train.py "
                        f"--init_from {path} --fresh_head keeps the trunk.") from None
 

@@ -430,9 +430,9 @@ def new_run(cfg, given):
                        "--init_from.")
     if cfg.teacher != "text" and (not frozen or cfg.target != "lm_head"
                                   or HEADS[cfg.head].reads_trunk):
-        raise BadInput(f"--teacher {cfg.teacher} lets a head learn from its trunk's own rows: add "
-                       "--freeze_trunk and --target lm_head, and take a head that reads the trunk's "
-                       "last states alone.")
+        raise BadInput(f"--teacher {cfg.teacher} lets a head learn from its trunk's own rows: it needs "
+                       "--freeze_trunk, --target lm_head and a head that reads the trunk's last states "
+                       f"alone, which {cfg.head} does{' not' * HEADS[cfg.head].reads_trunk}.")
     if "trunk" in meta:
         import pretrained  # here, as it needs transformers
         cfg, model = pretrained.new_model(cfg, meta, device)
@@ -590,7 +590,7 @@ def describe(run):
     """What is trained, on what, in one line."""
     cfg, (trunk, head) = run.cfg, run.model.n_params()
     dtype = str(pick_dtype(cfg.dtype, run.device)).removeprefix("torch.")
-    kind = f", r = {cfg.rank}, head {cfg.head}, target {cfg.target}" if run.model.head else ""
+    kind = f", r = {run.model.head.rank}, head {cfg.head}, target {cfg.target}" if run.model.head else ""
     return (f"device {run.device}, {dtype}; trunk {trunk / 1e6:.2f}M and head {head / 1e6:.2f}M "
             f"parameters; {run.tokens_per_step:,} tokens per step; n = {cfg.n_future}{kind}")
 

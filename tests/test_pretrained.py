@@ -202,7 +202,7 @@ def test_heads_learn_from_their_teacher(copy):
     ckpt = torch.load("half/ckpt.pt", weights_only=True)
     assert ckpt["train_config"]["teacher"] == "lk" and ckpt["iter_num"] == 9
     assert call("prepare", "--toy --stories 50") == (0, "")
-    assert "add --freeze_trunk" in call("train", "--preset toy --teacher lk --device cpu")[1]
+    assert "needs --freeze_trunk" in call("train", "--preset toy --teacher lk --device cpu")[1]
     assert "add --rank 1" in call("train", "--preset toy --teacher nextlat --freeze_trunk --device cpu")[1]
 
 
