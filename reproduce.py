@@ -55,6 +55,7 @@ class Scale:
     trunk_iters: int  # of a trunk that is frozen
     sizes: tuple  # of trunks: (n_layer, n_embd)
     bench: dict  # flags of bench_speculative.py
+    side: dict  # heads and ranks of side_by_side, and whether they get all seeds
     repeats: int  # of a bench, to see how much it differs from one run to the next
     costs: dict  # flags of bench_training.py
     elsewhere: bool  # whether there is SmolLM2, nanoGPT and transformers to measure
@@ -91,6 +92,9 @@ class Scale:
 TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=4, max_iters=4, eval_interval=2,
             eval_windows=4, device="cpu", dtype="float32")
 CPU = dict(device="cpu", dtype="float32")
+SIDE = {("cp", 1): True, ("cp", 8): False, ("medusa", 1): False, ("gloeckle", 1): False,
+        ("hmm", 8): False, ("tree", 8): False, ("mask", 1): False, ("chain", 1): True,
+        ("recurrent", 1): True, ("layers", 1): False}  # whether with all seeds, or the first alone
 
 SCALES = {
     "smoke": Scale(
@@ -99,6 +103,7 @@ SCALES = {
         large=dict(toy=TINY | dict(n_future=2)),
         seeds=(1,), ranks=(1, 2), headline=2, futures=(2,), seconds=0.1, trunk_iters=6,
         sizes=((1, 8),), bench=dict(rounds=5, max_new_tokens=4, threads=1, device="cpu"), repeats=1,
+        side={("cp", 1): True, ("recurrent", 1): False},
         costs=dict(n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=1, joint_share=1.0,
                    vocab_sizes=[64], **CPU),
         elsewhere=False,
@@ -111,7 +116,7 @@ SCALES = {
                    stories=dict(preset="laptop", n_future=8, max_iters=3200, **CPU)),
         seeds=(1, 2, 3), ranks=(1, 2, 4, 8, 16), headline=8, futures=(4, 8), seconds=60.0,
         trunk_iters=3000, sizes=((2, 64), (4, 128), (6, 192)),
-        bench=dict(rounds=5, max_new_tokens=100, threads=1, device="cpu"), repeats=3,
+        bench=dict(rounds=5, max_new_tokens=100, threads=1, device="cpu"), repeats=3, side=SIDE,
         costs=dict(n_layer=6, n_head=6, n_embd=384, block_size=64, batch_size=1, joint_share=1.0,
                    vocab_sizes=[4096], **CPU),
         elsewhere=True,
@@ -123,7 +128,7 @@ SCALES = {
         large=dict(toy=dict(preset="toy"), stories=dict(preset="tinystories", target="lm_head")),
         seeds=(1, 2, 3), ranks=(1, 2, 4, 8, 16), headline=8, futures=(4, 8), seconds=7200.0,
         trunk_iters=20000, sizes=((4, 256), (8, 512), (12, 768)),
-        bench=dict(rounds=5, device="cuda"), repeats=3,
+        bench=dict(rounds=5, device="cuda"), repeats=3, side=SIDE,
         costs=dict(n_layer=8, n_head=8, n_embd=512, block_size=256, batch_size=64,
                    vocab_sizes=[50257], device="cuda"),
         elsewhere=False,
@@ -174,7 +179,7 @@ def acceptance(scale):
     # where the models are their own targets, does it help to train on all positions, or longer?
     for target, flags in (("its own, all positions", own | {"joint_share": 1.0}),
                           ("its own, longer", own | {"max_iters": 3 * scale.base["max_iters"]})):
-        for r in (1, scale.headline):
+        for r in (1, scale.headline) if scale.repeats > 1 else ():  # not at the smallest scale
             yield cell(target, r, scale.seeds[:1], flags)
 
 
@@ -263,14 +268,9 @@ def speedups(scale):
             yield Cell((text, label(head, r), target), runs)
 
 
-SIDE = {("cp", 1): True, ("cp", 8): False, ("medusa", 1): False, ("gloeckle", 1): False,
-        ("hmm", 8): False, ("tree", 8): False, ("mask", 1): False, ("chain", 1): True,
-        ("recurrent", 1): True, ("layers", 1): False}  # whether with all seeds, or the first alone
-
-
 def side_by_side(scale):
     """All heads on one frozen trunk, in one bench for each text and seed."""
-    heads = [(head, min(r, scale.headline), every) for (head, r), every in SIDE.items()]
+    heads = [(head, min(r, scale.headline), every) for (head, r), every in scale.side.items()]
     for text in (text for text in ("stories", "pieces") if text in scale.texts):
         flags = dict(trunk=scale.trunk(text), text=text, n_future=scale.futures_of(text))
         benches = []
@@ -294,6 +294,8 @@ def draft_length(scale):
     """Fixed numbers of drafts beside chosen ones, for heads of side_by_side."""
     flags = scale.bench_of_all_lengths() | dict(lengths=[1, 3], thresholds=[0.1, 0.3], taus=[0.9])
     for head, r in (("cp", 1), ("cp", scale.headline), ("chain", 1), ("recurrent", 1)):
+        if (head, r) not in scale.side:
+            continue
         training, = scale.training(scale.seeds[:1], "time", scale.trunk(), head=head, rank=r,
                                    n_future=scale.futures_of("stories"))
         bench = Bench((training,), flags, script="draft_length.py")
@@ -867,10 +869,14 @@ def make_all(place, runs):
             if found[need.name] and not (place.work / need.name / "ckpt.pt").exists():
                 raise BadInput(f"The model of {need.name} is gone, and {run.name} needs it; move "
                                f"{place.path(need)} away to train it again")
-    levels = sorted({(run.alone, depth(run)) for run in missing})
+
+    def level_of(run):  # at the smallest scale, times mean nothing
+        return run.alone and place.scale.repeats > 1, depth(run)
+
+    levels = sorted(set(map(level_of, missing)))
     with progress_bar(total=len(missing), unit="run") as bar:
         for level in levels:
-            now = [run for run in missing if (run.alone, depth(run)) == level]
+            now = [run for run in missing if level_of(run) == level]
             make_level(place, now, 1 if level[0] else place.args.jobs, bar)
 
 
