@@ -220,6 +220,11 @@ def next_token(scale):
             yield Cell((target, n), scale.training(n_future=n, rank=4, **flags), alone)
 
 
+def elsewhere(cells):
+    """For experiments on what is not made here: no cells where a scale does without."""
+    return lambda scale: cells(scale) if scale.elsewhere else ()
+
+
 def on_smollm2(seed=1, **flags):
     """A Training on the texts of SmolLM2, for two minutes on one thread."""
     flags |= {"seed": seed}
@@ -227,10 +232,8 @@ def on_smollm2(seed=1, **flags):
     return Training("smollm2", base | flags, flags)
 
 
+@elsewhere
 def smollm2(scale):
-    if not scale.elsewhere:
-        return
-
     def cell(head, n, r, teacher):
         return Cell((head, n, r, teacher), (on_smollm2(head=head, n_future=n, rank=r, teacher=teacher),))
 
@@ -316,10 +319,9 @@ def batches(scale):
             yield Cell((text, label(head, r), B), (bench,))
 
 
+@elsewhere
 def decoders(scale):
     """Other decoders on the same weights."""
-    if not scale.elsewhere:
-        return
     for text, head, r in (("toy", "cp", 8), ("stories", "chain", 4)):
         flags = dict(rounds=5, max_new_tokens=64, peers=True, threads=1)
         bench = Bench((large(scale, text, head=head, rank=r),), flags)
@@ -327,21 +329,19 @@ def decoders(scale):
             yield Cell((text, label(head, r), temperature), (bench,))
 
 
+@elsewhere
 def nanogpt(scale):
     """A head on a run of nanoGPT's shakespeare_char, that of its README for a CPU. Another run in the
     same folder would go unnoticed."""
-    if not scale.elsewhere:
-        return
     flags = dict(freeze_trunk=True, head="chain", n_future=8, rank=1, **CPU)
     run = Training("nanogpt", flags | {"init_from": "out-shakespeare-char/ckpt.pt"}, {"rank": 1})
     bench = dict(rounds=5, max_new_tokens=48, device="cpu")
     yield Cell(("4 x 128, block 64",), tuple(Bench((run,), bench, nth + 1) for nth in range(scale.repeats)))
 
 
+@elsewhere
 def smollm2_speed(scale):
     """The README's head on SmolLM2, by kind of prompts, and two decoders of transformers."""
-    if not scale.elsewhere:
-        return
     run = Training("smollm2", {"preset": "pretrained"}, {"preset": "pretrained"})
     bench = Bench((run,), dict(rounds=5, max_new_tokens=24, threads=2, peers=True))
     for kind in ("stories", "questions", "instructions", "code", "all"):
@@ -352,10 +352,9 @@ def smollm2_speed(scale):
     yield Cell(("speculative, float32", "all"), (exact,))
 
 
+@elsewhere
 def smollm2_heads(scale):
     """Heads side by side on SmolLM2, in one bench."""
-    if not scale.elsewhere:
-        return
     heads = [("recurrent", 1), ("chain", 1), ("cp", 1), ("cp", 4), ("medusa", 1)]
     trainings = [on_smollm2(head=head, n_future=6, rank=r, teacher="kl") for head, r in heads]
     bench = Bench(tuple(trainings), dict(rounds=5, max_new_tokens=12, threads=2))
@@ -500,6 +499,7 @@ def specialists(cells, found):
 
 LOSSES = {"joint": (val("joint"), 3), "gain over r = 1": (gain("joint"), 3),
           "next token": (val("next"), 3)}
+
 
 def speed(column):
     return {f"{name}, {t}": (column(key, float(t)), 2)
