@@ -12,7 +12,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from model import HEADS, BadInput, CPHead, KVCache, widen
+from baselines import need_lm_head
+from model import HEADS, CPHead, KVCache, widen
 
 
 class Text:
@@ -121,9 +122,7 @@ class MaskHead(CPHead):
     text, carrier = Text, Carrier
 
     def __init__(self, config):
-        if config.target == "marginal":
-            raise BadInput("--head mask drafts what comes after the trunk's own next token, so it "
-                           "needs --target lm_head")
+        need_lm_head(config)
         super().__init__(replace(config, rank=1))
         C = config.n_embd
         sizes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)] * config.n_layer  # as in `lora`
