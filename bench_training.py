@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import model as model_py
 from bench_speculative import hardware, timed
 from common import ArgumentParser, pick_device, run_script
 from model import GPT, BadInput
@@ -48,6 +49,11 @@ def nanogpt_loss(model, idx, gold, *unused):
     return loss, {}
 
 
+def all_logits(x, weight, y, n_positions):
+    """`gold_log_prob` of model.py with the logits of all rows at once, which the backward pass keeps."""
+    return -F.cross_entropy(F.linear(x, weight).float(), y, reduction="none")
+
+
 def stepper(cfg, vocab_size, device, nanogpt=False):
     """(Run, a function that does one step of train.py's loop on random tokens)."""
     torch.manual_seed(cfg.seed)
@@ -68,14 +74,16 @@ def peak_bytes(device):
     return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
 
 
-def measure(cfg, vocab_size, device_name, nanogpt, rounds=5):
-    """One row, a dict; to be called in a fresh process.
+def measure(cfg, vocab_size, device_name, nanogpt, at_once=False, rounds=5):
+    """One row, a dict; to be called in a fresh process. at_once: with `all_logits`.
 
     seconds of a step; ratio, to a step with n = 1; bytes at the peak, of weights, gradients,
     AdamW's state and all that a step holds, beyond what PyTorch itself takes; flops that a step's
     matrix products take, those included that the backward pass computes again.
     """
     device = torch.device(device_name)
+    if at_once:
+        model_py.gold_log_prob = all_logits
     tiny = replace(cfg, n_layer=1, n_head=1, n_embd=8, block_size=8, batch_size=1, grad_accum=1)
     stepper(tiny, 64, device, nanogpt)[1]()  # loads what PyTorch loads at its first use
     before = peak_bytes(device)
@@ -120,7 +128,7 @@ def row_process(text):
 
 
 def benchmark(cfg, cells):
-    """Print a row for each (V, n, r, nanogpt) of cells, and one JSON object with all of it."""
+    """Print a row for each (V, n, r, nanogpt, at_once) of cells, and one JSON object with all of it."""
     device = pick_device(cfg.device)
     dtype, name = str(pick_dtype(cfg.dtype, device)).removeprefix("torch."), hardware(device)
     peak = next((most for gpu, most in PEAK.items() if gpu in name and dtype == "bfloat16"), None)
@@ -133,15 +141,15 @@ def benchmark(cfg, cells):
     columns = "     V   n   r  head, M  ms/step  x n = 1     MiB  GFLOP/s"
     print(" " * 9 + columns + "  of peak" * bool(peak))
     rows = []
-    for V, n, r, nanogpt in cells:
+    for V, n, r, nanogpt, at_once in cells:
         cell = replace(cfg, n_future=n, rank=r)
         model_config(cell, V)  # BadInput of wrong shapes now, not in the other process
-        row = measure_apart(asdict(cell), V, str(device), nanogpt)
-        start = f"{'nanoGPT' if nanogpt else 'ours':8} {V:6} {n:3} {r:3}"
+        row = measure_apart(asdict(cell), V, str(device), nanogpt, at_once)
+        start = f"{'nanoGPT' if nanogpt else 'at once' if at_once else 'ours':8} {V:6} {n:3} {r:3}"
         if row is None:
             print(f"{start}  not enough memory")
             continue
-        rows.append({"nanogpt": nanogpt, "vocab_size": V, "n_future": n, "rank": r, **row})
+        rows.append({"nanogpt": nanogpt, "at_once": at_once, "vocab_size": V, "n_future": n, "rank": r, **row})
         mib = f"{row['bytes'] / 2**20:7.0f}" if row["bytes"] else "      -"
         speed = row["flops"] / row["seconds"]
         print(f"{start} {row['head_parameters'] / 1e6:8.2f} {1e3 * row['seconds']:8.1f} "
@@ -158,6 +166,8 @@ def main():
                                ("--futures", [4, 8], "values of n"), ("--ranks", [1, 2, 4, 8, 16], "ranks")):
         parser.add_argument(flag, nargs="+", type=count, default=values,
                             help=f"{text} ({' '.join(map(str, values))})")
+    parser.add_argument("--all_logits", action="store_true",
+                        help="measure each head also with the logits of all its rows at once")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # JSON, from measure_apart
     args = parser.parse_args()
     if args.row:
@@ -166,8 +176,9 @@ def main():
     cfg = replace(TrainConfig(), **{name: getattr(args, name) for name in FLAGS if name in args})
     cells = []
     for V in args.vocab_sizes:
-        cells += [(V, 1, 1, True), (V, 1, 1, False)]
-        cells += [(V, n, r, False) for n in args.futures for r in args.ranks]
+        cells += [(V, 1, 1, True, False), (V, 1, 1, False, False)]
+        cells += [(V, n, r, False, at_once) for n in args.futures for r in args.ranks
+                  for at_once in (False, True)[: 1 + args.all_logits]]
     benchmark(cfg, cells)
 
 

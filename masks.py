@@ -40,8 +40,11 @@ class Text:
     def __len__(self):
         return self.hidden.size(0) * self.length
 
-    @torch.compiler.disable  # its shapes change from draw to draw
     def __getitem__(self, some):
+        # its shapes change from draw to draw; not as a decorator, which imports the compiler
+        return torch.compiler.disable(self.take)(some)
+
+    def take(self, some):
         head, (B, T, _), device = self.model.head, self.hidden.shape, self.hidden.device
         m = len(head.maps)
         i = torch.arange(len(self), device=device)[some]
@@ -195,5 +198,11 @@ class MaskHead(CPHead):
         return self.unembed(h, unembed).log_softmax(-1)
 
 
-MASKS = {"mask": MaskHead}
+class LinearMaskHead(MaskHead):
+    """The same head in linear decoding, a choice that its training does not notice."""
+
+    quadratic = False
+
+
+MASKS = {"mask": MaskHead, "mask_linear": LinearMaskHead}
 HEADS.update(MASKS)

@@ -605,6 +605,14 @@ def schedule(prompts, shares):
         yield next(sources[kind])
 
 
+def chosen_kinds(prompts, kinds):
+    """{kind: prompts} of the kinds that are asked for; None are all."""
+    unknown = sorted(set(kinds or ()) - set(prompts))
+    if unknown:
+        raise BadInput(f"there are no prompts of the kind {unknown[0]}; there are {', '.join(prompts)}")
+    return {kind: texts for kind, texts in prompts.items() if not kinds or kind in kinds}
+
+
 LONGEST_MESSAGE = 32  # tokens that finish a frame
 
 
@@ -621,7 +629,8 @@ def finish(model, enc, frames, generator):
 def generate(args):
     model, enc = load_pretrained(args.init_from, pick_device(args.device), args.dtype)
     model.pack()
-    training, held_out = read_prompts(args.prompts) if args.prompts else (FRAMES, HELD_OUT)
+    training, held_out = (chosen_kinds(prompts, args.kinds) for prompts in
+                          (read_prompts(args.prompts) if args.prompts else (FRAMES, HELD_OUT)))
     settings = {
         "trunk": model.source, "chat": enc.has_chat, "vocab_size": enc.n_vocab,
         "n_embd": model.config.n_embd, "temperature": args.temperature, "seed": args.seed,
@@ -665,6 +674,8 @@ def parse_args():
                         help="folder for the texts (data/own)")
     parser.add_argument("--prompts", nargs="+", type=any_path, metavar="FILE",
                         help="files with a prompt per line, each one a kind (those of prompts.py)")
+    parser.add_argument("--kinds", nargs="+", metavar="KIND",
+                        help="the kinds to write: a head for these alone drafts them better (all)")
     parser.add_argument("--num_texts", type=number(int, 1), default=4096,
                         help="texts to write, in whole batches (4096)")
     parser.add_argument("--max_new_tokens", type=number(int, 2), default=192,

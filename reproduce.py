@@ -201,6 +201,18 @@ def overheads(scale):
             yield Cell((n, r), (costs,))
 
 
+def memory(scale):
+    """A head's logits chunk by chunk, as model.py has it, and all at once: 16,384 tokens, 8 times the
+    texts."""
+    flags = scale.costs | dict(vocab_sizes=[16384], batch_size=8 * scale.costs["batch_size"],
+                               futures=list(scale.futures), all_logits=True)
+    for head, r in (("gloeckle", 1), ("cp", 1), ("cp", 8)) if scale.repeats > 1 else ():
+        costs = Costs(flags | {"head": head, "ranks": [r]}, f"costs-{head}-r{r}")
+        for n in scale.futures:
+            for logits in ("in chunks", "at once"):
+                yield Cell((n, r, head, logits), (costs,))
+
+
 def sizes(scale):
     n = scale.futures[-1]
     for n_layer, n_embd in scale.sizes:
@@ -225,10 +237,16 @@ def elsewhere(cells):
     return lambda scale: cells(scale) if scale.elsewhere else ()
 
 
+# what SmolLM2 writes: flags of pretrained.py generate
+OWN_TEXTS = {"smollm2": dict(num_texts=2592),
+             "smollm2_stories": dict(num_texts=2304, kinds=["stories"])}
+
+
 def on_smollm2(seed=1, **flags):
-    """A Training on the texts of SmolLM2, for two minutes on one thread."""
+    """A Training on the texts of SmolLM2, by default for two minutes on one thread."""
     flags |= {"seed": seed}
-    base = dict(preset="pretrained", max_iters=10**6, max_seconds=120, device="cpu", dtype="bfloat16")
+    limits = {} if "max_iters" in flags else dict(max_iters=10**6, max_seconds=120)
+    base = dict(preset="pretrained", **limits, device="cpu", dtype="bfloat16")
     return Training("smollm2", base | flags, flags)
 
 
@@ -245,6 +263,11 @@ def smollm2(scale):
     for teacher in ("kl", "text"):
         for r in (1, 4, 8, 16):
             yield cell("cp", 6, r, teacher)
+
+
+def preset_on(text):
+    """The README's head on what SmolLM2 writes."""
+    return Training(text, {"preset": "pretrained"}, {"preset": "pretrained"})
 
 
 def label(head, r):
@@ -290,6 +313,19 @@ def side_by_side(scale):
             yield Cell((text, "steps", label(head, r)), runs)
 
 
+def mask_decoding(scale):
+    """The head `mask` with masks after every token of a step, and after the last one alone: of the
+    same weights, as the two train alike."""
+    for text in ("stories", "pieces") if ("mask", 1) in scale.side else ():
+        flags = dict(trunk=scale.trunk(text), text=text, n_future=scale.futures_of(text), rank=1)
+        heads = {"quadratic": "mask", "linear": "mask_linear"}
+        runs = {name: scale.training(scale.seeds[:1], head=head, **flags)[0]
+                for name, head in heads.items()}
+        bench = Bench(tuple(runs.values()), scale.bench)
+        for name, run in runs.items():
+            yield Cell((text, name), (bench.of(run),))
+
+
 POLICIES = ("speculative", "fixed 1", "fixed 3", "confident 0.1", "confident 0.3", "CLP", "LOSSY 0.9")
 
 
@@ -317,6 +353,11 @@ def batches(scale):
         bench = Bench((large(scale, text, head=head, rank=r),), flags, script="batched.py")
         for B in flags["batch_sizes"]:
             yield Cell((text, label(head, r), B), (bench,))
+    if scale.elsewhere:
+        own = flags | dict(max_new_tokens=24, threads=2)
+        bench = Bench((preset_on("smollm2"),), own, script="batched.py")
+        for B in flags["batch_sizes"]:
+            yield Cell(("smollm2", "recurrent", B), (bench,))
 
 
 @elsewhere
@@ -341,8 +382,9 @@ def nanogpt(scale):
 
 @elsewhere
 def smollm2_speed(scale):
-    """The README's head on SmolLM2, by kind of prompts, and two decoders of transformers."""
-    run = Training("smollm2", {"preset": "pretrained"}, {"preset": "pretrained"})
+    """The README's head on SmolLM2, by kind of prompts, and two decoders of transformers; then a head
+    for stories alone."""
+    run = preset_on("smollm2")
     bench = Bench((run,), dict(rounds=5, max_new_tokens=24, threads=2, peers=True))
     for kind in ("stories", "questions", "instructions", "code", "all"):
         yield Cell(("speculative", kind), (bench,))
@@ -350,16 +392,25 @@ def smollm2_speed(scale):
         yield Cell((mode, "all"), (bench,))
     exact = Bench((run,), dict(rounds=5, max_new_tokens=8, threads=2, dtype="float32"))
     yield Cell(("speculative, float32", "all"), (exact,))
+    bench = Bench((preset_on("smollm2_stories"),), dict(rounds=5, max_new_tokens=24, threads=2))
+    yield Cell(("speculative, a head for stories", "stories"), (bench,))
 
 
 @elsewhere
 def smollm2_heads(scale):
-    """Heads side by side on SmolLM2, in one bench."""
+    """Heads side by side on SmolLM2, in one bench for each seed; the first three with all seeds."""
     heads = [("recurrent", 1), ("chain", 1), ("cp", 1), ("cp", 4), ("medusa", 1)]
-    trainings = [on_smollm2(head=head, n_future=6, rank=r, teacher="kl") for head, r in heads]
-    bench = Bench(tuple(trainings), dict(rounds=5, max_new_tokens=12, threads=2))
-    for (head, r), training in zip(heads, trainings):
-        yield Cell((label(head, r),), (bench.of(training),))
+
+    def trainings(heads, **flags):
+        return [on_smollm2(head=head, n_future=6, rank=r, teacher="kl", **flags) for head, r in heads]
+
+    benches = [Bench(tuple(trainings(heads if seed == 1 else heads[:3], seed=seed)),
+                     dict(rounds=5, max_new_tokens=12, threads=2)) for seed in scale.seeds]
+    for i, (head, r) in enumerate(heads):
+        runs = [bench.of(bench.trainings[i]) for bench in benches if i < len(bench.trainings)]
+        yield Cell(("time", label(head, r)), tuple(runs))
+    for (head, r), run in zip(heads, trainings(heads, max_iters=300)):
+        yield Cell(("steps", label(head, r)), (run,))
 
 
 # what a column of a table says of a run: found has the results of all runs, by name
@@ -458,8 +509,8 @@ def of_policy(key, temperature):
 def of_costs(key, unit=1):
     def column(found, run, against, labels):
         value = next((row[key] for row in found[run.name]["costs"]["rows"]  # or there was no memory
-                      if (row["n_future"], row["rank"]) == labels and not row["nanogpt"]),
-                     None)
+                      if (row["n_future"], row["rank"]) == labels[:2] and not row["nanogpt"]
+                      and row.get("at_once", False) == ("at once" in labels)), None)
         return value and value / unit  # some systems do not tell the memory
     return column
 
@@ -548,6 +599,11 @@ EXPERIMENTS = {
          "step / step without a head": (of_costs("ratio"), 2),
          "MiB at the peak": (of_costs("bytes", 2**20), 0)},
         (Panel("r", "step / step without a head", "n"), Panel("r", "MiB at the peak", "n"))),
+    "memory": Experiment(
+        "Memory of the logits in training", memory, ("n", "r", "head", "logits"),
+        {"MiB at the peak": (of_costs("bytes", 2**20), 0),
+         "step / step without a head": (of_costs("ratio"), 2)},
+        ()),
     "sizes": Experiment(
         "Sizes of the trunk, and along the training", sizes, ("layers x width", "r"),
         {**LOSSES, "gain after a quarter of the run": (gain("joint", 0.25), 3),
@@ -568,6 +624,10 @@ EXPERIMENTS = {
         (Panel("head", "tok/step, 1", "text", (("equal", "time"),)),
          Panel("head", "speed-up, 0", "text", (("equal", "time"),)),
          Panel("head", "speed-up, 1", "text", (("equal", "time"),)))),
+    "mask_decoding": Experiment(
+        "Masks after every token, or after the last one", mask_decoding, ("text", "decoding"),
+        {"joint": (val("joint"), 3), **SPEED, "step / plain, 1": (of_bench("step_ms", 1.0), 2)},
+        ()),
     "draft_length": Experiment(
         "The number of drafts: fixed, or chosen at each step", draft_length, ("head", "policy"),
         speed(of_policy) | {"3-grams that repeat, 0": (of_policy("repetition", 0.0), 2),
@@ -595,12 +655,15 @@ EXPERIMENTS = {
          "cross-entropy": (val("joint"), 3), "steps": (of_run("steps"), 0)},
         (Panel("r", "tok/step, 1, expected", "head", (("n", 6), ("teacher", "kl"))),)),
     "smollm2_heads": Experiment(
-        "Heads side by side on SmolLM2-135M-Instruct", smollm2_heads, ("head",),
+        "Heads side by side on SmolLM2-135M-Instruct", smollm2_heads, ("equal", "head"),
         {"head, M": (of_run("head_parameters"), 2), "steps": (of_run("steps"), 0),
+         "cross-entropy": (val("joint"), 3),
          "1st draft accepted, 1": (of_bench("acceptance", 1.0, 0), 2),
          "3rd": (of_bench("acceptance", 1.0, 2), 2), **SPEED,
          "tokens/s, 1": (of_bench("tokens_per_second", 1.0), 0)},
-        (Panel("head", "tok/step, 1"), Panel("head", "speed-up, 0"), Panel("head", "speed-up, 1"))),
+        (Panel("head", "tok/step, 1", only=(("equal", "time"),)),
+         Panel("head", "speed-up, 0", only=(("equal", "time"),)),
+         Panel("head", "speed-up, 1", only=(("equal", "time"),)))),
     "smollm2_speed": Experiment(
         "SmolLM2-135M-Instruct, by kind of prompts", smollm2_speed, ("decoder", "prompts"),
         speed(of_decoder),
@@ -693,10 +756,10 @@ class Bench:
 class Costs:
     """bench_training.py."""
 
-    alone, needs, name, text = True, [], "costs", "none"
+    alone, needs, text = True, [], "none"
 
-    def __init__(self, flags):
-        self.spec = {"script": "bench_training.py", "flags": flags}
+    def __init__(self, flags, name="costs"):
+        self.name, self.spec = name, {"script": "bench_training.py", "flags": flags}
 
     def run(self, place):
         out = place.script(self.name, "bench_training.py", self.spec["flags"])
@@ -784,8 +847,8 @@ class Place:
                     flags.pop("max_mb", None)
                     flags["input"] = self.args.text
                 self.script(f"data-{text}", "prepare_tinystories.py", flags | {"data_dir": folder})
-            elif text == "smollm2" and text not in self.ready:  # goes on where it was interrupted
-                flags = {"init_from": self.args.model, "num_texts": 2592, "data_dir": folder}
+            elif text in OWN_TEXTS and text not in self.ready:  # goes on where it was interrupted
+                flags = {"init_from": self.args.model, "data_dir": folder} | OWN_TEXTS[text]
                 self.script("data", "pretrained.py generate", flags)
                 self.ready.add(text)
         return folder

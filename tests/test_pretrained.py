@@ -358,6 +358,10 @@ def test_prompts_of_ones_own(home, cwd, capsys):
     meta = common.read_meta("own")
     assert list(zip(meta["kinds"], meta["prompts"])) == [("hello", "hello"), ("hello", "how are you"),
                                                          ("sums", "1 + 1")]
+    one = f"{args} --data_dir one --prompts hello.txt sums.txt --kinds"
+    assert call("pretrained", f"{one} tales")[1].endswith("the kind tales; there are hello, sums")
+    assert call("pretrained", f"{one} sums") == (0, "")
+    assert common.read_meta("one")["kinds"] == ["sums"] and len(common.read_meta("one")["lengths"]) == 6
     Path("sums.txt").write_text("one\n", encoding="utf-8")
     assert "fewer than two" in call("pretrained", f"{args} --prompts sums.txt")[1]
     Path("sums.txt").write_bytes(b"\xff\xfe\n")
