@@ -838,6 +838,9 @@ class Place:
     def data(self, text):
         """The folder of a text, which is written first where need be."""
         if text == "nanogpt":
+            if not (self.nanogpt / "out-shakespeare-char" / "ckpt.pt").exists():
+                raise BadInput(f"{self.nanogpt} is no checkout of nanoGPT in which train.py has made "
+                               "out-shakespeare-char/ckpt.pt; --nanogpt says where there is one")
             return self.nanogpt / "data" / "shakespeare_char"
         folder = self.work / "data" / text
         with self.lock:
