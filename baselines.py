@@ -191,7 +191,7 @@ class HMMHead(CPHead):
         return super().rows(state[0], s, x)
 
     def prefix(self, state, s, log_b, seen):
-        return move((log_b + seen).squeeze(-1), state[1][s - 1]).unsqueeze(-1)
+        return move(log_b + seen, state[1][s - 1])
 
 
 class TreeHead(HMMHead):
@@ -261,8 +261,8 @@ class TreeHead(HMMHead):
 
     def prefix(self, state, s, log_b, seen):
         _, log_T, log_w, tokens = state
-        tokens.append(seen.T)  # s times (1, r)
-        return self.descend(self.root, log_w, log_T, torch.cat(tokens)).unsqueeze(-1)
+        tokens.append(seen)
+        return self.descend(self.root, log_w, log_T, torch.stack(tokens, dim=-2))
 
 
 class LayersHead(RecurrentHead):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch.nn import functional as F
 
 from model import BadInput, widen
 
@@ -75,10 +76,10 @@ def verify(p, q, drafted, generator):
 
     This is block verification (arXiv 2403.10444).
 
-    drafted (k,) were drawn from the first k rows of q; p, q (k + 1, V) are the target's and the
-    draft's rows for the same places. The last row of q is 0: it is the place after the drafts,
-    where nothing was drafted. Returns how many drafts are accepted (1,) and the token after them
-    (1,). BadInput where p or q is not finite.
+    drafted (..., k) were drawn from the first k rows of q; p, q (..., k + 1, V) are the target's and
+    the draft's rows for the same places, of one text or of several. The last row of q is 0: it is
+    the place after the drafts, where nothing was drafted. Returns how many drafts are accepted
+    (..., 1) and the token after them (..., 1). BadInput where p or q is not finite.
 
     i or more drafts are kept with probability keep[i]:
 
@@ -92,34 +93,36 @@ def verify(p, q, drafted, generator):
     probability m_i, the residual's sum. It does if of all places whose coin shows heads, with
     probability m_i / (m_i + 1 - keep_i), the last one counts. docs/exactness.md has the proof.
     """
-    keep = keep_probability(p, q, drafted)  # (k + 1, 1), the loop above in closed form
-    rest = residual(keep, p, q)  # (k + 1, V)
-    m = rest.sum(-1, keepdim=True)  # (k + 1, 1)
+    keep = keep_probability(p, q, drafted)  # (..., k + 1, 1), the loop above in closed form
+    rest = residual(keep, p, q)  # (..., k + 1, V)
+    m = rest.sum(-1, keepdim=True)  # (..., k + 1, 1)
     check_finite(m)  # NaN where p or q is
-    heads = bernoulli(m / (m + 1 - keep), generator)  # (k + 1, 1); the first one changes nothing
-    n_heads = heads.cumsum(0)
-    n_accepted = (n_heads < n_heads[-1]).sum(0)  # (1,): the places before the last heads, or 0
+    heads = bernoulli(m / (m + 1 - keep), generator)  # the first one changes nothing
+    n_heads = heads.cumsum(-2)
+    n_accepted = (n_heads < n_heads[..., -1:, :]).sum(-2)  # (..., 1): places before the last heads
     rest = rest.add(p, alpha=1e-30)  # a row that rounding left empty becomes p
-    return n_accepted, categorical(rest.index_select(0, n_accepted), generator)
+    rest = rest.take_along_dim(n_accepted.unsqueeze(-1), -2)  # (..., 1, V), the next token's
+    return n_accepted, categorical(rest, generator)
 
 
 def keep_probability(p, q, drafted):
-    """keep_i of (3), i = 0..k, without a loop: p, q (k + 1, V), drafted (k,) -> (k + 1, 1).
+    """keep_i of (3), i = 0..k, without a loop: p, q (..., k + 1, V), drafted (..., k) -> (..., k + 1, 1).
 
     log keep is a walk from 0 with steps log p / q, which is held down at 0: so it is the walk minus
     its running maximum. A draft that p likes better than q does makes up for the one before it.
     """
     y = drafted.unsqueeze(-1)
-    steps = (p[:-1].gather(-1, y) / q[:-1].gather(-1, y)).log()  # (k, 1)
+    steps = (p[..., :-1, :].gather(-1, y) / q[..., :-1, :].gather(-1, y)).log()  # (..., k, 1)
     # p(y) = 0: never kept. Not -inf, of which tril on mps and torch 2.6 makes NaN
     steps = steps.nan_to_num(-1e30, posinf=-1e30, neginf=-1e30)
-    walk = torch.cat((steps.new_zeros(1, 1), steps)).cumsum(0)  # (k + 1, 1)
-    highest = walk.T.expand(len(p), -1).tril().amax(1, keepdim=True)  # tril's zeros are the start
+    walk = F.pad(steps, (0, 0, 1, 0)).cumsum(-2)  # (..., k + 1, 1), from 0
+    walks = walk.mT.expand(*walk.shape[:-1], -1)  # (..., k + 1, k + 1), the same in each row
+    highest = walks.tril().amax(-1, keepdim=True)  # tril's zeros are the start
     return (walk - highest).exp()
 
 
 def residual(keep, p, q):
-    """max(keep p - q, 0) (k + 1, V): what the next draft alone leaves the next token lacking."""
+    """max(keep p - q, 0) (..., k + 1, V): what the next draft alone leaves the next token lacking."""
     return (keep * p - q).relu()
 
 
@@ -146,12 +149,12 @@ class Sampling:
         self.generator = generator
 
     def draw(self, logits):
-        """A token for each row of logits (k, V): tokens (k,), and the rows (k, V) they came from."""
+        """A token for each row of logits (..., V): tokens (...), and the rows they came from."""
         p = self.warp(logits)
         return categorical(p, self.generator), p
 
     def verify(self, logits, q, drafted):
-        """logits (k + 1, V) of the target, q (k + 1, V) of the draft, drafted (k,): see `verify`."""
+        """logits (..., k + 1, V) of the target, q of the draft, drafted (..., k): see `verify`."""
         return verify(self.warp(logits), q, drafted, self.generator)
 
 
@@ -185,25 +188,25 @@ class Coupled(Sampling):
 
     def draw(self, logits):
         p = self.warp(logits)
-        tokens = torch.empty(len(p), dtype=torch.long, device=p.device)
-        for i, row in enumerate(p):  # the places from self.place on
+        tokens = torch.empty(p.shape[:-1], dtype=torch.long, device=p.device)
+        for i, row in enumerate(p.flatten(0, -2)):  # the places from self.place on
             self.generator.manual_seed((1_000_003 * self.seed + self.place + i) % 2**32)
             noise = torch.empty_like(row, dtype=torch.float64)
-            tokens[i] = (row / noise.exponential_(generator=self.generator)).argmax()
-        self.place += len(p)
+            tokens.view(-1)[i] = (row / noise.exponential_(generator=self.generator)).argmax()
+        self.place += tokens.numel()
         return tokens, p
 
     def verify(self, logits, q, drafted):
-        first = self.place = self.place - len(drafted)  # of the first draft, which self drew, too
+        first = self.place = self.place - drafted.numel()  # of the first draft, which self drew, too
         n_accepted, token = keep_equal(self.draw(logits)[0], drafted)
         self.place = first + n_accepted.item() + 1
         return n_accepted, token
 
 
 def keep_equal(tokens, drafted):
-    """Keep the drafts (k,) up to the first that is not the target's own token, of tokens (k + 1,)."""
-    n_accepted = (tokens[:-1] == drafted).cumprod(0).sum(0, keepdim=True)
-    return n_accepted, tokens.index_select(0, n_accepted)
+    """Keep the drafts (..., k) up to the first that is not the target's own token, of (..., k + 1)."""
+    n_accepted = (tokens[..., :-1] == drafted).cumprod(-1).sum(-1, keepdim=True)
+    return n_accepted, tokens.gather(-1, n_accepted)
 
 
 def make_sampler(temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -220,23 +223,24 @@ def draft(model, e, token, n_drafts, sampler, stops=None):
     """Draw x_2, ..., x_{k+1} from the head's joint at e, given x_1 = token; k = n_drafts.
 
     Each x_s is drawn from its row q_s = P(x_s | x_1..x_{s-1}, e), the exact conditional of equation
-    (1). e (C,) is the hidden state of the token before x_1. Returns x_1..x_{k+1} and q (k + 1,
-    n_token), see `verify`. x_s is the last draft if stops(log q_s (1, n_token), [x_1, ..., x_s]).
+    (1). For B texts, token (B,) and e (B, C), the hidden state of the token before x_1. Returns
+    x_1..x_{k+1} (B, k + 1) and q (B, k + 1, n_token), see `verify`. x_s is the last draft if
+    stops(log q_s (B, n_token), [x_1, ..., x_s]).
     """
-    nothing = e.new_zeros(1, model.config.n_token)  # the row of q for the place after the drafts
+    nothing = e.new_zeros(len(e), 1, model.config.n_token)  # q's row for the place after the drafts
     if model.head.rank == 1 and not model.head.sees_drafts and stops is None:
         # independent heads: one draw for all of them, which is measurably faster
-        logits = model.head.logits(e, model.lm_head.weight, slice(1, n_drafts + 1))  # (k, 1, V)
-        drafted, q = sampler.draw(model.head.all_tokens(logits[:, 0], model.config.n_token))
-        return torch.cat((token, drafted)), torch.cat((q, nothing))
+        logits = model.head.logits(e, model.lm_head.weight, slice(1, n_drafts + 1))  # (B, k, 1, V)
+        drafted, q = sampler.draw(model.head.all_tokens(logits[:, :, 0], model.config.n_token))
+        return torch.cat((token.unsqueeze(1), drafted), 1), torch.cat((q, nothing), 1)
     conditionals, x, q = model.conditionals(e), [token], []
     for _ in range(n_drafts):
-        x_s, q_s = sampler.draw(row := conditionals.next(x[-1]))  # (1,), (1, n_token)
+        x_s, q_s = sampler.draw(row := conditionals.next(x[-1]))  # (B,), (B, n_token)
         x.append(x_s)
-        q.append(q_s)
+        q.append(q_s.unsqueeze(1))
         if stops is not None and stops(row, x):
             break
-    return torch.cat(x), torch.cat((*q, nothing))
+    return torch.stack(x, 1), torch.cat((*q, nothing), 1)
 
 
 def speculative_step(model, cache, before, token, n_drafts, sampler, lap=lambda part: None,
@@ -250,20 +254,20 @@ def speculative_step(model, cache, before, token, n_drafts, sampler, lap=lambda 
     """
     lap("rest")
     length = cache.length
-    e = model.head.see(before, cache)[-1]  # (C,), of the token before x_1
-    x, q = (drafter or draft)(model, e, token, n_drafts, sampler)
+    e = model.head.see(before, cache)[-1:]  # (1, C), of the token before x_1
+    x, q = (drafter or draft)(model, e, token, n_drafts, sampler)  # (1, k + 1), (1, k + 1, n_token)
     lap("draft")
-    hidden = model.hidden(x.unsqueeze(0), cache)[0]  # (k + 1, C), of x_1..x_{k+1}
+    hidden = model.hidden(x, cache)[0]  # (k + 1, C), of x_1..x_{k+1}
     lap("trunk")
     logits = model.target_logits(hidden)  # (k + 1, n_token), of what follows each of them
     lap("target")
-    n_accepted, token = sampler.verify(logits, q, x[1:])
+    n_accepted, token = sampler.verify(logits, q[0], x[0, 1:])
     lap("verify")
     check_finite(logits)
-    k, *new = torch.cat((n_accepted, x[1:], token)).tolist()
+    k, *new = torch.cat((n_accepted, x[0, 1:], token)).tolist()
     new = [*new[:k], new[-1]]
     cache.length = length + len(new)  # x_1 and the accepted drafts; the others are rolled back
-    return hidden[: k + 1], token, new, len(q) - 1  # row 0 is x_1's, row k the last token's
+    return hidden[: k + 1], token, new, x.size(1) - 1  # row 0 is x_1's, row k the last token's
 
 
 def check_finite(x):

@@ -46,7 +46,7 @@ class Fixed:
     def __call__(self, model, e, token, n_drafts, sampler):
         n_drafts = min(n_drafts, self.most(e))
         if not n_drafts:  # a plain step: the head has nothing to compute
-            return token, e.new_zeros(1, model.config.n_token)
+            return token.unsqueeze(1), e.new_zeros(1, 1, model.config.n_token)
         return draft(model, e, token, n_drafts, sampler, self.stops)
 
 
@@ -84,7 +84,7 @@ class CLP(Fixed):
         return self.linear(e.to(self.linear.weight)).log_softmax(-1)
 
     def most(self, e):
-        at_least = self.log_probs(e).exp().flip(-1).cumsum(-1).flip(-1)  # P(L >= k); k = 0 is the 1
+        at_least = self.log_probs(e[0]).exp().flip(-1).cumsum(-1).flip(-1)  # P(L >= k); k = 0 is the 1
         k = torch.arange(len(at_least), device=e.device)
         return (at_least.cumsum(-1) / (1 + self.cost * k)).argmax().item()
 
@@ -156,7 +156,7 @@ class Unverified(Fixed):
         self.clp, self.tau, self.draw = clp, tau, sampler.draw
 
     def most(self, e):
-        log_p, L = self.clp.log_probs(e).max(-1)
+        log_p, L = self.clp.log_probs(e[0]).max(-1)
         return L.item() if log_p.exp() >= self.tau else 0
 
     def verify(self, logits, q, drafted):

@@ -190,12 +190,12 @@ class MaskHead(CPHead):
         return torch.cat((h[:, :1], later), dim=1).unsqueeze(2)
 
     def start(self, e, unembed):
-        return e.unflatten(-1, (len(self.maps) + 1, -1)).split(1), unembed  # n times (1, C)
+        return e.unflatten(-1, (len(self.maps) + 1, -1)).unbind(1), unembed  # n times (B, C)
 
     def rows(self, state, s, x):
         h, unembed = state
         h = h[s - 1] if s == 1 else self.vector(x, h[s - 1], unembed)
-        return self.unembed(h, unembed).log_softmax(-1)
+        return self.unembed(h, unembed).log_softmax(-1).unsqueeze(1)
 
 
 class LinearMaskHead(MaskHead):

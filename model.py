@@ -273,18 +273,18 @@ class CPHead(nn.Module):
         """h_a^(s) given the gold tokens before x_{t+s}: e (N, C), gold (N, n) -> (N, n, r, C)."""
         return self.vectors(e)
 
-    # decoding: one hidden state e (C,), one offset after another; see `Conditionals`
+    # decoding: hidden states e (B, C) of B texts, one offset after another; see `Conditionals`
 
     def start(self, e, unembed):
-        """What `rows` needs at e. Here that is every row, (n, r, V): none depends on the drafts."""
+        """What `rows` needs at e. Here that is every row, (B, n, r, V): none depends on the drafts."""
         return self.logits(e, unembed).log_softmax(-1)
 
     def rows(self, state, s, x):
-        """log P_a^(s) of all tokens given x (1,) = x_{t+s-1}: (r, V), each row normalised."""
-        return state[s - 1]
+        """log P_a^(s) of all tokens given x (B,) = x_{t+s-1}: (B, r, V), each row normalised."""
+        return state[:, s - 1]
 
     def prefix(self, state, s, log_b, seen):
-        """`prefixes` in decoding, from that of s - 1, log_b (r, 1), and seen (r, 1): -> (r, 1)."""
+        """`prefixes` in decoding, from that of s - 1, log_b (B, r), and seen (B, r): -> (B, r)."""
         return log_b + seen
 
     # the draft vocabulary
@@ -315,10 +315,10 @@ class CPHead(nn.Module):
         return seen.squeeze(-1)
 
     def all_tokens(self, rows, n_token):
-        """Rows of logits (k, V or K) -> (k, n_token): -inf where a token cannot be drafted."""
+        """Rows of logits (..., V or K) -> (..., n_token): -inf where a token cannot be drafted."""
         if self.draft_ids is None:
-            return rows[:, :n_token]
-        whole = rows.new_full((len(rows), n_token), -math.inf)
+            return rows.narrow(-1, 0, n_token)
+        whole = rows.new_full((*rows.shape[:-1], n_token), -math.inf)
         return whole.index_copy_(-1, self.draft_ids, rows)
 
     def log_marginal(self, e, unembed):
@@ -381,13 +381,13 @@ class ChainHead(CPHead):
         return self.vectors(e) + F.pad(term, (0, 0, 1, 0)).unsqueeze(2)  # 0 where s = 1
 
     def start(self, e, unembed):
-        return self.vectors(e).unbind(), self.gates(e).unbind(), unembed
+        return self.vectors(e).unbind(1), self.gates(e).unbind(1), unembed
 
     def rows(self, state, s, x):
         h, gates, unembed = state
-        h_s = h[s - 1]  # (r, C)
+        h_s = h[s - 1]  # (B, r, C)
         if s > 1:
-            h_s = h_s + self.term(unembed.index_select(0, x), gates[s - 2])
+            h_s = h_s + self.term(unembed.index_select(0, x), gates[s - 2]).unsqueeze(1)
         return self.unembed(h_s, unembed).log_softmax(-1)
 
 
@@ -431,11 +431,11 @@ class RecurrentHead(CPHead):
         return torch.stack(h, dim=1)
 
     def start(self, e, unembed):
-        return {"h": self.vectors(e)[0], "unembed": unembed}
+        return {"h": self.vectors(e)[:, 0], "unembed": unembed}
 
     def rows(self, state, s, x):
         if s > 1:  # to be asked for in order: the state moves along
-            state["h"] = self.step(state["h"], state["unembed"].index_select(0, x)[0])
+            state["h"] = self.step(state["h"], state["unembed"].index_select(0, x))
         return self.unembed(state["h"], state["unembed"]).log_softmax(-1)
 
 
@@ -443,7 +443,8 @@ HEADS = {"cp": CPHead, "full": FullCPHead, "chain": ChainHead, "recurrent": Recu
 
 
 class Conditionals:
-    """The rows that drafts are drawn from: log P(x_s | x_1, ..., x_{s-1}, e), one after another.
+    """The rows that drafts are drawn from: log P(x_s | x_1, ..., x_{s-1}, e), one after another, for
+    the states e (B, C) of B texts.
 
     The tokens so far say which component they came from, and the row is the exact conditional of
     equation (1):
@@ -455,18 +456,19 @@ class Conditionals:
         self.head, self.n_token, self.s = head, n_token, 1
         self.state = head.start(e, unembed)
         if head.rank > 1:
-            self.log_b = head.log_weights(e).unsqueeze(-1)  # (r, 1), up to a constant
-            self.log_p = head.rows(self.state, 1, None)  # (r, V)
+            self.log_b = head.log_weights(e)  # (B, r), up to a constant
+            self.log_p = head.rows(self.state, 1, None)  # (B, r, V)
 
     def next(self, x):
-        """Token x (1,) stands at offset s: -> log q_{s+1} (1, n_token), up to a constant."""
+        """Tokens x (B,) stand at offset s: -> log q_{s+1} (B, n_token), up to a constant."""
         self.s += 1
         if self.head.rank == 1:  # one component: its row is the conditional
-            return self.head.all_tokens(self.head.rows(self.state, self.s, x), self.n_token)
-        seen = self.head.of_tokens(self.log_p.unsqueeze(0), x).T  # (r, 1)
+            row = self.head.rows(self.state, self.s, x).squeeze(1)
+            return self.head.all_tokens(row, self.n_token)
+        seen = self.head.of_tokens(self.log_p, x)  # (B, r)
         self.log_b = self.head.prefix(self.state, self.s - 1, self.log_b, seen)
         self.log_p = self.head.rows(self.state, self.s, x)
-        q = self.log_b.softmax(0).T @ self.log_p.exp()  # (1, V)
+        q = (self.log_b.softmax(-1).unsqueeze(1) @ self.log_p.exp()).squeeze(1)  # (B, V)
         # tiny: where all real tokens underflow next to the padding, the row is uniform and not NaN
         return self.head.all_tokens(q.clamp_min(torch.finfo(q.dtype).tiny).log(), self.n_token)
 
@@ -581,7 +583,7 @@ class GPT(nn.Module):
         return widen(logits)[..., : self.config.n_token]
 
     def conditionals(self, e):
-        """The conditionals of the head's joint at one hidden state e (C,)."""
+        """The conditionals of the head's joint at hidden states e (B, C)."""
         return Conditionals(self.head, e, self.lm_head.weight, self.config.n_token)
 
     def forward(self, idx):

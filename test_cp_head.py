@@ -105,10 +105,10 @@ def joint_of_rows(model, e):
     """The same of a head whose formula is not written out here: its own rows, multiplied."""
     n, V, table = model.config.n_future, model.config.vocab_size, []
     for window in itertools.product(range(V), repeat=n):
-        state, log_p = model.head.start(e, model.lm_head.weight), model.head.log_weights(e)
+        state, log_p = model.head.start(e[None], model.lm_head.weight), model.head.log_weights(e)
         for s, x in enumerate(window, 1):
             previous = torch.tensor([window[s - 2]]) if s > 1 else None
-            log_p = log_p + model.head.rows(state, s, previous)[:, x]
+            log_p = log_p + model.head.rows(state, s, previous)[0, :, x]
         table.append(log_p.exp().sum())
     return torch.stack(table).view((V,) * n)
 
@@ -150,7 +150,7 @@ def test_conditionals_are_those_of_equation_1(variant, rank, n_token):
     e = a_state()
     table = joint_table(model, e)
     for x1, x2 in itertools.product(range(n_token), repeat=2):
-        conditionals = model.conditionals(e)
+        conditionals = model.conditionals(e[None])
         for given, x in ((table[x1].sum(1), x1), (table[x1, x2], x2)):
             q, given = conditionals.next(torch.tensor([x])).softmax(-1), given[:n_token]
             torch.testing.assert_close(q[0], given / given.sum(), rtol=0, atol=1e-12)
@@ -164,9 +164,9 @@ def test_the_methods_of_a_head_agree(head, rank):
     that independent heads draw from at once are those rows."""
     model = tiny_model(head=head, rank=rank)
     e, W, window = a_state(), model.lm_head.weight, torch.tensor([[1, 4, 2]])
-    state, gold = model.head.start(e, W), model.head.gold_log_probs(e[None], window, W)[0]  # (n, r)
+    state, gold = model.head.start(e[None], W), model.head.gold_log_probs(e[None], window, W)[0]  # (n, r)
     for s, x in enumerate(window[0].tolist(), 1):
-        rows = model.head.rows(state, s, window[0, s - 2 : s - 1] if s > 1 else None)
+        rows = model.head.rows(state, s, window[0, s - 2 : s - 1] if s > 1 else None)[0]
         assert rows.exp().sum(-1).tolist() == pytest.approx([1.0] * model.head.rank, abs=1e-12)
         torch.testing.assert_close(rows[:, x], gold[s - 1], rtol=0, atol=1e-12)
         if not model.head.sees_drafts:
@@ -286,8 +286,8 @@ def test_factors_share_no_storage(head):
     e, x = a_state(), torch.tensor([1])
 
     def rows():
-        state = model.head.start(e, model.lm_head.weight)
-        return torch.stack([model.head.rows(state, s, x) for s in (1, 2, 3)])
+        state = model.head.start(e[None], model.lm_head.weight)
+        return torch.stack([model.head.rows(state, s, x)[0] for s in (1, 2, 3)])
 
     before = rows()
     with torch.no_grad():
@@ -326,7 +326,7 @@ def test_chain_with_a_zero_term_is_the_cp_head():
         loss.backward()
     for name, p in cp.named_parameters():
         assert torch.equal(p.grad, chain.get_parameter(name).grad), name
-    states = [model.head.start(e, model.lm_head.weight) for model in (cp, chain)]
+    states = [model.head.start(e[None], model.lm_head.weight) for model in (cp, chain)]
     for s, x in itertools.product((1, 2, 3, 4), range(5)):
         rows = [model.head.rows(state, s, torch.tensor([x])) for model, state in zip((cp, chain), states)]
         torch.testing.assert_close(*rows, rtol=0, atol=1e-6)  # other matrix shapes
@@ -644,7 +644,7 @@ def test_greedy_keeps_what_the_argmax_keeps():
 
 
 def posterior_rows(model, e, x, sampler):
-    """The rows q that `draft` would draw from along given tokens x_1, x_2, ...; see
+    """The rows q that `draft` would draw from along given tokens x_1, x_2, ..., each (1,); see
     Conditionals."""
     conditionals = model.conditionals(e)
     return [sampler.warp(conditionals.next(x_s)) for x_s in x]
@@ -657,18 +657,18 @@ def argmax_draft(model, e, token, n_drafts, sampler):
     for _ in range(n_drafts):
         q.append(sampler.warp(conditionals.next(x[-1])))
         x.append(q[-1].argmax(-1))
-    return torch.cat(x), torch.cat((*q, torch.zeros_like(q[0])))
+    return torch.stack(x, 1), torch.stack((*q, torch.zeros_like(q[0])), 1)
 
 
 def prior_component_draft(model, e, token, n_drafts, sampler):
     """Draws one component from w, and the drafts from it, but verifies against the rows of the
     posterior."""
-    a = decode.categorical(model.head.log_weights(e).exp().unsqueeze(0), sampler.generator)
+    a = decode.categorical(model.head.log_weights(e).exp(), sampler.generator)  # (1,)
     state, x = model.head.start(e, model.lm_head.weight), [token]
     for s in range(2, n_drafts + 2):
-        x.append(decode.categorical(model.head.rows(state, s, x[-1])[a].exp(), sampler.generator))
+        x.append(decode.categorical(model.head.rows(state, s, x[-1])[0, a].exp(), sampler.generator))
     q = posterior_rows(model, e, x[:-1], sampler)
-    return torch.cat(x), torch.cat((*q, torch.zeros_like(q[0])))
+    return torch.stack(x, 1), torch.stack((*q, torch.zeros_like(q[0])), 1)
 
 
 def blind_rows_draft(model, e, token, n_drafts, sampler, draft=decode.draft):
@@ -677,17 +677,17 @@ def blind_rows_draft(model, e, token, n_drafts, sampler, draft=decode.draft):
     x, q = draft(model, e, token, n_drafts, sampler)
     state, log_b = model.head.start(e, model.lm_head.weight), model.head.log_weights(e)
     log_p, blind = model.head.rows(state, 1, None), []
-    for s, x_s in enumerate(x[:-1].split(1), 2):
-        log_b, log_p = log_b + log_p[:, x_s].squeeze(-1), model.head.rows(state, s, token)
-        blind.append(sampler.warp((log_b.softmax(0) @ log_p.exp()).log()))
-    return x, torch.stack((*blind, q[-1]))
+    for s, x_s in enumerate(x[0, :-1].split(1), 2):
+        log_b, log_p = log_b + log_p[..., x_s].squeeze(-1), model.head.rows(state, s, token)
+        blind.append(sampler.warp((log_b.softmax(-1) @ log_p[0].exp()).log()))
+    return x, torch.stack((*blind, q[:, -1]), 1)
 
 
 def step_without_residual(model, cache, before, token, n_drafts, sampler, lap=None, drafter=None):
     """Drops the draw after a rejection and drafts anew from the accepted prefix (as one published
     algorithm reads)."""
     length = cache.length
-    x, q = decode.draft(model, before[-1], token, n_drafts, sampler)
+    x, q = (found[0] for found in decode.draft(model, before[-1:], token, n_drafts, sampler))
     hidden = model.hidden(x.unsqueeze(0), cache)[0]
     p, y = sampler.warp(model.target_logits(hidden)), x[1:].unsqueeze(-1)
     kept = decode.bernoulli(p[:-1].gather(-1, y) / q[:-1].gather(-1, y), sampler.generator)
@@ -724,7 +724,7 @@ def test_drafts_follow_the_joint_and_their_rows_are_its_conditionals(variant, mo
     table = joint_table(model, e).detach()
 
     def run(choose):
-        x, q = decode.draft(model, e, torch.tensor([1]), 2, Sampling())
+        x, q = (found[0] for found in decode.draft(model, e[None], torch.tensor([1]), 2, Sampling()))
         rows[tuple(x[1:].tolist())] = q
         return x[1:].tolist()
 
@@ -777,7 +777,7 @@ def test_rows_along_the_gold_tokens_are_those_that_drafts_are_drawn_from(head, r
         model.head.choose_drafts(ids, W)
     for window in itertools.product(range(4), repeat=3):
         along = model.head.log_conditionals(e[None], torch.tensor([window]), W)[0]  # (n - 1, V or K)
-        conditionals = model.conditionals(e)
+        conditionals = model.conditionals(e[None])
         for row, x in zip(along, window):
             q = conditionals.next(torch.tensor([x])).softmax(-1)[0]
             expected = torch.zeros(4, dtype=torch.float64).index_copy(0, ids, row.exp()) if draft_vocab else row.exp()

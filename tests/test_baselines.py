@@ -57,7 +57,7 @@ def test_moving_components_by_all_their_paths(head, rank):
     joint = model.head.log_joint(e.expand(len(windows), -1), windows, W).exp()
     along = model.head.log_conditionals(e.expand(len(windows), -1), windows, W).exp()
     for i, window in enumerate(windows):
-        conditionals, part = model.conditionals(e), table
+        conditionals, part = model.conditionals(e[None]), table
         for s, x in enumerate(window):
             part = part[x]
             marginal = part.sum()
@@ -100,7 +100,7 @@ def test_it_is_a_joint_distribution_and_its_rows_are_the_conditionals(head, targ
     if target == "marginal":
         torch.testing.assert_close(model.head.log_marginal(e, W), joint[:, 0].view(4, 16)[:, 0], rtol=0, atol=1e-12)
     for window, expected in zip(windows, joint):
-        conditionals, log_p = model.conditionals(e), joint[:, 0].view(4, 16)[window[0], 0]
+        conditionals, log_p = model.conditionals(e[None]), joint[:, 0].view(4, 16)[window[0], 0]
         for x, y, own in zip(window, window[1:], expected[1:]):
             log_p = log_p + conditionals.next(x[None]).log_softmax(-1)[0, y]
             assert log_p.item() == pytest.approx(own.item(), abs=1e-10)

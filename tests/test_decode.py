@@ -121,9 +121,9 @@ def test_drafts_are_tokens_whatever_the_padding_has(rank, head):
         if head == "full":
             model.head.maps[:, :, 4:] = 1000 * torch.ones(8)
         model.lm_head.weight[4:] = 1000 * torch.ones(8)
-        x, q = decode.draft(model, torch.ones(8), torch.tensor([1]), 2, Sampling(generator=seeded()))
-    assert (x < 4).all() and x[0] == 1 and q.shape == (3, 4)
-    torch.testing.assert_close(q.sum(-1), torch.tensor([1.0, 1.0, 0.0]))
+        x, q = decode.draft(model, torch.ones(1, 8), torch.tensor([1]), 2, Sampling(generator=seeded()))
+    assert (x < 4).all() and x[0, 0] == 1 and q.shape == (1, 3, 4)
+    torch.testing.assert_close(q.sum(-1), torch.tensor([[1.0, 1.0, 0.0]]))
 
 
 # -----------------------------------------------------------------------------

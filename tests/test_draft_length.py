@@ -67,7 +67,7 @@ def test_decoding_is_exact_whatever_chooses_the_length(policy, head, target, ran
 
         def noted(*args):
             x, q = drafter(*args)
-            seen.add(len(x) - 1)
+            seen.add(x.size(1) - 1)
             return x, q
 
         texts = enumerated(lambda choose: generate_speculative(model, [0, 1], 4, drafter=noted), monkeypatch)
@@ -78,8 +78,8 @@ def test_decoding_is_exact_whatever_chooses_the_length(policy, head, target, ran
 def take_back(model, e, token, n_drafts, sampler):
     """Wrong: throws the last draft away where the head gave it less than half."""
     x, q = draft(model, e, token, n_drafts, sampler)
-    if n_drafts and q[-2, x[-1]] < 0.5:
-        return x[:-1], torch.cat((q[:-2], q[-1:]))
+    if n_drafts and q[0, -2, x[0, -1]] < 0.5:
+        return x[:, :-1], torch.cat((q[:, :-2], q[:, -1:]), 1)
     return x, q
 
 
@@ -122,13 +122,13 @@ def test_independent_heads_draw_at_once_unless_a_draft_may_be_the_last(monkeypat
     """A length that is known before keeps the one draw; one that is not draws no draft after the last one."""
     model, sampler, calls = tiny_model(rank=1, n_future=5), Sampling(), []
     draw = sampler.draw
-    sampler.draw = lambda logits: calls.append(len(logits)) or draw(logits)
+    sampler.draw = lambda logits: calls.append(logits.size(-2)) or draw(logits)
     for policy, expected in ((Fixed(3), [3]), (certain_clp(model, 2), [2]), (Confident(1.0), [1]),
                              (Confident(0), [1] * 4)):
         calls.clear()
         with torch.no_grad():
-            x, q = policy(model, torch.ones(8).double(), torch.tensor([1]), 4, sampler)
-        assert calls == expected and len(x) == len(q) == sum(expected) + 1 and not q[-1].any()
+            x, q = policy(model, torch.ones(1, 8).double(), torch.tensor([1]), 4, sampler)
+        assert calls == expected and x.size(1) == q.size(1) == sum(expected) + 1 and not q[0, -1].any()
 
 
 def test_confident_stops_by_the_product_of_the_largest_probabilities():
@@ -147,7 +147,7 @@ def test_clp_drafts_what_promises_most_tokens_per_cost(cost):
         model = tiny_model(seed, n_future=5)
         clp, e = random_clp(model, cost), torch.randn(8).double()
         with torch.no_grad():
-            p, k = clp.log_probs(e).exp().tolist(), clp.most(e)
+            p, k = clp.log_probs(e).exp().tolist(), clp.most(e[None])
         gain = [sum(p_L * (1 + min(L, k)) for L, p_L in enumerate(p)) / (1 + cost * k) for k in range(5)]
         assert k == gain.index(max(gain))
         chosen.add(k)
@@ -169,7 +169,7 @@ def test_labels_and_states_by_brute_force(head, sampler):
             state, label = next(data)
             torch.testing.assert_close(state, e, rtol=0, atol=1e-12)
             oracle = list(generate(model, text[: t + 1], 3, sampler=Greedy()))
-            conditionals, x, drafts = model.conditionals(e), torch.tensor(text[t : t + 1]), []
+            conditionals, x, drafts = model.conditionals(e[None]), torch.tensor(text[t : t + 1]), []
             for _ in range(3):
                 x = conditionals.next(x).argmax(-1)
                 drafts.append(x.item())
@@ -207,7 +207,7 @@ def test_the_lossy_mode_writes_what_the_head_drafts(rank):
     tokens = prompt + list(generate(model, prompt, 1, sampler=Greedy()))
     for _ in range(4):
         e, x = model.hidden(torch.tensor([tokens[:-1]]))[0, -1], torch.tensor(tokens[-1:])
-        conditionals = model.conditionals(e)
+        conditionals = model.conditionals(e[None])
         for _ in range(2):
             x = conditionals.next(x).argmax(-1)
             tokens.append(x.item())

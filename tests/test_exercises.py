@@ -206,7 +206,7 @@ def conditional(log_w, log_p, x):
     head = FullCPHead(GPTConfig(vocab_size=V, n_embd=1, n_head=1, n_future=n, rank=r, head="full")).double()
     head.router.weight.data.zero_()
     head.router.bias.data, head.maps.data = log_w, log_p.unsqueeze(-1)
-    rows = Conditionals(head, log_p.new_ones(1), None, V)
+    rows = Conditionals(head, log_p.new_ones(1, 1), None, V)
     return [rows.next(token) for token in x.split(1)][-1].softmax(-1)[0]
 
 
@@ -230,7 +230,7 @@ def test_conditional(answer):
     """The joint, with the drafts so far held fixed, over its sum."""
     model, e = tiny_model(rank=3), shared.a_state()
     table, W = shared.joint_table(model, e).detach(), model.lm_head.weight
-    log_w, log_p = model.head.log_weights(e).detach(), model.head.start(e, W).detach()
+    log_w, log_p = model.head.log_weights(e).detach(), model.head.start(e[None], W)[0].detach()
     for x1 in range(5):
         given = table[x1].sum(-1)
         close(answer(log_w, log_p, torch.tensor([x1])), given / given.sum(), f"q is P(x_2 | x_1 = {x1})")
@@ -525,7 +525,7 @@ def chain_row(W, M, G, U, e, x):
     V, C = W.shape
     head = ChainHead(GPTConfig(vocab_size=V, n_embd=C, n_head=1, n_future=2, head="chain")).double()
     head.maps.data[1, 0], head.gate.data[0], head.out.data = M, G, U
-    return head.rows(head.start(e, W), 2, torch.tensor([x]))[0]
+    return head.rows(head.start(e[None], W), 2, torch.tensor([x]))[0, 0]
 
 
 def forgets_the_norm(W, M, G, U, e, x):

@@ -163,7 +163,7 @@ def test_it_is_a_joint_distribution_and_its_rows_are_the_conditionals():
     for window, log_p in zip(windows, joint):
         rows = log_rows(model, e, window)
         close(log_p, torch.stack([row[x] for row, x in zip(rows, window)]).cumsum(0))
-        conditionals = model.conditionals(e.flatten())
+        conditionals = model.conditionals(e.flatten()[None])
         for row, x in zip(rows[1:], window):
             close(conditionals.next(x[None])[0], row)
 

@@ -231,7 +231,7 @@ def test_low_precision_models_have_float32_probabilities():
     for dtype, expected in ((bf16, fp32), (fp32, fp32), (fp64, fp64)):
         for head in OURS:
             model, x, e = tiny_model(head=head).to(dtype), torch.tensor([1]), a_state().to(dtype)
-            conditionals, W = model.conditionals(e), model.lm_head.weight
+            conditionals, W = model.conditionals(e[None]), model.lm_head.weight
             rows = (conditionals.next(x), conditionals.log_p, conditionals.log_b, model.target_logits(e),
                     model.head.log_joint(e[None], torch.tensor([[1, 2, 3]]), W))
             assert {row.dtype for row in rows} == {expected}

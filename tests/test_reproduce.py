@@ -198,9 +198,9 @@ def test_specialties_are_posteriors(smoke, monkeypatch):
     with torch.no_grad():
         for idx, gold in data.fixed(64):
             for e, window in zip(model.hidden(idx).flatten(0, 1), gold.flatten(0, 1)):
-                state, log_b = model.head.start(e, model.lm_head.weight), model.head.log_weights(e)
+                state, log_b = model.head.start(e[None], model.lm_head.weight), model.head.log_weights(e)
                 for s in (1, 2):
-                    log_b = log_b + model.head.rows(state, s, window[:1])[:, window[s - 1]]
+                    log_b = log_b + model.head.rows(state, s, window[:1])[0, :, window[s - 1]]
                 shares.setdefault(enc.decode([window[0].item()]), []).append(log_b.softmax(-1))
     found = reproduce.specialties(ckpt, out_dir, least=1)["components"]
     assert len(found) == 2 and all(len(tokens) == 8 for tokens in found)
