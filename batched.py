@@ -1,10 +1,10 @@
-"""More than one text at once: texts of different lengths share a forward pass, and nothing else.
+"""More than one text at once: texts of different lengths share a step's drafts, pass and verification.
 
     python batched.py --out_dir out/toy --batch_sizes 1 4 16
 
 generate_cached_batch and generate_speculative_batch do for B prompts what generate_cached and
 generate_speculative of decode.py do for one. Every row has its own length in the cache, and its own
-positions, drafts, acceptance and roll-back. It leaves the batch when its text ends.
+positions, acceptance and roll-back. It leaves the batch when its text ends.
 
 As a script, this continues the checkpoint's prompts with both decoders in turn, round after round.
 Speeds are medians over the rounds, and a speed-up is the median of the rounds' own ratios. The last
@@ -14,11 +14,10 @@ line of stdout is one JSON object.
 import itertools
 import json
 import statistics
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch.nn.functional import pad
 
 from bench_speculative import hardware, speedups, timed
 from common import ArgumentParser, number, run_script
@@ -31,38 +30,43 @@ from sample import add_model_flags, fast_kernels, load, prompt_ids
 # one forward pass over rows of different lengths
 
 
-class RowCache(KVCache):
-    """A KVCache with a length for each row, a list of B.
+class RowCache:
+    """Keys and values of B texts, and how many of them are valid, a list of B.
 
-    A pass has T = width tokens for each row, of which the last ones may be padding. It writes the
-    places l, ..., l + T - 1 of the row, and then l grows by 1 or more. So the next pass overwrites
-    all that this one left stale, and later places are 0: attention meets no stale number, not even
-    with weight 0. There is room after the block for its padding.
+    A pass with T tokens for each row writes the places l, ..., l + T - 1 of its row. What is stale
+    after them is masked. Attention calls `append` in model.py, and `update` in transformers.
     """
 
-    def __init__(self, config, B, width, dtype, device):
-        room = replace(config, block_size=config.block_size + width - 1)
-        super().__init__(room, B, dtype, device)
-        self.length, self.width = [0] * B, width
-        self.steps = torch.arange(width, device=device)
+    def __init__(self, B, room):
+        self.length, self.room, self.kv = [0] * B, room, []
 
-    def begin(self):
+    def put(self, row, cache):
+        """Take over the cache of one text."""
+        parts = keys_and_values(cache)  # (2, nh, l, hs) of each layer
+        if not self.kv:
+            B = len(self.length)
+            self.kv = [part.new_zeros(2, B, part.size(1), self.room, part.size(3)) for part in parts]
+        for own, part in zip(self.kv, parts):
+            own[:, row, :, : cache.length] = part
+        self.length[row] = cache.length
+
+    def begin(self, T):
         """Say where the next pass writes: places (B, T)."""
-        self.places = torch.tensor(self.length, device=self.steps.device).unsqueeze(1) + self.steps
+        first = torch.tensor(self.length, device=self.kv[0].device)
+        self.places = first.unsqueeze(1) + torch.arange(T, device=first.device)
         return self.places
 
     def append(self, layer, kv):
-        """Write kv (2, B, nh, T, hs) at the places: -> (2, B, nh, longest + T, hs)."""
+        """Write kv (2, B, nh, T, hs) at the places: -> (2, B, nh, n, hs)."""
         rows = torch.arange(len(self.length), device=kv.device).unsqueeze(1)
         self.kv[layer][:, rows, :, self.places] = kv.permute(1, 3, 0, 2, 4)
-        return self.kv[layer].narrow(3, 0, max(self.length) + self.width)
+        return self.kv[layer].narrow(3, 0, max(self.length) + kv.size(3))
 
-    def put(self, row, cache):
-        """Take over a KVCache of one text."""
-        self.length[row] = cache.length
-        for own, kv in zip(self.kv, cache.kv):
-            own[:, row] = 0  # what a longer text left there
-            own[:, row, :, : cache.length] = kv[:, 0, :, : cache.length]
+    def update(self, keys, values, layer, *unused, **options):
+        return self.append(layer, torch.stack((keys, values))).unbind()
+
+    def get_seq_length(self, *unused):
+        return max(self.length)
 
     def keep(self, rows):
         """Drop all rows but these."""
@@ -70,20 +74,52 @@ class RowCache(KVCache):
         self.kv = [kv[:, rows] for kv in self.kv]
 
 
+def keys_and_values(cache):
+    """Those of one text, (2, nh, T, hs) of each layer, from its KVCache or pretrained.py's Cache."""
+    if isinstance(cache, KVCache):
+        return [kv[:, 0, :, : cache.length] for kv in cache.kv]
+    return [torch.stack((layer.keys[0], layer.values[0])) for layer in cache.past.layers]
+
+
 def hidden_of_rows(model, x, cache):
     """`GPT.hidden` of the tokens x (B, T) that follow those in a RowCache: -> (B, T, C).
 
     The lengths stay what they were.
     """
-    trunk, last, places = model.transformer, model.config.block_size - 1, cache.begin()
-    h = trunk.wte(x) + trunk.wpe(places.clamp_max(last))  # padding may be after the last place
-    return model.through_blocks(h, cache, visible(places, max(cache.length) + cache.width))
+    places = cache.begin(x.size(1))
+    seen = visible(places, max(cache.length) + x.size(1))
+    if hasattr(model, "lm"):  # as a bias, which all of its kernels for attention take
+        hidden = seen.to(model.dtype).sub(1).mul(torch.finfo(model.dtype).max)
+        return model.pass_over(x, cache, attention_mask=hidden, position_ids=places).last_hidden_state
+    trunk = model.transformer
+    return model.through_blocks(trunk.wte(x) + trunk.wpe(places), cache, seen)
 
 
 def visible(places, n):
     """Whether a token at places (B, T) sees the places 0..n - 1 of its row, those up to its own:
     (B, 1, T, n)."""
     return (torch.arange(n, device=places.device) <= places.unsqueeze(-1)).unsqueeze(1)
+
+
+@torch.inference_mode()
+def check_rows(model):
+    """BadInput unless a model of transformers takes texts of different lengths in one pass."""
+    idx = torch.arange(3, 12, device=model.device).unsqueeze(0) % model.config.vocab_size
+    lengths, cache = (7, 4), RowCache(2, 9)
+    expected = [model.hidden(idx[:, : length + 2])[:, -2:] for length in lengths]
+    try:
+        for row, length in enumerate(lengths):
+            single = model.new_cache()
+            model.hidden(idx[:, :length], single)
+            cache.put(row, single)
+        x = torch.cat([idx[:, length : length + 2] for length in lengths])
+        same = model.close(hidden_of_rows(model, x, cache), torch.cat(expected))
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
+        same = False  # it asks more of a cache, or has another kind of mask
+    if not same:
+        raise BadInput(f"{model.source.get('name')} cannot take texts of different lengths in one pass; "
+                       "decode one text at a time")
+    model.takes_rows = True
 
 
 # -----------------------------------------------------------------------------
@@ -105,17 +141,25 @@ class Row:
 class Batch:
     """The rows that go on, and their cache. Arguments: see `generate_cached_batch`."""
 
-    def __init__(self, model, prompts, max_new_tokens, samplers, stop_token, stats, width):
-        if hasattr(model, "lm"):
-            raise BadInput("the cache of a trunk of transformers has one length for all rows; "
-                           "decode one text at a time")
+    def __init__(self, model, prompts, max_new_tokens, samplers, stop_token, stats):
         for prompt in prompts:
             check_call(model, prompt)
+        if not getattr(model, "takes_rows", True):
+            check_rows(model)
         samplers = own_samplers(samplers or Sampling(), len(prompts))
         self.model, self.stop_token, self.stats = model, stop_token, stats
         self.rows = [Row(list(prompt), sampler, max_new_tokens)
                      for prompt, sampler in zip(prompts, samplers)]
-        self.cache = RowCache(model.config, len(prompts), width, model.dtype, model.device)
+        # a step's drafts may go past the text's end
+        room = max(map(len, prompts), default=0) + max_new_tokens + model.config.n_future
+        self.cache = RowCache(len(prompts), min(room, model.config.block_size))
+
+    @property
+    def sampler(self):
+        """One sampler for all rows that are left, which is faster if they share theirs."""
+        samplers = [row.sampler for row in self.rows]
+        shared = all(sampler is samplers[0] for sampler in samplers)
+        return samplers[0] if shared else EachItsOwn(samplers)
 
     @torch.inference_mode()
     def write(self, step):
@@ -156,6 +200,25 @@ class Batch:
             self.stats.count(len(new), len(block), n_drafts)
 
 
+class EachItsOwn:
+    """The two methods of a sampler, for rows that have one each."""
+
+    def __init__(self, samplers):
+        self.samplers = samplers
+
+    def draw(self, logits):
+        return self.of_all("draw", logits)
+
+    def verify(self, logits, q, drafted):
+        return self.of_all("verify", logits, q, drafted)
+
+    def of_all(self, method, *args):
+        """Call it for each row with its part of the arguments: two tensors with a row for each."""
+        parts = zip(*(arg.split(1) for arg in args))
+        found = [getattr(own, method)(*part) for own, part in zip(self.samplers, parts)]
+        return tuple(map(torch.cat, zip(*found)))
+
+
 def own_samplers(samplers, B):
     """A sampler for each of B rows, from one or from a list of B."""
     samplers = list(samplers) if isinstance(samplers, (list, tuple)) else [samplers] * B
@@ -169,15 +232,11 @@ def own_samplers(samplers, B):
 
 def plain_step(batch):
     """One token for each row."""
-    x = torch.stack([row.token for row in batch.rows])  # (B, 1)
+    x = torch.cat([row.token for row in batch.rows]).unsqueeze(1)  # (B, 1)
     hidden = hidden_of_rows(batch.model, x, batch.cache)
     logits = batch.model.target_logits(hidden[:, 0])  # (B, n_token)
     check_finite(logits)
-    samplers = [row.sampler for row in batch.rows]
-    if all(sampler is samplers[0] for sampler in samplers):  # one draw for all of them is faster
-        tokens = samplers[0].draw(logits)[0]
-    else:
-        tokens = torch.cat([s.draw(row)[0] for s, row in zip(samplers, logits.split(1))])
+    tokens = batch.sampler.draw(logits)[0]
     for i, (row, token) in enumerate(zip(batch.rows, tokens.tolist())):
         batch.cache.length[i] += 1
         row.token = tokens[i : i + 1]
@@ -185,25 +244,22 @@ def plain_step(batch):
 
 
 def speculative_step(batch):
-    """1..n tokens for each row: the step of decode.py, whose forward pass the rows share."""
-    model, cache, drafts = batch.model, batch.cache, []
-    for row, length in zip(batch.rows, cache.length):
-        n_drafts = min(model.config.n_future - 1, model.config.block_size - length - 1)
-        e = model.head.see(row.hidden)[-1]  # (C,), of the token before x_1
-        drafts.append(draft(model, e, row.token, n_drafts, row.sampler))
-    x = torch.stack([pad(x, (0, cache.width - len(x))) for x, _ in drafts])  # (B, T)
+    """1..n tokens for each row: the step of decode.py. All rows make as many drafts: where one is
+    about to fill its block, no more than it has room for."""
+    model, cache, sampler = batch.model, batch.cache, batch.sampler
+    room = model.config.block_size - max(cache.length) - 1
+    e = torch.cat([model.head.see(row.hidden)[-1:] for row in batch.rows])  # (B, C)
+    token = torch.cat([row.token for row in batch.rows])
+    x, q = draft(model, e, token, min(model.config.n_future - 1, room), sampler)  # (B, k + 1)
     hidden = hidden_of_rows(model, x, cache)
-    hidden = [h[: len(x)] for h, (x, _) in zip(hidden, drafts)]  # B times (k + 1, C): no padding
-    logits = model.target_logits(torch.cat(hidden))
+    logits = model.target_logits(hidden)  # (B, k + 1, n_token)
     check_finite(logits)
-    logits = logits.split([len(h) for h in hidden])
-    verified = [row.sampler.verify(row_logits, q, x[1:])
-                for row, row_logits, (x, q) in zip(batch.rows, logits, drafts)]
-    n_accepted, tokens = (torch.cat(part).tolist() for part in zip(*verified))
-    for i, (row, k, ids) in enumerate(zip(batch.rows, n_accepted, x.tolist())):
+    n_accepted, tokens = sampler.verify(logits, q, x[:, 1:])  # (B, 1), (B, 1)
+    new = torch.cat((n_accepted, x[:, 1:], tokens), 1).tolist()
+    for i, (row, (k, *ids)) in enumerate(zip(batch.rows, new)):
         cache.length[i] += k + 1  # x_1 and the accepted drafts; the others are rolled back
-        row.hidden, row.token = hidden[i][: k + 1], verified[i][1]
-        batch.add(row, [*ids[1 : k + 1], tokens[i]], len(hidden[i]) - 1)
+        row.hidden, row.token = hidden[i, : k + 1], tokens[i]
+        batch.add(row, [*ids[:k], ids[-1]], x.size(1) - 1)
 
 
 def generate_cached_batch(model, prompts, max_new_tokens, *, samplers=None, stop_token=None,
@@ -211,11 +267,11 @@ def generate_cached_batch(model, prompts, max_new_tokens, *, samplers=None, stop
     """Plain decoding of B prompts, lists of ids, one token of each per forward pass: -> B texts.
 
     samplers: one that all rows draw from in turn, or a list of B; with a generator of its own, a
-    row's text depends on the others by rounding alone. stop_token: the id that ends a text, and is in it.
+    row's text depends on the others by rounding alone (and, drafted, by how many drafts there is room
+    for, see `speculative_step`). stop_token: the id that ends a text, and is in it.
     stats: a Stats to count in; a step counts once for each row. BadInput as in `stream`.
     """
-    batch = Batch(model, prompts, max_new_tokens, samplers, stop_token, stats, 1)
-    return batch.write(plain_step)
+    return Batch(model, prompts, max_new_tokens, samplers, stop_token, stats).write(plain_step)
 
 
 def generate_speculative_batch(model, prompts, max_new_tokens, *, samplers=None, stop_token=None,
@@ -228,9 +284,7 @@ def generate_speculative_batch(model, prompts, max_new_tokens, *, samplers=None,
     if model.head.reads_trunk:
         raise BadInput(f"head {model.config.head} reads the trunk through a cache with one length "
                        "for all rows; decode one text at a time")
-    batch = Batch(model, prompts, max_new_tokens, samplers, stop_token, stats,
-                  model.config.n_future)
-    return batch.write(speculative_step)
+    return Batch(model, prompts, max_new_tokens, samplers, stop_token, stats).write(speculative_step)
 
 
 # -----------------------------------------------------------------------------
@@ -291,8 +345,8 @@ def main():
     args = parse_args()
     torch.set_flush_denormal(True)  # probabilities below 1e-38 are 0; x86 would be slow at them
     model, enc, ckpt = load(args.out_dir, args.device, args.dtype)
-    texts, rows = ckpt["meta"]["prompts"], []
-    prompts = [prompt_ids(enc, texts[i % len(texts)]) for i in range(max(args.batch_sizes))]
+    texts, chat, rows = ckpt["meta"]["prompts"], ckpt["meta"].get("chat", False), []
+    prompts = [prompt_ids(enc, texts[i % len(texts)], chat) for i in range(max(args.batch_sizes))]
     torch.set_num_threads(args.threads or torch.get_num_threads())
     card = {"out_dir": args.out_dir, "hardware": hardware(model.device), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "max_new_tokens": args.max_new_tokens,

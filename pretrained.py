@@ -202,6 +202,7 @@ class Pretrained(GPT):
     """
 
     teacher = "kl"  # one of TEACHERS, which `loss` uses
+    takes_rows = False  # whether batched.py knows that it takes texts of different lengths
 
     def __init__(self, lm, config, source):
         nn.Module.__init__(self)
@@ -220,10 +221,13 @@ class Pretrained(GPT):
     def hidden(self, idx, cache=None, **options):
         if cache is None:
             return self.lm.base_model(idx, use_cache=False, **options).last_hidden_state
-        options[self.cache_name] = cache.past
-        out = self.lm.base_model(idx, use_cache=True, **options)
+        out = self.pass_over(idx, cache.past, **options)
         cache.past = out[self.cache_name]
         return out.last_hidden_state
+
+    def pass_over(self, idx, past, **options):
+        """What the trunk of transformers returns for idx (B, T) after its own cache, past."""
+        return self.lm.base_model(idx, use_cache=True, **{self.cache_name: past}, **options)
 
     def loss(self, states, gold, log_z, joint_weight=1.0, balance_weight=0.0, joint_share=1.0):
         """How far the head's rows q are from the target's p, where the text goes; see `States.at`.
@@ -267,17 +271,17 @@ class Pretrained(GPT):
                          per_step=1 + (accept * counts).cumprod(1).sum(1).mean())
         return loss + balance_weight * balance, {name: x.detach() for name, x in parts.items()}
 
+    def close(self, a, b):
+        """Whether two results differ by rounding alone."""
+        limit = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
+        return ((a - b).norm() < limit * b.norm()).item()
+
     @torch.inference_mode()
     def check(self, name):
         """BadInput unless hidden, its cache, rolling back, and the LM head do what a decoder needs."""
         idx = torch.arange(3, 11, device=self.device).unsqueeze(0) % self.config.vocab_size
-        limit = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
-
-        def close(a, b):
-            return ((a - b).norm() < limit * b.norm()).item()
-
         hidden = self.hidden(idx)
-        if not close(widen(self.lm_head(hidden)), widen(self.lm(idx, use_cache=False).logits)):
+        if not self.close(widen(self.lm_head(hidden)), widen(self.lm(idx, use_cache=False).logits)):
             raise BadInput(f"{name}: its logits are not its LM head of its last hidden state (they are "
                            "scaled or capped), which a head needs")
         try:
@@ -285,7 +289,7 @@ class Pretrained(GPT):
             first = self.hidden(idx[:, :4], cache)
             self.hidden(idx[:, :3], cache)  # a draft that is rejected
             cache.length = 4
-            same = close(torch.cat((first, self.hidden(idx[:, 4:], cache)), 1), hidden)
+            same = self.close(torch.cat((first, self.hidden(idx[:, 4:], cache)), 1), hidden)
         except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
             same = False  # no cache at all, or one that refuses
         if not same:

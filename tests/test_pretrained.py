@@ -17,7 +17,8 @@ import common
 import pretrained
 import sample
 import train
-from decode import Greedy, Sampling, generate, generate_cached, generate_speculative
+from batched import RowCache, generate_cached_batch, generate_speculative_batch
+from decode import Coupled, Greedy, Sampling, Stats, generate, generate_cached, generate_speculative
 from model import BadInput
 from prompts import FRAMES, HELD_OUT, SHARES
 
@@ -143,7 +144,7 @@ def test_packed_weights_give_the_same_numbers(kind):
 
     def numbers():
         e = model.hidden(idx)
-        return e, model.target_logits(e), model.conditionals(e[0, 0]).next(idx[0, :1])
+        return e, model.target_logits(e), model.conditionals(e[0, :1]).next(idx[0, :1])
 
     with torch.inference_mode():
         before = numbers()
@@ -217,7 +218,7 @@ def test_heads_learn_from_a_frozen_gpt_of_ours(head, teacher):
     loss, _ = pretrained.loss_on_frozen_trunk(model, idx, gold)
     hidden, total, weight = model.hidden(idx), 0.0, 0.0
     for b, t in itertools.product(range(2), range(8 - n + 1)):
-        conditionals = model.conditionals(hidden[b, t])
+        conditionals = model.conditionals(hidden[b, t][None])
         h = model.head.vectors_along(hidden[b, t][None], gold[b, t][None], model.lm_head.weight)[0, :, 0]
         for s in range(1, n):
             log_q = conditionals.next(gold[b, t, s - 1][None])[0].log_softmax(-1)
@@ -254,6 +255,35 @@ def test_speculative_texts_follow_the_models_distribution(kind):
     assert p_value(1.5) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("head", [dict(head="recurrent", draft_vocab=200), dict(head="cp", rank=2)], ids=str)
+def test_several_texts_at_once_are_those_of_the_oracle(kind, head):
+    """Of different lengths, and so with drafts accepted at different times: greedy, and with random
+    numbers that belong to the place in the text."""
+    model = a_model(kind, n_future=3, **head)
+    prompts = [[5, 17, 200], [8], [42, 1, 1, 99, 7, 260]]
+    for samplers in (lambda i: Greedy(), Coupled):
+        expected = [list(generate(model, prompt, 12, sampler=samplers(i))) for i, prompt in enumerate(prompts)]
+        for decoder in (generate_cached_batch, generate_speculative_batch):
+            assert decoder(model, prompts, 12, samplers=[samplers(i) for i in range(3)]) == expected
+    stats = Stats()
+    generate_speculative_batch(model, prompts, 12, samplers=Greedy(), stats=stats)
+    assert stats.tokens_per_step > 1
+
+
+def test_a_model_that_knows_no_rows_is_refused(monkeypatch):
+    """One that counts its places by itself would write wrong text; one that asks for another cache none."""
+    model = a_model("llama")
+    monkeypatch.setattr(model, "pass_over", lambda idx, past, attention_mask=None, position_ids=None: model.lm.base_model(
+        idx, use_cache=True, **{model.cache_name: past}, attention_mask=attention_mask))
+    with pytest.raises(BadInput, match="^tiny cannot take texts of different lengths in one pass"):
+        generate_cached_batch(model, [[1], [2, 3]], 3)
+    monkeypatch.undo()
+    monkeypatch.delattr(RowCache, "update")
+    with pytest.raises(BadInput, match="^tiny cannot take texts of different lengths in one pass"):
+        generate_cached_batch(model, [[1], [2, 3]], 3)
+
+
 def test_loss_counts_what_a_draft_can_reach():
     """Brute force over a batch: an offset counts inside the text, and as long as the tokens before
     it could be drafted; accept is sum min(p, q), and the loss the cross-entropy of q with p, each
@@ -266,7 +296,7 @@ def test_loss_counts_what_a_draft_can_reach():
     loss, parts = model.loss(states, gold, log_z)
     ids, losses, accepts = model.head.draft_ids, [[], [], []], [[], [], []]
     for i in range(30):
-        rows = model.conditionals(states[i, 0])
+        rows = model.conditionals(states[i, :1])
         for s in range(3):
             q = rows.next(gold[i, s : s + 1]).softmax(-1)[0]
             p = logits[i, s + 1].softmax(-1)
