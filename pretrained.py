@@ -411,8 +411,6 @@ def load_checkpoint(ckpt, path, device, dtype):
     head = {name: args.get(name) for name in HEAD_FIELDS}
     model, enc = load_pretrained(source["name"], device, dtype, source, **head)
     model.load_head(ckpt["model"], path)
-    model = model.to(device, model.dtype).eval()
-    model.pack()
     return model, enc
 
 

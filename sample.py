@@ -30,7 +30,10 @@ def load(out_dir, device="auto", dtype="auto"):
     ckpt = read_checkpoint(path)
     if "trunk" in ckpt:  # a head on a model of transformers
         from pretrained import load_checkpoint
-        return (*load_checkpoint(ckpt, path, device, dtype), ckpt)
+        model, enc = load_checkpoint(ckpt, path, device, dtype)
+        model = model.to(device, model.dtype).eval()
+        model.pack()
+        return model, enc, ckpt
     dtype = "float32" if dtype == "auto" else dtype
     if device.type == "mps" and dtype == "float64":
         raise BadInput("mps has no float64; take --device cpu.")
