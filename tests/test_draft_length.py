@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 from test_cp_head import chi_square_model, counting_model, enumerated, expected_texts, tiny_model, total_variation
-from test_scripts import SMALL, launch, run
+from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
+from test_scripts import SMALL, run
 
 from decode import Coupled, Greedy, Sampling, Stats, draft, generate, generate_speculative
 from draft_length import CLP, Confident, Fixed, agreement, collect, fit, generate_unverified, repetition
@@ -258,7 +259,7 @@ def test_bad_input_is_named(wrong, words):
         wrong(model, certain_clp(model, 1))
 
 
-def test_the_script_end_to_end(tmp_path):
+def test_the_script_end_to_end(tmp_path, monkeypatch, capsys):
     """All modes in one JSON object; the lossless ones write the text of plain decoding. What cannot be is one line."""
     run(tmp_path, "prepare_tinystories.py", "--toy", "--stories", 300)
     run(tmp_path, "train.py", "--preset", "toy", "--rank", 2, *SMALL)
@@ -270,11 +271,14 @@ def test_the_script_end_to_end(tmp_path):
     for row in result["rows"][:5]:
         assert row["agreement"] == [1.0, 8] and 0 <= row["repetition"] < 1 and row["tokens_per_step"] >= 1
     assert len(result["card"]["cost_of_a_draft"]) == 2 and result["card"]["clp_loss"] > 0
-    for flags, words in ((["--taus", 0], "above 0"), (["--out_dir", "no"], "no checkpoint")):
-        failed = launch(tmp_path, "draft_length.py", *flags)
-        assert failed.returncode and words in failed.stderr and len(failed.stderr.splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    for flags, words in (("--taus 0", "above 0"), ("--out_dir no", "no checkpoint")):
+        code, message = call("draft_length", flags)
+        message += capsys.readouterr().err
+        assert code and words in message and len(message.splitlines()) == 1
     path = tmp_path / "out/toy/ckpt.pt"
     ckpt = torch.load(path, weights_only=True)
     ckpt["meta"]["prompts"] = ckpt["meta"]["prompts"][:1]
     torch.save(ckpt, path)
-    assert "one prompt" in launch(tmp_path, "draft_length.py").stderr
+    assert "one prompt" in call("draft_length", "")[1]

@@ -2,6 +2,7 @@
 line."""
 
 import errno
+import importlib
 import json
 import os
 import pickle
@@ -21,21 +22,16 @@ import test_train
 import torch
 
 import bench_speculative
-import bench_training
 import common
 import model
 import plot
 import prepare_tinystories
-import pretrained
-import sample
 import tokenizer
 import train
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
-MAIN = {"prepare": prepare_tinystories.main, "train": train.main, "sample": sample.main,
-        "bench": bench_speculative.main, "plot": plot.main, "training": bench_training.main,
-        "pretrained": pretrained.main}
+SHORT = {"prepare": "prepare_tinystories", "bench": "bench_speculative", "training": "bench_training"}
 SMALL = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 --n_future 3 "
          "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu")
 FROM = "--preset toy --batch_size 4 --n_future 3 --max_iters 1 --eval_windows 4 --device cpu --init_from"
@@ -44,8 +40,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def start(script, args):
     """Run a script as its __main__ does."""
-    sys.argv = [f"{script}.py", *(args.split() if isinstance(args, str) else args)]
-    common.run_script(MAIN[script])
+    sys.argv = [f"{script}.py", *(args.split() if isinstance(args, str) else map(str, args))]
+    common.run_script(importlib.import_module(SHORT.get(script, script)).main)
 
 
 def call(script, args):
