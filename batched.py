@@ -1,4 +1,4 @@
-"""More than one text at once: texts of different lengths share a step's drafts, pass and verification.
+"""More than one text at once: texts of different lengths share drafts, pass and verification.
 
     python batched.py --out_dir out/toy --batch_sizes 1 4 16
 
@@ -34,7 +34,7 @@ class RowCache:
     """Keys and values of B texts, and how many of them are valid, a list of B.
 
     A pass with T tokens for each row writes the places l, ..., l + T - 1 of its row. What is stale
-    after them is masked. Attention calls `append` in model.py, and `update` in transformers.
+    after them is masked, and finite. Attention calls `append` in model.py, `update` in transformers.
     """
 
     def __init__(self, B, room):
@@ -45,9 +45,9 @@ class RowCache:
         parts = keys_and_values(cache)  # (2, nh, l, hs) of each layer
         if not self.kv:
             B = len(self.length)
-            self.kv = [part.new_zeros(2, B, part.size(1), self.room, part.size(3)) for part in parts]
-        for own, part in zip(self.kv, parts):
-            own[:, row, :, : cache.length] = part
+            self.kv = [x.new_zeros(2, B, x.size(1), self.room, x.size(3)) for x in parts]
+        for own, part in zip(self.kv, parts):  # of a window that slides, transformers keeps the end
+            own[:, row, :, cache.length - part.size(2) : cache.length] = part
         self.length[row] = cache.length
 
     def begin(self, T):
@@ -57,12 +57,13 @@ class RowCache:
         return self.places
 
     def append(self, layer, kv):
-        """Write kv (2, B, nh, T, hs) at the places: -> (2, B, nh, n, hs)."""
+        """Write kv (2, B, nh, T, hs) at the places: -> (2, B, nh, max(length) + T, hs)."""
         rows = torch.arange(len(self.length), device=kv.device).unsqueeze(1)
         self.kv[layer][:, rows, :, self.places] = kv.permute(1, 3, 0, 2, 4)
         return self.kv[layer].narrow(3, 0, max(self.length) + kv.size(3))
 
     def update(self, keys, values, layer, *unused, **options):
+        """`append`, as attention in transformers calls it."""
         return self.append(layer, torch.stack((keys, values))).unbind()
 
     def get_seq_length(self, *unused):
@@ -75,7 +76,8 @@ class RowCache:
 
 
 def keys_and_values(cache):
-    """Those of one text, (2, nh, T, hs) of each layer, from its KVCache or pretrained.py's Cache."""
+    """The keys and values of one text, (2, nh, l, hs) of each layer: of a KVCache, or of a Cache of
+    pretrained.py."""
     if isinstance(cache, KVCache):
         return [kv[:, 0, :, : cache.length] for kv in cache.kv]
     return [torch.stack((layer.keys[0], layer.values[0])) for layer in cache.past.layers]
@@ -88,9 +90,10 @@ def hidden_of_rows(model, x, cache):
     """
     places = cache.begin(x.size(1))
     seen = visible(places, max(cache.length) + x.size(1))
-    if hasattr(model, "lm"):  # as a bias, which all of its kernels for attention take
-        hidden = seen.to(model.dtype).sub(1).mul(torch.finfo(model.dtype).max)
-        return model.pass_over(x, cache, attention_mask=hidden, position_ids=places).last_hidden_state
+    if hasattr(model, "lm"):  # its attention takes a bias: 0, or a number near -inf
+        bias = seen.to(model.dtype).sub(1).mul(torch.finfo(model.dtype).max)
+        out = model.pass_over(x, cache, attention_mask=bias, position_ids=places)
+        return out.last_hidden_state
     trunk = model.transformer
     return model.through_blocks(trunk.wte(x) + trunk.wpe(places), cache, seen)
 
@@ -104,19 +107,21 @@ def visible(places, n):
 @torch.inference_mode()
 def check_rows(model):
     """BadInput unless a model of transformers takes texts of different lengths in one pass."""
-    idx = torch.arange(3, 12, device=model.device).unsqueeze(0) % model.config.vocab_size
-    lengths, cache = (7, 4), RowCache(2, 9)
-    expected = [model.hidden(idx[:, : length + 2])[:, -2:] for length in lengths]
+    idx = torch.arange(3, 11, device=model.device).unsqueeze(0) % model.config.vocab_size
+    lengths, cache = (6, 1), RowCache(2, 8)
     try:
+        expected = [model.hidden(idx[:, : length + 2])[0, -2:] for length in lengths]
         for row, length in enumerate(lengths):
             single = model.new_cache()
             model.hidden(idx[:, :length], single)
             cache.put(row, single)
         x = torch.cat([idx[:, length : length + 2] for length in lengths])
-        same = model.close(hidden_of_rows(model, x, cache), torch.cat(expected))
+        same = all(map(model.close, hidden_of_rows(model, x, cache), expected))
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
         same = False  # it asks more of a cache, or has another kind of mask
-    if not same:
+    config = model.lm.config  # of some, a long text changes the angles of the others' places
+    rope = str([getattr(config, name, "") for name in ("rope_parameters", "rope_scaling")])
+    if not same or "longrope" in rope or "dynamic" in rope:
         raise BadInput(f"{model.source.get('name')} cannot take texts of different lengths in one pass; "
                        "decode one text at a time")
     model.takes_rows = True
@@ -267,9 +272,8 @@ def generate_cached_batch(model, prompts, max_new_tokens, *, samplers=None, stop
     """Plain decoding of B prompts, lists of ids, one token of each per forward pass: -> B texts.
 
     samplers: one that all rows draw from in turn, or a list of B; with a generator of its own, a
-    row's text depends on the others by rounding alone (and, drafted, by how many drafts there is room
-    for, see `speculative_step`). stop_token: the id that ends a text, and is in it.
-    stats: a Stats to count in; a step counts once for each row. BadInput as in `stream`.
+    row's text depends on the others by rounding alone. stop_token: the id that ends a text, and is
+    in it. stats: a Stats to count in; a step counts once for each row. BadInput as in `stream`.
     """
     return Batch(model, prompts, max_new_tokens, samplers, stop_token, stats).write(plain_step)
 
@@ -277,7 +281,10 @@ def generate_cached_batch(model, prompts, max_new_tokens, *, samplers=None, stop
 def generate_speculative_batch(model, prompts, max_new_tokens, *, samplers=None, stop_token=None,
                                stats=None):
     """Self-speculative decoding (arXiv 2410.17765) of B prompts, 1..n tokens of each per forward
-    pass. Arguments and result: see `generate_cached_batch`.
+    pass.
+
+    Arguments and result: see `generate_cached_batch`. When one row is about to fill its
+    block, all make fewer drafts, and random numbers go to other places of their texts.
     """
     if model.head is None:
         raise BadInput("n_future = 1: there is no head to draft from; use generate_cached_batch")

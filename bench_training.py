@@ -23,10 +23,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as model_py
+import baselines
+import model
 from bench_speculative import hardware, timed
 from common import ArgumentParser, pick_device, run_script
-from model import GPT, BadInput
+from model import GPT, BadInput, widen
 from train import Run, TrainConfig, add_flags, count, model_config, optimizer_step, pick_dtype
 
 FLAGS = ("device", "dtype", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias", "head", "target",
@@ -50,18 +51,18 @@ def nanogpt_loss(model, idx, gold, *unused):
 
 
 def all_logits(x, weight, y, n_positions):
-    """`gold_log_prob` of model.py with the logits of all rows at once, which the backward pass keeps."""
-    return -F.cross_entropy(F.linear(x, weight).float(), y, reduction="none")
+    """`gold_log_prob` of model.py with the logits of all rows, which the backward pass keeps."""
+    return -F.cross_entropy(widen(F.linear(x, weight)), y, reduction="none")
 
 
 def stepper(cfg, vocab_size, device, nanogpt=False):
     """(Run, a function that does one step of train.py's loop on random tokens)."""
     torch.manual_seed(cfg.seed)
-    model = GPT(model_config(cfg, vocab_size))
+    gpt = GPT(model_config(cfg, vocab_size))
     text = torch.randint(vocab_size, (cfg.batch_size, cfg.block_size + cfg.n_future), device=device)
     batches = itertools.repeat((text[:, : cfg.block_size], text[:, 1:].unfold(1, cfg.n_future, 1)))
-    run = Run(cfg, model, {}, device, batches=batches)
-    return run, partial(optimizer_step, run, partial(nanogpt_loss, model) if nanogpt else model.loss)
+    run = Run(cfg, gpt, {}, device, batches=batches)
+    return run, partial(optimizer_step, run, partial(nanogpt_loss, gpt) if nanogpt else gpt.loss)
 
 
 def peak_bytes(device):
@@ -83,7 +84,7 @@ def measure(cfg, vocab_size, device_name, nanogpt, at_once=False, rounds=5):
     """
     device = torch.device(device_name)
     if at_once:
-        model_py.gold_log_prob = all_logits
+        model.gold_log_prob = baselines.gold_log_prob = all_logits
     tiny = replace(cfg, n_layer=1, n_head=1, n_embd=8, block_size=8, batch_size=1, grad_accum=1)
     stepper(tiny, 64, device, nanogpt)[1]()  # loads what PyTorch loads at its first use
     before = peak_bytes(device)
@@ -128,7 +129,7 @@ def row_process(text):
 
 
 def benchmark(cfg, cells):
-    """Print a row for each (V, n, r, nanogpt, at_once) of cells, and one JSON object with all of it."""
+    """Print a row for each (V, n, r, nanogpt, at_once) of cells, and one JSON object with all."""
     device = pick_device(cfg.device)
     dtype, name = str(pick_dtype(cfg.dtype, device)).removeprefix("torch."), hardware(device)
     peak = next((most for gpu, most in PEAK.items() if gpu in name and dtype == "bfloat16"), None)
@@ -149,7 +150,8 @@ def benchmark(cfg, cells):
         if row is None:
             print(f"{start}  not enough memory")
             continue
-        rows.append({"nanogpt": nanogpt, "at_once": at_once, "vocab_size": V, "n_future": n, "rank": r, **row})
+        rows.append({"nanogpt": nanogpt, "at_once": at_once, "vocab_size": V, "n_future": n,
+                     "rank": r, **row})
         mib = f"{row['bytes'] / 2**20:7.0f}" if row["bytes"] else "      -"
         speed = row["flops"] / row["seconds"]
         print(f"{start} {row['head_parameters'] / 1e6:8.2f} {1e3 * row['seconds']:8.1f} "

@@ -223,9 +223,9 @@ def draft(model, e, token, n_drafts, sampler, stops=None):
     """Draw x_2, ..., x_{k+1} from the head's joint at e, given x_1 = token; k = n_drafts.
 
     Each x_s is drawn from its row q_s = P(x_s | x_1..x_{s-1}, e), the exact conditional of equation
-    (1). For B texts, token (B,) and e (B, C), the hidden state of the token before x_1. Returns
-    x_1..x_{k+1} (B, k + 1) and q (B, k + 1, n_token), see `verify`. x_s is the last draft if
-    stops(log q_s (B, n_token), [x_1, ..., x_s]).
+    (1). token (B,) and e (B, C) are of B texts; e is the hidden state of the token before x_1.
+    Returns x_1..x_{k+1} (B, k + 1) and q (B, k + 1, n_token), see `verify`. x_s is the last draft
+    if stops(log q_s (B, n_token), [x_1, ..., x_s]).
     """
     nothing = e.new_zeros(len(e), 1, model.config.n_token)  # q's row for the place after the drafts
     if model.head.rank == 1 and not model.head.sees_drafts and stops is None:

@@ -27,7 +27,7 @@ from sample import add_model_flags, fast_kernels, load, prompt_ids
 class Fixed:
     """k drafts at every step, if there is room. Other policies override most or stops.
 
-    most(e) says how many drafts to make at most, and stops(row, x), as in `draft`, ends them. That
+    most(e), e (1, C), says how many drafts to make at most; stops(row, x), as in `draft`, ends them. That
     is exact, for whether a draft is made depends on nothing but e and the drafts before it, so that
     q = 0 in its place is a row like any other. A decision must not look at the draft that it would
     throw away: the drafts that stay would not be drawn from q.

@@ -6,7 +6,7 @@ nobody needs it.
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn as nn
@@ -14,6 +14,12 @@ from torch.nn import functional as F
 
 from baselines import need_lm_head
 from model import HEADS, CPHead, KVCache, widen
+
+
+@cache
+def eager(function):
+    """torch.compiler.disable, at the first call: it imports the compiler, which takes a second."""
+    return torch.compiler.disable(function)
 
 
 class Text:
@@ -41,8 +47,7 @@ class Text:
         return self.hidden.size(0) * self.length
 
     def __getitem__(self, some):
-        # its shapes change from draw to draw; not as a decorator, which imports the compiler
-        return torch.compiler.disable(self.take)(some)
+        return eager(Text.take)(self, some)  # its shapes change from draw to draw
 
     def take(self, some):
         head, (B, T, _), device = self.model.head, self.hidden.shape, self.hidden.device
@@ -199,7 +204,7 @@ class MaskHead(CPHead):
 
 
 class LinearMaskHead(MaskHead):
-    """The same head in linear decoding, a choice that its training does not notice."""
+    """MaskHead in linear decoding. Training is the same."""
 
     quadratic = False
 

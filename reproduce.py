@@ -206,8 +206,8 @@ def overheads(scale):
 
 
 def memory(scale):
-    """A head's logits chunk by chunk, as model.py has it, and all at once: 16,384 tokens, 8 times the
-    texts."""
+    """A head's logits chunk by chunk, as model.py has it, and all at once. The vocabulary has 16,384
+    tokens, and a batch 8 times as many texts as for `overheads`."""
     flags = scale.costs | dict(vocab_sizes=[16384], batch_size=8 * scale.costs["batch_size"],
                                futures=list(scale.futures), all_logits=True)
     for head, r in (("gloeckle", 1), ("cp", 1)) if scale.repeats > 1 else ():
@@ -319,8 +319,8 @@ def side_by_side(scale):
 
 
 def mask_decoding(scale):
-    """The head `mask` with masks after every token of a step, and after the last one alone: of the
-    same weights, as the two train alike."""
+    """The head `mask` with masks after every token of a step, and after the last one alone. The two
+    train alike, one after the other, and end with the same weights."""
     for text in ("stories", "pieces") if ("mask", 1) in scale.side else ():
         flags = dict(trunk=scale.trunk(text), text=text, n_future=scale.futures_of(text), rank=1)
         heads = {"quadratic": "mask", "linear": "mask_linear"}
@@ -409,12 +409,13 @@ def smollm2_heads(scale):
     def trainings(heads, **flags):
         return [on_smollm2(head=head, n_future=6, rank=r, teacher="kl", **flags) for head, r in heads]
 
-    benches = [Bench(tuple(trainings(heads if seed == 1 else heads[:3], seed=seed)),
+    first = scale.seeds[0]
+    benches = [Bench(tuple(trainings(heads if seed == first else heads[:3], seed=seed)),
                      dict(rounds=5, max_new_tokens=12, threads=2)) for seed in scale.seeds]
     for i, (head, r) in enumerate(heads):
         runs = [bench.of(bench.trainings[i]) for bench in benches if i < len(bench.trainings)]
         yield Cell(("time", label(head, r)), tuple(runs))
-    for (head, r), run in zip(heads, trainings(heads, max_iters=300)):
+    for (head, r), run in zip(heads, trainings(heads, seed=first, max_iters=300)):
         yield Cell(("steps", label(head, r)), (run,))
 
 
@@ -857,7 +858,7 @@ class Place:
                 self.script(f"data-{text}", "prepare_tinystories.py", flags | {"data_dir": folder})
             elif text in OWN_TEXTS and text not in self.ready:  # goes on where it was interrupted
                 flags = {"init_from": self.args.model, "data_dir": folder} | OWN_TEXTS[text]
-                self.script("data", "pretrained.py generate", flags)
+                self.script(f"data-{text}", "pretrained.py generate", flags)
                 self.ready.add(text)
         return folder
 
@@ -1084,7 +1085,7 @@ def report(name, cells, found, place):
 
 
 def parse_args():
-    experiments = "\n".join(f"    {name:12} {experiment.title}"
+    experiments = "\n".join(f"    {name:13} {experiment.title}"
                             for name, experiment in EXPERIMENTS.items())
     parser = ArgumentParser(f"{__doc__}\nThe experiments:\n\n{experiments}\n")
     parser.add_argument("experiments", nargs="+", choices=["all", *EXPERIMENTS], metavar="experiment",

@@ -62,8 +62,10 @@ def test_a_row_does_not_depend_on_the_others(decoder, seed):
     order, and also where each row's sampler is another one; when drafting, before the block is full."""
     model, single = a_model(seed), {generate_cached_batch: generate_cached}.get(decoder, generate_speculative)
     prompts = some_prompts(seed, model.config.block_size)
+    small = model
     if decoder is generate_speculative_batch:
-        model = tiny_model(seed, block_size=64, vocab_size=11, n_token=9, **VARIANTS[seed % len(VARIANTS)])
+        model = tiny_model(seed, n_future=2 + seed % 4, rank=1 + seed % 3, block_size=64, vocab_size=11, n_token=9,
+                           **VARIANTS[seed % len(VARIANTS)])
     options = [{}, dict(temperature=0.7), dict(top_k=2), dict(top_p=0.8), {}, dict(temperature=1.5)]
 
     def samplers(order):
@@ -74,8 +76,8 @@ def test_a_row_does_not_depend_on_the_others(decoder, seed):
     for order in ([0, 1, 2, 3, 4, 5], [5, 2, 0], [3], [1, 4, 3, 0, 2]):
         texts = decoder(model, [prompts[i] for i in order], 30, samplers=samplers(order))
         assert texts == [expected[i] for i in order]
-    coupled = decoder(model, prompts, 30, samplers=[Coupled(i) for i in range(6)])
-    assert coupled == [list(generate(model, prompt, 30, sampler=Coupled(i))) for i, prompt in enumerate(prompts)]
+    coupled = decoder(small, prompts, 30, samplers=[Coupled(i) for i in range(6)])
+    assert coupled == [list(generate(small, prompt, 30, sampler=Coupled(i))) for i, prompt in enumerate(prompts)]
 
 
 @decoders
@@ -91,7 +93,7 @@ def test_attention_meets_nothing_stale(decoder, seed, monkeypatch):
     def spoil(cache, row):
         for kv in cache.kv:
             rest = kv[:, row, :, cache.length[row] :]
-            stale.append((rest != 0).sum().item())
+            stale.append(((rest != 0) & (rest != 1e30)).sum().item())
             rest[rest != 0] = 1e30
 
     def spoiled(model, x, cache):
@@ -100,17 +102,17 @@ def test_attention_meets_nothing_stale(decoder, seed, monkeypatch):
         return hidden_of_rows(model, x, cache)
 
     def spoiled_put(cache, row, single):
-        for kv in cache.kv:
-            kv[:, row] = 1e30
         put(cache, row, single)
+        for kv in cache.kv:
+            kv[:, row, :, cache.length[row] :] = 1e30
 
     monkeypatch.setattr(batched, "hidden_of_rows", spoiled)
     monkeypatch.setattr(batched.RowCache, "put", spoiled_put)
     assert decoder(model, prompts, 40, samplers=Greedy()) == expected
-    assert sum(stale) > 0
+    assert (sum(stale) > 0) == (decoder is generate_speculative_batch)  # plain decoding rolls nothing back
 
 
-def see_padding(places, n):
+def see_stale(places, n):
     """Every row sees what is after its own length, as far as the longest row goes."""
     return torch.ones(*places.shape, n, dtype=torch.bool).tril(n - places.size(1)).unsqueeze(1)
 
@@ -129,13 +131,13 @@ def without_roll_back(batch, step=batched.speculative_step):
     batch.cache.length = [min(length + n, batch.cache.room - n) for length in before]
 
 
-WRONG = {"padding": (batched, "visible", see_padding), "places": (batched.RowCache, "begin", places_of_the_longest),
+WRONG = {"stale": (batched, "visible", see_stale), "places": (batched.RowCache, "begin", places_of_the_longest),
          "roll-back": (batched, "speculative_step", without_roll_back)}
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_batches_write_other_texts(name, monkeypatch):
-    """Negative controls: rows that see padding, have one length, or are not rolled back."""
+    """Negative controls: rows that see what is stale, have one length, or are not rolled back."""
     prompts, wrong = [[1], [1, 2, 3, 4, 5, 6], [7, 8, 3]], 0
     for seed in range(4):
         model = tiny_model(seed, block_size=64, vocab_size=11, target="lm_head")
@@ -149,9 +151,14 @@ def test_wrong_batches_write_other_texts(name, monkeypatch):
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("rank", [1, 2])
-def test_drafts_of_a_batch_come_from_the_rows_of_each_text(head, rank):
+@pytest.mark.parametrize("draft_vocab", [0, 3])
+def test_drafts_of_a_batch_come_from_the_rows_of_each_text(head, rank, draft_vocab):
     """The conditionals of three texts at once, along different drafts, are those of each by itself."""
-    model = tiny_model(head=head, rank=rank, target="lm_head")
+    if head == "full" and draft_vocab:
+        return  # refused: see GPTConfig
+    model = tiny_model(head=head, rank=rank, target="lm_head", draft_vocab=draft_vocab)
+    if draft_vocab:
+        model.head.choose_drafts(torch.tensor([0, 2, 3]), model.lm_head.weight.detach())
     e = torch.randn(3, 24 if head in MASKS else 8, dtype=torch.float64)
     if head == "gloeckle":
         e = model.head.see(e)
@@ -160,7 +167,7 @@ def test_drafts_of_a_batch_come_from_the_rows_of_each_text(head, rank):
     for s in range(2):
         expected = torch.cat([own.next(x[i : i + 1, s]) for i, own in enumerate(alone)])
         torch.testing.assert_close(together.next(x[:, s]), expected, rtol=0, atol=1e-12)
-    assert (expected[0] - expected[1]).abs().max() > 1e-3
+    assert (expected[0] - expected[1]).nan_to_num(0).abs().max() > 1e-3
 
 
 # -----------------------------------------------------------------------------
@@ -205,10 +212,10 @@ def test_every_row_is_exact_by_enumeration(config, variant, monkeypatch):
         assert total_variation(texts, expected_texts(model, prompt, length)) < 1e-12
 
 
-def test_enumeration_rejects_rows_that_see_their_padding(monkeypatch):
+def test_enumeration_rejects_rows_that_see_what_is_stale(monkeypatch):
     """Negative control: the shorter row's distribution moves by more than 1 %."""
     model, prompts = chi_square_model("full"), [[0, 1], [1, 0, 2, 2]]
-    monkeypatch.setattr(batched, "visible", see_padding)
+    monkeypatch.setattr(batched, "visible", see_stale)
     write = partial(generate_speculative_batch, model, prompts, 3, samplers=[Sampling(), Greedy()])
     assert total_variation(enumerated(lambda choose: write()[0], monkeypatch), expected_texts(model, [0, 1], 3)) > 0.01
 

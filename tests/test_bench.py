@@ -9,9 +9,12 @@ from functools import partial
 import pytest
 import torch
 from test_cp_head import heads, tiny_model
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import baselines
 import bench_training
+import model as model_py
 from bench_speculative import Bench, Laps, check_same_target, distinct, print_table, to_transformers
 from decode import Stats
 from model import HEADS, BadInput, GPT
@@ -172,6 +175,26 @@ def test_every_head_of_the_registry_makes_a_step(head):
     V, C = 64, 16  # 8 positions, 6 factors; forward and backward take 6 flops a weight
     assert counter.get_total_flops() > 6 * 8 * 6 * (C * V if head == "full" else C * V + C * C)
     assert type(run.model.head) is HEADS[head]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_all_logits_at_once_are_the_same_loss(head, monkeypatch):
+    """And the same gradients, though no chunk is left."""
+    losses, grads = [], []
+    for at_once in (False, True):
+        if at_once:
+            monkeypatch.setattr(model_py, "gold_log_prob", bench_training.all_logits)
+            monkeypatch.setattr(baselines, "gold_log_prob", bench_training.all_logits)
+        monkeypatch.setattr(model_py, "checkpoint", lambda *args, **options: pytest.fail("a chunk") if at_once else
+                            checkpoint(*args, **options))
+        model = tiny_model(head=head, target="lm_head").train()
+        torch.manual_seed(1)
+        loss = model.loss(torch.randint(5, (3, 6)), torch.randint(5, (3, 6, 3)))[0]
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-12)
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
 
 
 def test_a_row_for_each_cell(monkeypatch, capsys):

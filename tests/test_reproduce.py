@@ -62,7 +62,7 @@ def test_all_experiments_run_and_write_a_table_and_a_picture(smoke):
     assert [point["iter"] for point in found["val"]] == [2, 4] and len(found["components"]) == 2
 
 
-def test_finished_runs_are_not_made_again(smoke, monkeypatch):
+def test_finished_runs_are_not_made_again(smoke, monkeypatch, capsys):
     """The models may be gone. A damaged result and one of other settings get a line each, and stay what
     they are; so does a run whose model is needed and gone."""
     cwd, _ = smoke
@@ -74,6 +74,7 @@ def test_finished_runs_are_not_made_again(smoke, monkeypatch):
             patch.chdir(cwd)
             code, line = call("reproduce", (*experiments, "--scale", "smoke"))
         assert code == 1 and message in line and line.count("\n") == 0
+        assert "Traceback" not in capsys.readouterr().err
 
     (cwd / "out").rename(cwd / "gone")
     try:

@@ -40,8 +40,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def start(script, args):
     """Run a script as its __main__ does."""
-    sys.argv = [f"{script}.py", *(args.split() if isinstance(args, str) else map(str, args))]
-    common.run_script(importlib.import_module(SHORT.get(script, script)).main)
+    argv = [f"{script}.py", *(args.split() if isinstance(args, str) else map(str, args))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        common.run_script(importlib.import_module(SHORT.get(script, script)).main)
 
 
 def call(script, args):
@@ -58,11 +60,12 @@ def call(script, args):
 def as_a_script_finds_it():
     """All signals interrupt, also where the tests run as a shell's background job, which ignores
     Ctrl-C. The bench's number of threads, of which sums depend to the last bit, is for the bench
-    alone."""
+    alone, and so is what becomes of the smallest numbers."""
     before = {s: signal.signal(s, signal.default_int_handler) for s in SIGNALS}
     n_threads = torch.get_num_threads()
     yield
     torch.set_num_threads(n_threads)
+    torch.set_flush_denormal(False)
     for s, handler in before.items():
         signal.signal(s, handler)
 

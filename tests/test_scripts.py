@@ -38,7 +38,7 @@ def run(cwd, script, *args):
     """The stdout of a script that must succeed, in this process: importing torch takes seconds."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
         patch.chdir(cwd)
-        assert call(Path(script).stem, args) == (0, "")
+        assert call(Path(script).stem, args) == (0, ""), out.getvalue()
     return out.getvalue()
 
 
@@ -305,11 +305,12 @@ def documents():
 
 
 @pytest.mark.parametrize("script", ["prepare_tinystories", "train", "sample", "bench_speculative", "bench_training",
-                                    "plot", "batched"])
+                                    "plot", "batched", "pretrained", "reproduce"])
 def test_help_knows_every_flag_that_the_documents_use(script, tmp_path):
     commands = re.findall(rf"python {script}\.py([^\n&`|]*)", "\n".join(documents().values()))
     flags = set(re.findall(r"--\w+", " ".join(commands)))
-    assert flags and flags <= set(re.findall(r"--\w+", run(tmp_path, f"{script}.py", "--help")))
+    result = launch(tmp_path, f"{script}.py", "--help")
+    assert flags and flags <= set(re.findall(r"--\w+", result.stdout)) and result.returncode == 0, result.stderr
 
 
 def test_what_the_documents_name_exists():
