@@ -17,9 +17,9 @@ DECODERS = (generate_cached_batch, generate_speculative_batch)
 decoders = pytest.mark.parametrize("decoder", DECODERS)
 
 
-def a_model(seed):
-    return tiny_model(seed, n_future=2 + seed % 4, rank=1 + seed % 3, block_size=5 + seed, vocab_size=11, n_token=9,
-                      **VARIANTS[seed % len(VARIANTS)])
+def a_model(seed, block_size=None):
+    return tiny_model(seed, n_future=2 + seed % 4, rank=1 + seed % 3, block_size=block_size or 5 + seed, vocab_size=11,
+                      n_token=9, **VARIANTS[seed % len(VARIANTS)])
 
 
 def some_prompts(seed, block_size):
@@ -41,7 +41,7 @@ def greedy(model, prompts, length, **options):
 def test_greedy_rows_are_the_oracles_texts(seed):
     """Temperature 0, float64, past the block, of prompts whose windows move at different times; with a stop token the
     rows end at different times, and inside an accepted block."""
-    model = a_model(seed)
+    model = a_model(seed, block_size=5 + 2 * seed)
     prompts, length = some_prompts(seed, model.config.block_size), 2 * model.config.block_size + 5
     expected = greedy(model, prompts, length)
     stop = expected[0][length // 2]
@@ -64,8 +64,7 @@ def test_a_row_does_not_depend_on_the_others(decoder, seed):
     prompts = some_prompts(seed, model.config.block_size)
     small = model
     if decoder is generate_speculative_batch:
-        model = tiny_model(seed, n_future=2 + seed % 4, rank=1 + seed % 3, block_size=64, vocab_size=11, n_token=9,
-                           **VARIANTS[seed % len(VARIANTS)])
+        model = a_model(seed, block_size=64)
     options = [{}, dict(temperature=0.7), dict(top_k=2), dict(top_p=0.8), {}, dict(temperature=1.5)]
 
     def samplers(order):
@@ -85,7 +84,7 @@ def test_a_row_does_not_depend_on_the_others(decoder, seed):
 def test_attention_meets_nothing_stale(decoder, seed, monkeypatch):
     """A huge number in all that is in the cache after a row's length, that is drafts that were rolled back, and the rest
     of a window that moved, changes nothing."""
-    model, stale = a_model(seed), []
+    model, stale = a_model(seed, block_size=24), []
     prompts, hidden_of_rows = some_prompts(seed, model.config.block_size), batched.hidden_of_rows
     put = batched.RowCache.put
     expected = greedy(model, prompts, 40)
