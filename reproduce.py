@@ -485,7 +485,7 @@ def of_decoder(key, temperature=None, mode=None):
     def column(found, run, against, labels):
         own, kind = (mode, "all") if mode else (labels[0].split(",")[0], labels[1])
         row = row_of(found, run, labels[-1] if temperature is None else temperature, own)
-        row = row if kind == "all" else row["kinds"][kind]
+        row = row.get("kinds", {}).get(kind, row)  # where there is one kind, it is all
         return with_range(row, key)
     return column
 
@@ -1037,7 +1037,8 @@ def draw(experiment, rows, found):
         axis.set_title(", ".join(title), fontsize=9)
         if of_names:
             axis.tick_params(axis="x", rotation=60, labelsize=8)
-            axis.margins(y=0.5)  # room for the legend
+            bottom, top = axis.get_ylim()  # room for the legend
+            axis.set_ylim(top=top + 0.1 * len(lines) * (top - bottom))
         if any(label for label, _ in lines):
             axis.legend(fontsize=8, loc="upper right" if is_curve else "best")
     figure.suptitle(experiment.title, fontsize=10)
