@@ -15,7 +15,7 @@ wider, whatever the model is.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -642,50 +642,5 @@ class GPT(nn.Module):
     # checkpoints
 
     def to_checkpoint(self):
-        """Plain tensors and plain Python, in nanoGPT's layout: what from_checkpoint needs."""
+        """Plain tensors and plain Python, in nanoGPT's layout: what common.py's `from_checkpoint` needs."""
         return {"model": self.state_dict(), "model_args": asdict(self.config)}
-
-    @classmethod
-    def from_checkpoint(cls, ckpt, fresh_head=False, **changes):
-        """The model of a checkpoint dict, ours or one of nanoGPT's train.py, loaded strictly.
-
-        changes: fields of GPTConfig that differ from the checkpoint's (n_future, rank, head,
-        target, dropout, n_token). Where they ask for another head, or with fresh_head, the old one
-        is left out and a fresh one is put on the trunk; see `head_state`. BadInput where the file
-        does not fit.
-        """
-        known = {f.name for f in fields(GPTConfig)}
-        old = {name: value for name, value in ckpt["model_args"].items() if name in known}
-        model = cls(GPTConfig(**{**old, **changes}))
-        # nanoGPT saves a compiled model's names with a prefix, and once saved the causal mask
-        state = {name.removeprefix("_orig_mod."): tensor for name, tensor in ckpt["model"].items()
-                 if not name.endswith(".attn.bias")}
-        trunk = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-        head = {name: tensor for name, tensor in state.items() if name not in trunk}
-        try:
-            model.load_state_dict(trunk | head_state(model, old, head, fresh_head))
-        except RuntimeError as e:  # torch's list of what is missing, superfluous or of another shape
-            raise BadInput(" ".join(str(e).split())[:300]) from None
-        return model
-
-
-def head_state(model, old, head, fresh_head):
-    """The head's tensors for a model: the checkpoint's, fresh ones, or both.
-
-    old, head: the checkpoint's settings and head. Of a head that extends it, or that it extends,
-    what both have is kept; of any other kind, n, rank or draft vocabulary, nothing.
-    """
-    config, state = model.config, model.state_dict()
-    fresh = {name: tensor for name, tensor in state.items() if name.startswith("head.")}
-    kind = old.get("head", "cp")
-    sizes = dict(n_future=1, rank=1, draft_vocab=0)
-    if fresh_head or any(old.get(name, least) != getattr(config, name) for name, least in sizes.items()):
-        return fresh
-    if kind == config.head:
-        return head
-    for name, base in ((config.head, kind), (kind, config.head)):
-        if name in HEADS and HEADS[name].extends == base:
-            added = {f"head.{part}" for part in HEADS[name].added}
-            kept = {part: tensor for part, tensor in head.items() if part not in added}
-            return kept | {part: tensor for part, tensor in fresh.items() if part in added}
-    return fresh

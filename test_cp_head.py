@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 import decode
 from baselines import BASELINES
+from common import from_checkpoint
 from decode import (Coupled, Greedy, Sampling, Stats, generate, generate_cached, generate_speculative, make_sampler,
                     verify, warp, window_start)
 from masks import MASKS
@@ -318,7 +319,7 @@ def test_chain_with_a_zero_term_is_the_cp_head():
     in every direction: loss, gradients and, at this size, rows. Guards a term that has another
     effect than U's, like a norm of the sum."""
     cp = tiny_model(n_future=4).float()
-    chain = GPT.from_checkpoint(cp.to_checkpoint(), head="chain").eval()
+    chain = from_checkpoint(cp.to_checkpoint(), head="chain").eval()
     idx, gold, e = torch.randint(5, (2, 8)), torch.randint(5, (2, 8, 4)), torch.randn(8)
     losses = [model.loss(idx, gold, balance_weight=0.1)[0] for model in (cp, chain)]
     assert torch.equal(*losses)

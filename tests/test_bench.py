@@ -16,8 +16,9 @@ import baselines
 import bench_training
 import model as model_py
 from bench_speculative import Bench, Laps, check_same_target, distinct, print_table, to_transformers
+from common import from_checkpoint
 from decode import Stats
-from model import HEADS, BadInput, GPT
+from model import HEADS, BadInput
 from train import TrainConfig
 
 
@@ -84,7 +85,7 @@ def test_heads_are_timed_side_by_side():
     """--beside: other heads on one trunk in the same rounds, each with its own rows; one line for
     another trunk, a target that is the head's own, and a checkpoint without a head."""
     model = tiny_model(target="lm_head").float()
-    other = GPT.from_checkpoint(model.to_checkpoint(), rank=3, n_future=5, head="chain").eval()
+    other = from_checkpoint(model.to_checkpoint(), rank=3, n_future=5, head="chain").eval()
     model, other = model.double(), other.double()
     bench = Bench(model, [[1, 2]], 12, 0, beside={"out/b": other})
     for temperature in (0.0, 1.0):

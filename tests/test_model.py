@@ -5,6 +5,7 @@ import torch
 from test_cp_head import OURS, a_state, heads, tiny_model, variants
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common import from_checkpoint
 from model import GPT, HEADS, BadInput, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -57,8 +58,8 @@ def test_nanogpt_checkpoint_loads_strictly_and_gives_its_logits(bias):
     idx = torch.randint(V, (T,))
     torch.set_default_dtype(torch.float64)
     try:
-        plain = GPT.from_checkpoint(ckpt).eval()
-        headed = GPT.from_checkpoint(ckpt, n_future=4, rank=2, target="lm_head").eval()
+        plain = from_checkpoint(ckpt).eval()
+        headed = from_checkpoint(ckpt, n_future=4, rank=2, target="lm_head").eval()
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(plain(idx[None])[0], nanogpt_logits(state, idx, L, nh), rtol=0, atol=1e-10)
@@ -148,7 +149,7 @@ def test_more_tokens_than_the_block_are_refused():
 def test_checkpoint_round_trip(variant):
     """What to_checkpoint gives, from_checkpoint reads: same config, same bits."""
     model = tiny_model(**variant).float()
-    other = GPT.from_checkpoint(model.to_checkpoint()).eval()
+    other = from_checkpoint(model.to_checkpoint()).eval()
     idx = torch.randint(5, (1, 6))
     assert other.config == model.config and torch.equal(other(idx), model(idx))
     for name, p in other.head.named_parameters():
@@ -163,30 +164,30 @@ def test_foreign_state_does_not_load():
     for changes in ({}, dict(head="chain"), dict(target="lm_head")):
         for name in ("transformer.h.0.mlp.c_fc.weight", "head.maps", "head.router.weight"):
             with pytest.raises(BadInput, match=name):
-                GPT.from_checkpoint({**ckpt, "model": {k: v for k, v in state.items() if k != name}}, **changes)
+                from_checkpoint({**ckpt, "model": {k: v for k, v in state.items() if k != name}}, **changes)
         with pytest.raises(BadInput, match="extra"):
-            GPT.from_checkpoint({**ckpt, "model": {**state, "head.extra": torch.zeros(1)}}, **changes)
+            from_checkpoint({**ckpt, "model": {**state, "head.extra": torch.zeros(1)}}, **changes)
 
 
 def test_a_head_that_extends_another_keeps_what_both_have():
     """cp becomes chain and chain becomes cp with the same router and maps; with fresh_head, or
     another shape, nothing of the head is kept, and the trunk always is."""
     cp = tiny_model().float()
-    chain = GPT.from_checkpoint(cp.to_checkpoint(), head="chain")
+    chain = from_checkpoint(cp.to_checkpoint(), head="chain")
     assert not chain.head.out.any() and torch.equal(chain.head.maps, cp.head.maps)
     for p in chain.head.parameters():
         torch.nn.init.normal_(p)
-    back = GPT.from_checkpoint(chain.to_checkpoint(), head="cp")
+    back = from_checkpoint(chain.to_checkpoint(), head="cp")
     assert back.config == cp.config
     for name, p in back.head.named_parameters():
         assert torch.equal(p, chain.head.get_parameter(name)), name
     for options in (dict(fresh_head=True), dict(rank=3), dict(rank=3, head="cp"), dict(head="full"), dict(n_future=4)):
-        other = GPT.from_checkpoint(chain.to_checkpoint(), **options)
+        other = from_checkpoint(chain.to_checkpoint(), **options)
         assert not torch.equal(other.head.router.weight[:2], chain.head.router.weight)
         assert torch.equal(other.lm_head.weight, chain.lm_head.weight)
-    headless = GPT.from_checkpoint(chain.to_checkpoint(), n_future=1, rank=1)
+    headless = from_checkpoint(chain.to_checkpoint(), n_future=1, rank=1)
     assert headless.head is None and torch.equal(headless.lm_head.weight, chain.lm_head.weight)
-    grown = GPT.from_checkpoint(headless.to_checkpoint(), n_future=3, head="chain")
+    grown = from_checkpoint(headless.to_checkpoint(), n_future=3, head="chain")
     assert type(grown.head) is HEADS["chain"] and torch.equal(grown.lm_head.weight, chain.lm_head.weight)
 
 
@@ -197,19 +198,19 @@ def test_a_fresh_head_needs_nothing_of_the_old_one(changes):
     ckpt = tiny_model(head="chain").to_checkpoint()
     state = {name: tensor for name, tensor in ckpt["model"].items() if name != "head.maps"}
     trunk = state["lm_head.weight"].float()
-    model = GPT.from_checkpoint({**ckpt, "model": state}, **changes)
+    model = from_checkpoint({**ckpt, "model": state}, **changes)
     assert torch.equal(model.lm_head.weight, trunk)
     gone = {**ckpt["model_args"], "head": "a head that was renamed"}
-    model = GPT.from_checkpoint({"model": state, "model_args": gone}, **{"head": "cp", **changes})
+    model = from_checkpoint({"model": state, "model_args": gone}, **{"head": "cp", **changes})
     assert torch.equal(model.lm_head.weight, trunk)
     with pytest.raises(BadInput, match="head must be one of"):
-        GPT.from_checkpoint({"model": state, "model_args": gone})
+        from_checkpoint({"model": state, "model_args": gone})
 
 
 def test_maps_are_not_taken_for_unembeddings():
     """Where V = C, the maps of cp and the unembeddings of full have one shape; they are other things."""
     cp = tiny_model(vocab_size=8)
-    full = GPT.from_checkpoint(cp.to_checkpoint(), head="full")
+    full = from_checkpoint(cp.to_checkpoint(), head="full")
     assert full.head.maps.shape == cp.head.maps.shape
     assert not torch.equal(full.head.maps.double(), cp.head.maps)
 

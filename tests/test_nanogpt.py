@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import common
+from common import from_checkpoint
 from model import GPT, BadInput, GPTConfig
 from sample import load, prompt_ids
 from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
@@ -52,11 +53,11 @@ def test_three_commands_for_a_run_of_nanogpt(nano, capsys):
     assert {path: path.read_bytes() for path in nano.rglob("*") if path.is_file()} == before
 
     ckpt = torch.load(nano / "ckpt.pt", weights_only=True)
-    plain, (model, enc, _) = GPT.from_checkpoint(ckpt).eval(), load("out/nano", "cpu")
+    plain, (model, enc, _) = from_checkpoint(ckpt).eval(), load("out/nano", "cpu")
     idx = torch.tensor([enc.encode_ordinary("to be, or not to be: Ä€")])
     with torch.inference_mode():
         theirs = torch.nn.functional.linear(plain.hidden(idx), plain.lm_head.weight)
-        assert torch.equal(GPT.from_checkpoint(torch.load("out/nano/ckpt.pt", weights_only=True)).eval()(idx), theirs)
+        assert torch.equal(from_checkpoint(torch.load("out/nano/ckpt.pt", weights_only=True)).eval()(idx), theirs)
         torch.testing.assert_close(model(idx), theirs)  # load stores its weights by columns
     assert call("train", "--resume --max_iters 5 --out_dir out/nano --device cpu") == (0, "")
 

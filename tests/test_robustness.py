@@ -413,7 +413,7 @@ BUGS = [("train", SMALL, "model.CPHead.log_joint"), ("train", SMALL, "model.GPT.
         ("train", "--preset toy --resume", "train.Run.restore"),
         ("train", "--preset toy --resume", "model.CPHead.__init__"),
         ("train", f"{FROM} out/toy/ckpt.pt", "model.CPHead.__init__"),
-        ("train", f"{FROM} out/toy/ckpt.pt", "model.head_state"),
+        ("train", f"{FROM} out/toy/ckpt.pt", "common.head_state"),
         ("sample", "", "model.CPHead.__init__"), ("sample", "", "model.CPHead.start"), ("sample", "", "decode.draft"),
         ("sample", "", "decode.verify"), ("sample", "", "decode.residual"), ("sample", "", "decode.warp"),
         ("sample", "--temperature 0", "decode.keep_equal"), ("sample", "", "sample.load_tokenizer"),
