@@ -119,9 +119,11 @@ def check_rows(model):
         same = all(map(model.close, hidden_of_rows(model, x, cache), expected))
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
         same = False  # it asks more of a cache, or has another kind of mask
-    config = model.lm.config  # of some, a long text changes the angles of the others' places
+    config = model.lm.config.get_text_config()
+    # of some, a long text changes the angles of the others' places, or ends their window
     rope = str([getattr(config, name, "") for name in ("rope_parameters", "rope_scaling")])
-    if not same or "longrope" in rope or "dynamic" in rope:
+    window = getattr(config, "window_size", None) or getattr(config, "attention_chunk_size", None)
+    if not same or window or "longrope" in rope or "dynamic" in rope:
         raise BadInput(f"{model.source.get('name')} cannot take texts of different lengths in one pass; "
                        "decode one text at a time")
     model.takes_rows = True
@@ -151,7 +153,7 @@ class Batch:
             check_call(model, prompt)
         if not getattr(model, "takes_rows", True):
             check_rows(model)
-        samplers = own_samplers(samplers or Sampling(), len(prompts))
+        samplers = own_samplers(Sampling() if samplers is None else samplers, len(prompts))
         self.model, self.stop_token, self.stats = model, stop_token, stats
         self.rows = [Row(list(prompt), sampler, max_new_tokens)
                      for prompt, sampler in zip(prompts, samplers)]

@@ -315,7 +315,8 @@ def stream(blocks, model, prompt, max_new_tokens, *, sampler=None, stop_token=No
     token inside a block.
     """
     check_call(model, prompt)
-    steps, left = blocks(model, list(prompt), sampler or Sampling()), max_new_tokens
+    sampler = Sampling() if sampler is None else sampler
+    steps, left = blocks(model, list(prompt), sampler), max_new_tokens
     while left > 0:
         new, n_drafts = next(steps)
         block, left = until_end(new, left, stop_token)

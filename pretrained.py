@@ -280,7 +280,10 @@ class Pretrained(GPT):
     def check(self, name):
         """BadInput unless hidden, its cache, rolling back, and the LM head do what a decoder needs."""
         idx = torch.arange(3, 11, device=self.device).unsqueeze(0) % self.config.vocab_size
-        hidden = self.hidden(idx)
+        try:
+            hidden = self.hidden(idx)
+        except AttributeError:  # its trunk is not what its LM head is on
+            raise BadInput(f"{name} gives no hidden states, which a head drafts from") from None
         if not self.close(widen(self.lm_head(hidden)), widen(self.lm(idx, use_cache=False).logits)):
             raise BadInput(f"{name}: its logits are not its LM head of its last hidden state (they are "
                            "scaled or capped), which a head needs")
@@ -378,7 +381,8 @@ def lm_config(lm, **head):
     """The GPTConfig of a model of transformers with a head: what decode.py and the head ask for."""
     c, W = lm.config.get_text_config(), lm.get_output_embeddings().weight
     block_size = getattr(c, "max_position_embeddings", None) or 2048
-    block_size = min(block_size, getattr(c, "sliding_window", None) or block_size)
+    if window := getattr(c, "sliding_window", None):  # a cache that is full cannot be rolled back
+        block_size = min(block_size, window - 1)
     return GPTConfig(block_size=block_size, vocab_size=W.size(0), n_embd=W.size(1),
                      n_layer=1, n_head=1, target="lm_head", **{"n_future": 1, **head})
 
@@ -629,10 +633,10 @@ def finish(model, enc, frames, generator):
 
 
 def generate(args):
-    model, enc = load_pretrained(args.init_from, pick_device(args.device), args.dtype)
-    model.pack()
     training, held_out = (chosen_kinds(prompts, args.kinds) for prompts in
                           (read_prompts(args.prompts) if args.prompts else (FRAMES, HELD_OUT)))
+    model, enc = load_pretrained(args.init_from, pick_device(args.device), args.dtype)
+    model.pack()
     settings = {
         "trunk": model.source, "chat": enc.has_chat, "vocab_size": enc.n_vocab,
         "n_embd": model.config.n_embd, "temperature": args.temperature, "seed": args.seed,

@@ -69,6 +69,8 @@ def read_prompts(paths):
         lines = list(dict.fromkeys(filter(None, lines)))
         if len(lines) < 2:
             raise BadInput(f"{path} holds fewer than two different prompts, one per line")
+        if path.stem in training:
+            raise BadInput(f"{path} is a second file of the kind {path.stem}; rename it, or put both into one")
         n = min(8, len(lines) // 2)
         held_out[path.stem], training[path.stem] = lines[:n], lines[n:]
     return training, held_out

@@ -254,6 +254,8 @@ def test_bad_calls_are_refused():
                 decoder(model, prompts, 3)
     with pytest.raises(BadInput, match="2 prompts need 2 samplers, or one for all, not 3"):
         generate_cached_batch(model, [[1], [2]], 3, samplers=[Greedy()] * 3)
+    with pytest.raises(BadInput, match="2 prompts need 2 samplers, or one for all, not 0"):
+        generate_cached_batch(model, [[1], [2]], 3, samplers=[])
     with pytest.raises(BadInput, match="Coupled sampler serves one text"):
         generate_cached_batch(model, [[1], [2]], 3, samplers=Coupled(0))
     with pytest.raises(BadInput, match="n_future = 1"):

@@ -281,6 +281,36 @@ def test_a_model_that_knows_no_rows_is_refused(dtype, monkeypatch):
         generate_cached_batch(model, [[1], [2, 3]], 3)
 
 
+def test_a_window_that_a_long_text_ends_for_the_others_is_refused():
+    """GPT-Neo counts its window from the longest text."""
+    config = transformers.GPTNeoConfig(vocab_size=300, bos_token_id=0, eos_token_id=0, max_position_embeddings=64,
+                                       hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=16)
+    lm = transformers.GPTNeoForCausalLM(config).double().eval()
+    model = pretrained.Pretrained(lm, pretrained.lm_config(lm), {"name": "neo"}).eval()
+    assert len(list(generate_cached(model, [1, 2], 3))) == 3
+    with pytest.raises(BadInput, match="^neo cannot take texts of different lengths in one pass"):
+        generate_cached_batch(model, [[1], [2, 3]], 3)
+
+
+def test_a_window_that_slides_is_a_block():
+    """Mistral's: past the window, drafts are rolled back all the same, of one text and of several."""
+    torch.manual_seed(0)
+    lm = transformers.MistralForCausalLM(transformers.MistralConfig(**TINY, sliding_window=16)).double().eval()
+    model = pretrained.Pretrained(lm, pretrained.lm_config(lm, head="recurrent", n_future=4), {"name": "mistral"})
+    model, prompts = model.double().eval(), [[5, 17, 200], [8] * 15, list(range(40))]
+    expected = [list(generate(model, prompt, 40, sampler=Greedy())) for prompt in prompts]
+    assert [list(generate_speculative(model, prompt, 40, sampler=Greedy())) for prompt in prompts] == expected
+    for decoder in (generate_cached_batch, generate_speculative_batch):
+        assert decoder(model, prompts, 40, samplers=Greedy()) == expected
+
+
+def test_a_trunk_without_hidden_states_is_refused(monkeypatch):
+    model = a_model("llama")
+    monkeypatch.setattr(model, "hidden", lambda idx, cache=None: idx.last_hidden_state)
+    with pytest.raises(BadInput, match="^odd gives no hidden states"):
+        model.check("odd")
+
+
 def test_loss_counts_what_a_draft_can_reach():
     """Brute force over a batch: an offset counts inside the text, and as long as the tokens before
     it could be drafted; accept is sum min(p, q), and the loss the cross-entropy of q with p, each
@@ -389,6 +419,9 @@ def test_prompts_of_ones_own(home, cwd, capsys):
     assert call("pretrained", f"{one} tales")[1].endswith("the kind tales; there are hello, sums")
     assert call("pretrained", f"{one} sums") == (0, "")
     assert common.read_meta("one")["kinds"] == ["sums"] and len(common.read_meta("one")["lengths"]) == 6
+    Path("more").mkdir()
+    shutil.copy("sums.txt", "more/sums.txt")
+    assert "a second file of the kind sums" in call("pretrained", f"{args} --prompts sums.txt more/sums.txt")[1]
     Path("sums.txt").write_text("one\n", encoding="utf-8")
     assert "fewer than two" in call("pretrained", f"{args} --prompts sums.txt")[1]
     Path("sums.txt").write_bytes(b"\xff\xfe\n")
