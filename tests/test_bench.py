@@ -216,6 +216,10 @@ def test_a_row_for_each_cell(monkeypatch, capsys):
         assert row["bytes"] is None or row["bytes"] > 15 * (row["trunk_parameters"] + row["head_parameters"])
     bench_training.benchmark(TrainConfig(n_embd=256, n_head=2, device="cpu"), [(2**45, 3, 2, False, False)])
     assert "not enough memory" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*args, "64", "--head", "gloeckle", "--target", "marginal"])
+    with pytest.raises(BadInput, match="needs --target lm_head"):
+        bench_training.main()
+    assert capsys.readouterr().out == ""  # before anything is measured
     monkeypatch.setattr(sys, "argv", [*args, "64", "--n_head", "3"])
     with pytest.raises(BadInput, match=r"^n_embd 256 is not divisible by n_head 3$"):
         bench_training.main()
