@@ -46,20 +46,20 @@ class RowCache:
         if not self.kv:
             B = len(self.length)
             self.kv = [x.new_zeros(2, B, x.size(1), self.room, x.size(3)) for x in parts]
-        for own, part in zip(self.kv, parts):  # of a window that slides, transformers keeps the end
-            own[:, row, :, cache.length - part.size(2) : cache.length] = part
+        for own, part in zip(self.kv, parts):
+            own[:, row, :, : cache.length] = part
         self.length[row] = cache.length
 
     def begin(self, T):
         """Say where the next pass writes: places (B, T)."""
-        first = torch.tensor(self.length, device=self.kv[0].device)
-        self.places = first.unsqueeze(1) + torch.arange(T, device=first.device)
+        first = torch.tensor(self.length, device=self.kv[0].device).unsqueeze(1)
+        self.rows = torch.arange(len(first), device=first.device).unsqueeze(1)
+        self.places = first + torch.arange(T, device=first.device)
         return self.places
 
     def append(self, layer, kv):
         """Write kv (2, B, nh, T, hs) at the places: -> (2, B, nh, max(length) + T, hs)."""
-        rows = torch.arange(len(self.length), device=kv.device).unsqueeze(1)
-        self.kv[layer][:, rows, :, self.places] = kv.permute(1, 3, 0, 2, 4)
+        self.kv[layer][:, self.rows, :, self.places] = kv.permute(1, 3, 0, 2, 4)
         return self.kv[layer].narrow(3, 0, max(self.length) + kv.size(3))
 
     def update(self, keys, values, layer, *unused, **options):
@@ -124,8 +124,8 @@ def check_rows(model):
     rope = str([getattr(config, name, "") for name in ("rope_parameters", "rope_scaling")])
     window = getattr(config, "window_size", None) or getattr(config, "attention_chunk_size", None)
     if not same or window or "longrope" in rope or "dynamic" in rope:
-        raise BadInput(f"{model.source.get('name')} cannot take texts of different lengths in one pass; "
-                       "decode one text at a time")
+        raise BadInput(f"{model.source.get('name')} cannot take texts of different lengths in one "
+                       "pass; decode one text at a time")
     model.takes_rows = True
 
 

@@ -642,5 +642,5 @@ class GPT(nn.Module):
     # checkpoints
 
     def to_checkpoint(self):
-        """Plain tensors and plain Python, in nanoGPT's layout: what common.py's `from_checkpoint` needs."""
+        """Plain tensors and plain Python, in nanoGPT's layout; common.py reads it."""
         return {"model": self.state_dict(), "model_args": asdict(self.config)}

@@ -75,9 +75,14 @@ class Scale:
         """All of them where the headline is compared with independent heads, else one."""
         return self.seeds if r in (1, self.headline) else self.seeds[:1]
 
+    @property
+    def smallest(self):
+        """Whether it is there to be run, and its numbers mean nothing."""
+        return self.repeats == 1
+
     def some(self, options):
-        """All of them; at the smallest scale, whose numbers mean nothing, the first two."""
-        return options if self.repeats > 1 else options[:2]
+        """All of them, or the first two."""
+        return options[:2] if self.smallest else options
 
     def bench_of_all_lengths(self):
         """Flags of other benches, which know best how long their texts are."""
@@ -183,7 +188,7 @@ def acceptance(scale):
     # where the models are their own targets, does it help to train on all positions, or longer?
     for target, flags in (("its own, all positions", own | {"joint_share": 1.0}),
                           ("its own, longer", own | {"max_iters": 3 * scale.base["max_iters"]})):
-        for r in (1, scale.headline) if scale.repeats > 1 else ():  # not at the smallest scale
+        for r in () if scale.smallest else (1, scale.headline):
             yield cell(target, r, scale.seeds[:1], flags)
 
 
@@ -210,7 +215,7 @@ def memory(scale):
     tokens, and a batch 8 times as many texts as for `overheads`."""
     flags = scale.costs | dict(vocab_sizes=[16384], batch_size=8 * scale.costs["batch_size"],
                                futures=list(scale.futures), all_logits=True)
-    for head, r in (("gloeckle", 1), ("cp", 1)) if scale.repeats > 1 else ():
+    for head, r in () if scale.smallest else (("gloeckle", 1), ("cp", 1)):
         costs = Costs(flags | {"head": head, "ranks": [r]}, f"costs-{head}-r{r}")
         for n in scale.futures:
             for logits in ("in chunks", "at once"):
@@ -291,7 +296,8 @@ def speedups(scale):
     for text, head, r, target in scale.some((
             ("toy", "cp", 1, "lm_head"), ("toy", "cp", 8, "lm_head"), ("toy", "cp", 8, "marginal"),
             ("stories", "cp", 1, "lm_head"), ("stories", "cp", 4, "lm_head"),
-            ("stories", "chain", 4, "lm_head"), ("pieces", "cp", 1, "lm_head"), ("pieces", "cp", 4, "lm_head"))):
+            ("stories", "chain", 4, "lm_head"),
+            ("pieces", "cp", 1, "lm_head"), ("pieces", "cp", 4, "lm_head"))):
         if text in scale.large:
             own = {"target": target} if target == "marginal" else {}
             run = large(scale, text, head=head, rank=r, **own)
@@ -313,7 +319,7 @@ def side_by_side(scale):
             runs = [bench.of(training) for bench in benches for training in bench.trainings
                     if (training.spec["flags"].get("head", "cp"), training.spec["flags"]["rank"]) == (head, r)]
             yield Cell((text, "time", label(head, r)), tuple(runs))
-        for head, r, _ in heads if scale.repeats > 1 else ():  # not at the smallest scale
+        for head, r, _ in () if scale.smallest else heads:
             runs = scale.training(scale.seeds[:1], head=head, rank=r, **flags)
             yield Cell((text, "steps", label(head, r)), runs)
 
@@ -485,7 +491,8 @@ def of_decoder(key, temperature=None, mode=None):
     def column(found, run, against, labels):
         own, kind = (mode, "all") if mode else (labels[0].split(",")[0], labels[1])
         row = row_of(found, run, labels[-1] if temperature is None else temperature, own)
-        row = row.get("kinds", {}).get(kind, row)  # where there is one kind, it is all
+        if kind != "all" and "kinds" in row:  # else there is one kind, which is all
+            row = row["kinds"][kind]
         return with_range(row, key)
     return column
 
@@ -942,8 +949,8 @@ def make_all(place, runs):
                 raise BadInput(f"The model of {need.name} is gone, and {run.name} needs it; move "
                                f"{place.path(need)} away to train it again")
 
-    def level_of(run):  # at the smallest scale, times mean nothing
-        return run.alone and place.scale.repeats > 1, depth(run)
+    def level_of(run):  # where times mean something, what takes them is alone
+        return run.alone and not place.scale.smallest, depth(run)
 
     levels = sorted(set(map(level_of, missing)))
     with progress_bar(total=len(missing), unit="run") as bar:

@@ -118,6 +118,7 @@ def see_stale(places, n):
 
 def places_of_the_longest(self, T):
     """All rows go on where the longest one does, as if it were one length for all."""
+    self.rows = torch.arange(len(self.length)).unsqueeze(1)
     self.places = (max(self.length) + torch.arange(T)).expand(len(self.length), -1)
     return self.places
 

@@ -236,10 +236,10 @@ def test_heads_learn_from_a_frozen_gpt_of_ours(head, teacher):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_speculative_decoding_is_exact_by_enumeration(kind, monkeypatch):
-    """Every path through 3 tokens, of a model with 3 tokens and a head that drafts two of them; the
+    """Every path through 3 tokens, of a model with 3 tokens and a head whose two drafts are of two of them; the
     distribution at another temperature is another one."""
     lm = tiny_lm(kind, vocab_size=3, bos_token_id=0, eos_token_id=0).double()
-    model = pretrained.Pretrained(lm, pretrained.lm_config(lm, head="recurrent", n_future=2, draft_vocab=2), {})
+    model = pretrained.Pretrained(lm, pretrained.lm_config(lm, head="recurrent", n_future=3, draft_vocab=2), {})
     model.head.choose_drafts(torch.tensor([0, 2]), model.lm_head.weight)
     model = model.double().eval()
     texts = enumerated(lambda choose: generate_speculative(model, [0, 1], 3), monkeypatch)
@@ -284,7 +284,8 @@ def test_a_model_that_knows_no_rows_is_refused(dtype, monkeypatch):
 def test_a_window_that_a_long_text_ends_for_the_others_is_refused():
     """GPT-Neo counts its window from the longest text."""
     config = transformers.GPTNeoConfig(vocab_size=300, bos_token_id=0, eos_token_id=0, max_position_embeddings=64,
-                                       hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=16)
+                                       hidden_size=16, num_layers=2, num_heads=2, window_size=16,
+                                       attention_types=[[["global", "local"], 1]])
     lm = transformers.GPTNeoForCausalLM(config).double().eval()
     model = pretrained.Pretrained(lm, pretrained.lm_config(lm), {"name": "neo"}).eval()
     assert len(list(generate_cached(model, [1, 2], 3))) == 3
