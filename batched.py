@@ -21,8 +21,8 @@ import torch
 
 from bench_speculative import hardware, speedups, timed
 from common import ArgumentParser, number, run_script
-from decode import (Coupled, Sampling, Stats, check_call, check_finite, draft, draw_next,
-                    make_sampler, until_end, window_ids)
+from decode import (Coupled, Sampling, Stats, bad_unless_finite, check_accepted, check_call, draft,
+                    draw_next, make_sampler, until_end, window_ids)
 from model import BadInput, KVCache
 from sample import add_model_flags, fast_kernels, load, prompt_ids
 
@@ -50,17 +50,25 @@ class RowCache:
             own[:, row, :, : cache.length] = part
         self.length[row] = cache.length
 
+    def lengths(self):
+        """On the device, (B,)."""
+        return torch.tensor(self.length, device=self.kv[0].device)
+
+    def reach(self, T):
+        """How many places the next pass looks at, which has T tokens for each row."""
+        return max(self.length) + T
+
     def begin(self, T):
         """Say where the next pass writes: places (B, T)."""
-        first = torch.tensor(self.length, device=self.kv[0].device).unsqueeze(1)
+        first = self.lengths().unsqueeze(1)
         self.rows = torch.arange(len(first), device=first.device).unsqueeze(1)
         self.places = first + torch.arange(T, device=first.device)
         return self.places
 
     def append(self, layer, kv):
-        """Write kv (2, B, nh, T, hs) at the places: -> (2, B, nh, max(length) + T, hs)."""
+        """Write kv (2, B, nh, T, hs) at the places: -> (2, B, nh, reach(T), hs)."""
         self.kv[layer][:, self.rows, :, self.places] = kv.permute(1, 3, 0, 2, 4)
-        return self.kv[layer].narrow(3, 0, max(self.length) + kv.size(3))
+        return self.kv[layer].narrow(3, 0, self.reach(kv.size(3)))
 
     def update(self, keys, values, layer, *unused, **options):
         """`append`, as attention in transformers calls it."""
@@ -89,13 +97,14 @@ def hidden_of_rows(model, x, cache):
     The lengths stay what they were.
     """
     places = cache.begin(x.size(1))
-    seen = visible(places, max(cache.length) + x.size(1))
-    if hasattr(model, "lm"):  # its attention takes a bias: 0, or a number near -inf
-        bias = seen.to(model.dtype).sub(1).mul(torch.finfo(model.dtype).max)
+    seen = visible(places, cache.reach(x.size(1)))
+    # once for all layers: attention adds 0, or a number near -inf
+    bias = seen.to(model.dtype).sub(1).mul(torch.finfo(model.dtype).max)
+    if hasattr(model, "lm"):
         out = model.pass_over(x, cache, attention_mask=bias, position_ids=places)
         return out.last_hidden_state
     trunk = model.transformer
-    return model.through_blocks(trunk.wte(x) + trunk.wpe(places), cache, seen)
+    return model.through_blocks(trunk.wte(x) + trunk.wpe(places), cache, bias)
 
 
 def visible(places, n):
@@ -237,36 +246,59 @@ def own_samplers(samplers, B):
     return samplers
 
 
+def plain_pass(model, cache, e, token, n_drafts, sampler):
+    """`speculative_pass` without drafts."""
+    hidden = hidden_of_rows(model, token.unsqueeze(1), cache)  # (B, 1, C)
+    logits = model.target_logits(hidden)  # (B, 1, n_token)
+    tokens = sampler.draw(logits[:, 0])[0].unsqueeze(1)
+    return hidden, torch.cat((bad_unless_finite(torch.zeros_like(tokens), logits), tokens), 1)
+
+
+def speculative_pass(model, cache, e, token, n_drafts, sampler):
+    """The step of decode.py for B texts, up to where it waits for the device.
+
+    e (B, C) is the state that the head drafts from, token (B,) the last one of each text. Returns
+    the hidden states (B, k + 1, C) of token and the k = n_drafts drafts, and (B, k + 2): how many
+    drafts are accepted, or BAD; the drafts; the token after the accepted ones.
+    """
+    x, q = draft(model, e, token, n_drafts, sampler)  # (B, k + 1), (B, k + 1, n_token)
+    hidden = hidden_of_rows(model, x, cache)
+    logits = model.target_logits(hidden)  # (B, k + 1, n_token)
+    n_accepted, tokens = sampler.verify(logits, q, x[:, 1:])  # (B, 1), (B, 1)
+    return hidden, torch.cat((bad_unless_finite(n_accepted, logits), x[:, 1:], tokens), 1)
+
+
 def plain_step(batch):
     """One token for each row."""
-    x = torch.cat([row.token for row in batch.rows]).unsqueeze(1)  # (B, 1)
-    hidden = hidden_of_rows(batch.model, x, batch.cache)
-    logits = batch.model.target_logits(hidden[:, 0])  # (B, n_token)
-    check_finite(logits)
-    tokens = batch.sampler.draw(logits)[0]
-    for i, (row, token) in enumerate(zip(batch.rows, tokens.tolist())):
-        batch.cache.length[i] += 1
-        row.token = tokens[i : i + 1]
-        batch.add(row, [token], 0)
+    batch_step(batch, plain_pass, None, 0)
 
 
 def speculative_step(batch):
-    """1..n tokens for each row: the step of decode.py. All rows make as many drafts: where one is
-    about to fill its block, no more than it has room for."""
-    model, cache, sampler = batch.model, batch.cache, batch.sampler
-    room = model.config.block_size - max(cache.length) - 1
-    e = torch.cat([model.head.see(row.hidden)[-1:] for row in batch.rows])  # (B, C)
+    """1..n tokens for each row. All rows make as many drafts: where one is about to fill its block,
+    no more than it has room for."""
+    room = batch.model.config.block_size - max(batch.cache.length) - 1
+    e = torch.cat([batch.model.head.see(row.hidden)[-1:] for row in batch.rows])  # (B, C)
+    batch_step(batch, speculative_pass, e, min(batch.model.config.n_future - 1, room))
+
+
+def batch_step(batch, one_pass, e, n_drafts):
+    """Give each row the new tokens of a pass, and its state the place after them."""
     token = torch.cat([row.token for row in batch.rows])
-    x, q = draft(model, e, token, min(model.config.n_future - 1, room), sampler)  # (B, k + 1)
-    hidden = hidden_of_rows(model, x, cache)
-    logits = model.target_logits(hidden)  # (B, k + 1, n_token)
-    check_finite(logits)
-    n_accepted, tokens = sampler.verify(logits, q, x[:, 1:])  # (B, 1), (B, 1)
-    new = torch.cat((n_accepted, x[:, 1:], tokens), 1).tolist()
-    for i, (row, (k, *ids)) in enumerate(zip(batch.rows, new)):
-        cache.length[i] += k + 1  # x_1 and the accepted drafts; the others are rolled back
-        row.hidden, row.token = hidden[i, : k + 1], tokens[i]
-        batch.add(row, [*ids[:k], ids[-1]], x.size(1) - 1)
+    hidden, new = one_pass(batch.model, batch.cache, e, token, n_drafts, batch.sampler)
+    for i, (row, (k, *ids)) in enumerate(zip(batch.rows, new.tolist())):
+        check_accepted(k)
+        batch.cache.length[i] += k + 1  # x_1 and the accepted drafts; the others are rolled back
+        row.hidden, row.token = hidden[i, : k + 1], new[i, -1:]
+        batch.add(row, [*ids[:k], ids[-1]], n_drafts)
+
+
+def check_head(model):
+    """BadInput unless the model has a head, and one that drafts from hidden states alone."""
+    if model.head is None:
+        raise BadInput("n_future = 1: there is no head to draft from; decode plainly")
+    if model.head.reads_trunk:
+        raise BadInput(f"head {model.config.head} reads the trunk through a cache with one length "
+                       "for all rows; use generate_speculative of decode.py")
 
 
 def generate_cached_batch(model, prompts, max_new_tokens, *, samplers=None, stop_token=None,
@@ -288,11 +320,7 @@ def generate_speculative_batch(model, prompts, max_new_tokens, *, samplers=None,
     Arguments and result: see `generate_cached_batch`. When one row is about to fill its
     block, all make fewer drafts, and random numbers go to other places of their texts.
     """
-    if model.head is None:
-        raise BadInput("n_future = 1: there is no head to draft from; use generate_cached_batch")
-    if model.head.reads_trunk:
-        raise BadInput(f"head {model.config.head} reads the trunk through a cache with one length "
-                       "for all rows; decode one text at a time")
+    check_head(model)
     return Batch(model, prompts, max_new_tokens, samplers, stop_token, stats).write(speculative_step)
 
 

@@ -3,6 +3,7 @@
     python bench_speculative.py --out_dir out/toy
     python bench_speculative.py --out_dir out/toy --peers            beside transformers, same weights
     python bench_speculative.py --out_dir out/a --beside out/b       beside another head, same trunk
+    python bench_speculative.py --out_dir out/toy --captured         in steps that a GPU replays
 
 Plain and speculative decoding continue the same prompts for the same number of tokens (no stop
 token), in turn, round after round; speeds are medians over the rounds, and a speed-up is the median
@@ -151,12 +152,14 @@ def transformers_generate(peer, prompt, max_new_tokens, *, sampler, stop_token=N
 
 @dataclass
 class Mode:
-    """A decoder, its model, the context it runs in, and whether its steps have parts."""
+    """A decoder, its model, whether it drafts, the context it runs in, and whether its steps have
+    parts that can be timed."""
 
     function: callable
     model: torch.nn.Module
     speculative: bool = False
     kernels: callable = None
+    has_parts: bool = True
 
     def context(self):
         return (self.kernels or partial(fast_kernels, self.model))()
@@ -178,17 +181,20 @@ def check_same_target(model, other, out_dir):
 
 class Bench:
     """prompts: lists of ids, or by kind a dict of such lists; stop_token ends a text. beside: other
-    heads on the model's trunk, a dict of names and models."""
+    heads on the model's trunk, a dict of names and models. captured: the plain and the speculative
+    decoder of captured.py, to be measured instead of those of decode.py."""
 
-    def __init__(self, model, prompts, n_tokens, seed, peers=False, beside=None, stop_token=None):
+    def __init__(self, model, prompts, n_tokens, seed, peers=False, beside=None, stop_token=None,
+                 captured=None):
+        plain, speculative = captured or (generate_cached, generate_speculative)
+        drafting = partial(Mode, speculative, speculative=True, has_parts=not captured)
         self.model, self.device = model, model.device
         self.kinds = prompts if isinstance(prompts, dict) else {"all": prompts}
         self.prompts = [prompt for kind in self.kinds.values() for prompt in kind]
         self.n_tokens, self.seed, self.stop_token = n_tokens, seed, stop_token
-        self.modes = {"plain": Mode(generate_cached, model),
-                      "speculative": Mode(generate_speculative, model, True)}
+        self.modes = {"plain": Mode(plain, model), "speculative": drafting(model)}
         for name, other in (beside or {}).items():
-            self.modes[f"speculative, {name}"] = Mode(generate_speculative, other, True)
+            self.modes[f"speculative, {name}"] = drafting(other)
         if peers:
             if not hasattr(model, "lm"):  # of a large model, it would take hours
                 self.modes["no_cache"] = Mode(generate, model)
@@ -196,7 +202,7 @@ class Bench:
         if model.config.target == "marginal":  # plain decoding pays for r heads: what is the trunk's part?
             lm_head_only = copy.copy(model)
             lm_head_only.config = replace(model.config, target="lm_head")
-            self.modes["lm_head_only"] = Mode(generate_cached, lm_head_only)
+            self.modes["lm_head_only"] = Mode(plain, lm_head_only)
 
     def add_transformers(self):
         """transformers' two decoders, with the kernels that are faster for them, default or ours."""
@@ -253,8 +259,8 @@ class Bench:
 
     def measure(self, name, kind, temperature, seed, found, stats):
         """Let a mode continue the prompts of a kind, and add what it took to its round."""
-        laps, steps = Laps(self.device), stats.steps
-        options = {"stats": stats, **({"lap": laps} if self.modes[name].speculative else {})}
+        mode, laps, steps = self.modes[name], Laps(self.device), stats.steps
+        options = {"stats": stats, **({"lap": laps} if mode.speculative and mode.has_parts else {})}
         decode = partial(self.decode, name, temperature, seed, self.kinds[kind], **options)
         seconds, texts = timed(decode, self.device)
         tokens = sum(map(len, texts))
@@ -295,6 +301,7 @@ class Bench:
             ms = 1e3 * sum(r["tokens"] for r in own) / n_passes  # a forward pass's, of a token's seconds
             row |= {key: getattr(mode.model.config, key) for key in HEAD_FIELDS}
             row["step_ms"] = ms * statistics.median(per_token())
+        if mode.speculative and mode.has_parts:
             row["parts_ms"] = {part: ms * statistics.median(per_token(part))
                                for part in ("draft", "trunk", "target", "verify")}
             row["parts_ms"]["rest"] = row["step_ms"] - sum(row["parts_ms"].values())
@@ -379,12 +386,12 @@ def print_table(rows):
         per_step = f"{row['tokens_per_step']:.2f}" if row["tokens_per_step"] else ""
         print(f"{row['mode']:{width}} {row['temperature']:4.1f} {row['tokens_per_second']:9.0f} "
               f"{row['speedup']:7.2f}x {spread:>12} {bound:>6} {per_step:>8}  {acceptance}")
-        if "parts_ms" in row:
+        if "step_ms" in row:
             n_steps = sum(row["histogram"])
             shares = (f"{k}:{h / n_steps:.0%}" for k, h in enumerate(row["histogram"]) if k)
             print(f"{'':{width}}  steps by tokens: {' '.join(shares)}")
-            parts = " + ".join(f"{part} {ms:.2f}" for part, ms in row["parts_ms"].items())
-            print(f"{'':{width}}  a step {row['step_ms']:.2f} ms = {parts}")
+            parts = " + ".join(f"{part} {ms:.2f}" for part, ms in row.get("parts_ms", {}).items())
+            print(f"{'':{width}}  a step {row['step_ms']:.2f} ms{' = ' + parts if parts else ''}")
         if row["mode"] == "plain":
             print(f"{'':{width}}  {row['distinct']:.0%} of its runs of 8 tokens are different ones")
             continue
@@ -422,6 +429,11 @@ def parse_args():
                              "the same weights")
     parser.add_argument("--beside", metavar="OUT_DIR", nargs="+", type=any_path, default=[],
                         help="also time the heads of other checkpoints, trained on the same frozen trunk")
+    parser.add_argument("--captured", action="store_true",
+                        help="decode in steps of fixed shapes, which a GPU replays: see captured.py")
+    parser.add_argument("--compile", action="store_true",
+                        help="and torch.compile the steps, which takes some 15 s for each decoder and "
+                             "temperature (needs a C++ compiler)")
     parser.add_argument("--plot", type=any_path, metavar="FILE.png",
                         help="draw the speed-ups, the acceptance and the histogram")
     return parser.parse_args()
@@ -449,9 +461,13 @@ def main():
         raise BadInput("--peers: transformers' window does not move on, so --max_new_tokens must be at "
                        f"most {room}.")
     stop_token = enc.eot_token if chat else None
-    bench = Bench(model, prompts, n_tokens, args.seed, args.peers, beside, stop_token)
+    decoders = None
+    if args.captured or args.compile:
+        from captured import DECODERS  # it uses batched.py, which uses this file
+        decoders = [partial(decoder, compile=args.compile) for decoder in DECODERS]
+    bench = Bench(model, prompts, n_tokens, args.seed, args.peers, beside, stop_token, decoders)
     torch.set_num_threads(args.threads or bench.best_threads())
-    card = describe(bench, args)
+    card = describe(bench, args) | {"captured": decoders is not None, "compiled": args.compile}
     print_card(card, bench)
 
     greedy, texts = bench.rows(0.0, args.rounds)

@@ -287,20 +287,27 @@ def stop_signals(patient=False):
 
 
 def compiled(function, device):
-    """torch.compile(function), after a trial: is there a compiler, and are its gradients right?
+    """torch.compile(function), which will have its gradients taken, after a trial: are they right?
 
     On a CPU, torch 2.6 compiles a wrong gradient of an embedding where an id comes more than once.
     """
     W, idx = torch.ones(8, 16, device=device, requires_grad=True), torch.zeros(64, dtype=torch.long)
-    try:
+    with compiler_errors():
         torch.compile(lambda W, idx: F.embedding(idx, W).sum())(W, idx.to(device)).backward()
-    except Exception as e:  # of a compiler, a linker, Triton: torch raises many kinds
-        raise BadInput(f"--compile does not work here ({type(e).__name__}); it needs a C++ compiler, "
-                       "on a GPU also Triton. Train without --compile.") from None
     if W.grad[0, 0] != 64:
         raise BadInput(f"--compile gives wrong gradients here (torch {torch.__version__}). Take a newer "
                        "torch, or train without --compile.")
     return torch.compile(function)
+
+
+@contextmanager
+def compiler_errors():
+    """Within the block, torch.compile compiles something small; BadInput where it cannot."""
+    try:
+        yield
+    except Exception as e:  # of a compiler, a linker, Triton: torch raises many kinds
+        raise BadInput(f"--compile does not work here ({type(e).__name__}); it needs a C++ compiler, "
+                       "on a GPU also Triton. Leave --compile away.") from None
 
 
 # -----------------------------------------------------------------------------

@@ -48,6 +48,14 @@ def warp(logits, temperature=1.0, top_k=None, top_p=None):
     return p
 
 
+def uniform(shape, dtype, device, generator):
+    """Random numbers in [0, 1): from a torch.Generator, from torch's own if it is None, or from
+    what has them ready, the Noise of captured.py."""
+    if hasattr(generator, "take"):
+        return generator.take(shape)
+    return torch.rand(shape, generator=generator, dtype=dtype, device=device)
+
+
 def categorical(p, generator, wide=torch.float64):
     """One token from each row of probabilities, which need no normalisation: (..., V) -> (...).
 
@@ -57,14 +65,14 @@ def categorical(p, generator, wide=torch.float64):
     """
     wide = torch.float32 if p.device.type == "mps" else wide
     cdf = p.cumsum(-1, dtype=wide)
-    u = torch.rand(*p.shape[:-1], 1, generator=generator, dtype=wide, device=p.device)
+    u = uniform((*p.shape[:-1], 1), wide, p.device, generator)
     # the first token whose cdf is above u; without the last cdf, even a row of NaN gives one of 0..V-1
     return torch.searchsorted(cdf[..., :-1].contiguous(), u * cdf[..., -1:], right=True).squeeze(-1)
 
 
 def bernoulli(p, generator):
     """True with probability p, elementwise; False where p is NaN, 0 / 0."""
-    return torch.rand(p.shape, generator=generator, dtype=p.dtype, device=p.device) < p
+    return uniform(p.shape, p.dtype, p.device, generator) < p
 
 
 # -----------------------------------------------------------------------------
@@ -79,7 +87,7 @@ def verify(p, q, drafted, generator):
     drafted (..., k) were drawn from the first k rows of q; p, q (..., k + 1, V) are the target's and
     the draft's rows for the same places, of one text or of several. The last row of q is 0: it is
     the place after the drafts, where nothing was drafted. Returns how many drafts are accepted
-    (..., 1) and the token after them (..., 1). BadInput where p or q is not finite.
+    (..., 1), which is BAD where p or q is not finite, and the token after them (..., 1).
 
     i or more drafts are kept with probability keep[i]:
 
@@ -95,14 +103,13 @@ def verify(p, q, drafted, generator):
     """
     keep = keep_probability(p, q, drafted)  # (..., k + 1, 1), the loop above in closed form
     rest = residual(keep, p, q)  # (..., k + 1, V)
-    m = rest.sum(-1, keepdim=True)  # (..., k + 1, 1)
-    check_finite(m)  # NaN where p or q is
+    m = rest.sum(-1, keepdim=True)  # (..., k + 1, 1), NaN where p or q is
     heads = bernoulli(m / (m + 1 - keep), generator)  # the first one changes nothing
     n_heads = heads.cumsum(-2)
     n_accepted = (n_heads < n_heads[..., -1:, :]).sum(-2)  # (..., 1): places before the last heads
     rest = rest.add(p, alpha=1e-30)  # a row that rounding left empty becomes p
     rest = rest.take_along_dim(n_accepted.unsqueeze(-1), -2)  # (..., 1, V), the next token's
-    return n_accepted, categorical(rest, generator)
+    return bad_unless_finite(n_accepted, m), categorical(rest, generator)
 
 
 def keep_probability(p, q, drafted):
@@ -263,16 +270,26 @@ def speculative_step(model, cache, before, token, n_drafts, sampler, lap=lambda 
     lap("target")
     n_accepted, token = sampler.verify(logits, q[0], x[0, 1:])
     lap("verify")
-    check_finite(logits)
-    k, *new = torch.cat((n_accepted, x[0, 1:], token)).tolist()
+    n_accepted = bad_unless_finite(n_accepted, logits)
+    k, *new = torch.cat((n_accepted, x[0, 1:], token)).tolist()  # the one time that a step waits
+    check_accepted(k)
     new = [*new[:k], new[-1]]
     cache.length = length + len(new)  # x_1 and the accepted drafts; the others are rolled back
     return hidden[: k + 1], token, new, x.size(1) - 1  # row 0 is x_1's, row k the last token's
 
 
-def check_finite(x):
-    """BadInput if a number in x is NaN or infinite: else it would be drawn from all the same."""
-    if not math.isfinite(x.sum().item()):
+BAD = -1  # what stands for the number of accepted drafts where a number is NaN or infinite
+
+
+def bad_unless_finite(n_accepted, x):
+    """n_accepted (..., 1), or BAD for a text with a NaN or infinite number in x (..., k + 1, V): else
+    it would be drawn from all the same. Without waiting for a GPU; see `check_accepted`."""
+    return torch.where(x.sum((-2, -1)).isfinite().unsqueeze(-1), n_accepted, BAD)
+
+
+def check_accepted(n_accepted):
+    """BadInput if a number of accepted drafts is BAD."""
+    if n_accepted == BAD:
         raise BadInput("the model gives NaN or infinite logits: its weights are damaged, or overflow in "
                        "half precision; try --dtype float32")
 
@@ -392,7 +409,7 @@ def speculative_blocks(model, tokens, sampler, lap, drafter=None):
 def draw_next(model, hidden, sampler):
     """One token (1,) from the target, given the last hidden state (1, C)."""
     logits = model.target_logits(hidden)
-    check_finite(logits)
+    check_accepted(bad_unless_finite(logits.new_zeros(1), logits))
     return sampler.draw(logits)[0]
 
 

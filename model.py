@@ -302,7 +302,7 @@ class CPHead(nn.Module):
         """Where the tokens x stand in the rows; NO_PLACE where they cannot be drafted."""
         if self.draft_ids is None:
             return x
-        place = torch.searchsorted(self.draft_ids, x).clamp_max(len(self.draft_ids) - 1)
+        place = torch.searchsorted(self.draft_ids, x.contiguous()).clamp_max(len(self.draft_ids) - 1)
         return torch.where(self.draft_ids[place] == x, place, NO_PLACE)
 
     def of_tokens(self, log_p, x):
@@ -505,8 +505,9 @@ def gold_log_prob(x, weight, y, n_positions):
     def chunk(x, weight, y):
         return -F.cross_entropy(widen(F.linear(x, weight)), y, reduction="none")
 
-    n_logits = 2**20 if x.device.type == "cpu" else 2**27  # fits a CPU's cache; fills a GPU
-    rows = max(256, min(n_positions, n_logits // len(weight)))
+    # fits a CPU's cache; fills a GPU, which is slow at many small chunks
+    least, most = (0, 2**20) if x.device.type == "cpu" else (2**24, 2**27)  # logits
+    rows = max(256, least // len(weight), min(n_positions, most // len(weight)))
     recompute = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
     pieces = zip(x.split(rows), y.split(rows))
     return torch.cat([recompute(x_i, weight, y_i) for x_i, y_i in pieces])

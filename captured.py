@@ -1,0 +1,234 @@
+"""One text, in steps of fixed shapes, which a GPU records once as a CUDA graph and then replays.
+
+    python bench_speculative.py --out_dir out/tinystories --captured
+
+A small model's step is hundreds of short kernels, and Python takes longer to ask for each of them
+than a GPU to run it. So everything that a step reads, or leaves for the next one, has a fixed place
+on the device, the number of tokens so far included: no part of a step waits for another, and one
+call replays them all. On a CPU there is nothing to record, and the same steps run one by one.
+
+generate_cached_captured and generate_speculative_captured take the arguments of generate_cached and
+generate_speculative in decode.py, and write texts of the same distribution, from other random
+numbers.
+"""
+
+import copy
+import functools
+import math
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+from batched import RowCache, check_head, check_rows, plain_pass, speculative_pass
+from common import compiler_errors
+from decode import Coupled, Greedy, Sampling, check_accepted, draw_next, stream, window_ids
+from model import BadInput
+from pretrained import PackedLinear
+
+
+SMALLEST = 256  # places of a cache; a longer text gets twice as many
+
+
+class FixedCache(RowCache):
+    """A RowCache of one text whose length is on the device, too, and of which every pass looks at all
+    places: those past the length are masked."""
+
+    def __init__(self, room, device):
+        super().__init__(1, room)
+        self.on_device = torch.zeros(1, dtype=torch.long, device=device)
+
+    def put(self, row, cache):
+        for kv in self.kv:
+            kv.zero_()  # what is masked must be finite
+        super().put(row, cache)
+        self.on_device.fill_(cache.length)
+
+    def lengths(self):
+        return self.on_device
+
+    def reach(self, T):
+        return self.room
+
+
+class Noise:
+    """A torch.Generator's place in a sampler: random numbers that were drawn before the step."""
+
+    def __init__(self, size, device):
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.numbers, self.used = torch.zeros(size, dtype=wide, device=device), 0
+
+    def draw(self, generator):
+        self.numbers.uniform_(generator=generator)
+
+    def take(self, shape):
+        first, self.used = self.used, self.used + math.prod(shape)
+        return self.numbers[first : self.used].view(shape)
+
+
+class Steps:
+    """The steps of one text after another, by one model, decoder and sampler.
+
+    The state before a step, as in `speculative_step` of decode.py: token (1,), e (1, C), the cache.
+    one_pass is plain_pass or speculative_pass of batched.py; most, how many drafts it makes; room,
+    how many tokens fit.
+    """
+
+    def __init__(self, model, one_pass, sampler, most, room, compile):
+        self.model, self.one_pass, self.most, self.compile = model, one_pass, most, compile
+        self.cache, self.token, self.e, self.replay = FixedCache(room, model.device), None, None, None
+        self.sampler, self.generator = copy.copy(sampler), None
+        self.noise = Noise(4 * (most + 1), model.device)  # `verify` needs half of it
+        if not isinstance(sampler, Greedy):
+            self.sampler.generator = self.noise
+
+    def begin(self, cache, hidden, token, generator):
+        """Take over a text: cache, hidden (T, C), token (1,), and the generator of its draws."""
+        self.cache.put(0, cache)
+        if self.token is None:
+            self.token, self.e = token.clone(), hidden[-1:].clone()
+        self.token.copy_(token)
+        self.e.copy_(hidden[-1:])
+        self.generator = generator
+
+    def step(self, n_drafts):
+        """-> (1, n_drafts + 2), as of `speculative_pass`, and the state after it. Nothing here waits."""
+        self.noise.used = 0
+        e = self.e if self.one_pass is plain_pass else self.model.head.see(self.e)
+        hidden, new = self.one_pass(self.model, self.cache, e, self.token, n_drafts, self.sampler)
+        k = new[0, :1].clamp_min(0)  # (1,), the accepted drafts
+        self.token.copy_(new[0, -1:])
+        self.e.copy_(hidden[0].index_select(0, k))  # row 0 is x_1's, row k the last token's
+        self.cache.on_device += k + 1  # x_1 and the accepted drafts; the others are rolled back
+        return new
+
+    def run(self, n_drafts):
+        """A step, recorded if it has all its drafts: its 1..n_drafts + 1 tokens, a list."""
+        if not isinstance(self.sampler, Greedy):
+            self.noise.draw(self.generator)
+        if n_drafts < self.most:  # at a block's end
+            new = self.step(n_drafts)
+        else:
+            self.replay = self.replay or self.record()
+            new = self.replay()
+        k, *ids = new[0].tolist()  # the one time that a step waits
+        check_accepted(k)
+        self.cache.length[0] += k + 1
+        return [*ids[:k], ids[-1]]
+
+    def record(self):
+        """A function that does what step(most) does."""
+        step = partial(self.step, self.most)
+        if self.compile:
+            step = torch.compile(step, dynamic=False)
+        if self.model.device.type != "cuda":
+            return step
+        state = self.token, self.e, self.cache.on_device
+        before, aside = [x.clone() for x in state], torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # what libraries do when first called cannot be recorded
+                step()
+                for x, old in zip(state, before):
+                    x.copy_(old)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            new = step()
+
+        def replay():
+            graph.replay()
+            return new
+
+        return replay
+
+
+@functools.cache
+def check_compiler(device):
+    """BadInput where torch.compile does not work."""
+    with compiler_errors():
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    # it would stop at the eighth of the many Steps whose `step` it compiles
+    torch._dynamo.config.cache_size_limit = 256
+
+
+@contextmanager
+def borrowed_steps(model, one_pass, sampler, most, room, compile):
+    """Steps that no other text is using. They are kept with the model, as recording takes a while."""
+    rule = {name: value for name, value in vars(sampler).items() if name != "generator"}
+    key = (id(model), model.device, model.dtype, one_pass, type(sampler), repr(rule), room, compile)
+    kept = vars(model).setdefault("recorded", {}).setdefault(key, [])
+    steps = kept.pop() if kept else Steps(model, one_pass, sampler, most, room, compile)
+    try:
+        yield steps
+    finally:
+        kept.append(steps)
+
+
+def captured_blocks(model, tokens, sampler, one_pass, most, compile):
+    """See `stream` of decode.py. most: how many drafts a step makes."""
+    cache, block_size = model.new_cache(), model.config.block_size
+    hidden = model.hidden(window_ids(tokens, model), cache)[0]
+    token = draw_next(model, hidden[-1:], sampler)  # (1,)
+    tokens.append(token.item())
+    yield tokens[-1:], None
+    while True:
+        if cache.length == block_size:
+            cache, hidden = fresh_cache(model, tokens)
+        room = min(block_size, max(SMALLEST, 2 ** (cache.length + most).bit_length()))
+        with borrowed_steps(model, one_pass, sampler, most, room, compile) as steps:
+            steps.begin(cache, hidden, token, sampler.generator)
+            length = steps.cache.length  # a list of one
+            # up to the block's end, or to where a text needs more room
+            while length[0] < block_size and (room == block_size or length[0] + most < room):
+                n_drafts = min(most, room - length[0] - 1)
+                new = steps.run(n_drafts)
+                tokens += new
+                yield new, n_drafts
+            token = steps.token.clone()
+        cache, hidden = fresh_cache(model, tokens)
+
+
+def fresh_cache(model, tokens):
+    """The cache and the hidden states (T, C) of the window of the tokens but the last, which is
+    pending."""
+    cache = model.new_cache()
+    return cache, model.hidden(window_ids(tokens, model)[:, :-1], cache)[0]
+
+
+def check_captured(model, sampler, compile):
+    """BadInput for what cannot be recorded, or compiled."""
+    if isinstance(sampler, Coupled):
+        raise BadInput("a Coupled sampler gets its random numbers from Python, place by place; decode "
+                       "with generate_speculative")
+    if not getattr(model, "takes_rows", True):
+        check_rows(model)
+    if compile and any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise BadInput("--compile knows nothing of packed layers, which a pretrained model has in "
+                       "bfloat16 on a CPU, and which are as fast there")
+    if compile:
+        check_compiler(model.device)
+
+
+def generate_cached_captured(model, prompt, max_new_tokens, *, sampler=None, compile=False, **options):
+    """Plain decoding, one token per step. Options: see `stream` of decode.py; compile: whether
+    torch.compile joins a step's operations to fewer and larger ones, which takes its time once."""
+    sampler = Sampling() if sampler is None else sampler
+    check_captured(model, sampler, compile)
+    blocks = partial(captured_blocks, one_pass=plain_pass, most=0, compile=compile)
+    return stream(blocks, model, prompt, max_new_tokens, sampler=sampler, **options)
+
+
+def generate_speculative_captured(model, prompt, max_new_tokens, *, sampler=None, compile=False,
+                                  **options):
+    """Self-speculative decoding (arXiv 2410.17765), 1..n tokens per step. Options: see
+    `generate_cached_captured`."""
+    sampler = Sampling() if sampler is None else sampler
+    check_head(model)
+    check_captured(model, sampler, compile)
+    most = model.config.n_future - 1
+    blocks = partial(captured_blocks, one_pass=speculative_pass, most=most, compile=compile)
+    return stream(blocks, model, prompt, max_new_tokens, sampler=sampler, **options)
+
+
+DECODERS = generate_cached_captured, generate_speculative_captured
