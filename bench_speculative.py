@@ -3,7 +3,7 @@
     python bench_speculative.py --out_dir out/toy
     python bench_speculative.py --out_dir out/toy --peers            beside transformers, same weights
     python bench_speculative.py --out_dir out/a --beside out/b       beside another head, same trunk
-    python bench_speculative.py --out_dir out/toy --captured         in steps that a GPU replays
+    python bench_speculative.py --out_dir out/toy --captured         beside steps that a GPU replays
 
 Plain and speculative decoding continue the same prompts for the same number of tokens (no stop
 token), in turn, round after round; speeds are medians over the rounds, and a speed-up is the median
@@ -152,13 +152,14 @@ def transformers_generate(peer, prompt, max_new_tokens, *, sampler, stop_token=N
 
 @dataclass
 class Mode:
-    """A decoder, its model, whether it drafts, the context it runs in, and whether its steps have
-    parts that can be timed."""
+    """A decoder, its model, whether it drafts, the context it runs in, the plain mode that it is
+    compared with, and whether its steps have parts that can be timed."""
 
     function: callable
     model: torch.nn.Module
     speculative: bool = False
     kernels: callable = None
+    base: str = "plain"
     has_parts: bool = True
 
     def context(self):
@@ -181,20 +182,25 @@ def check_same_target(model, other, out_dir):
 
 class Bench:
     """prompts: lists of ids, or by kind a dict of such lists; stop_token ends a text. beside: other
-    heads on the model's trunk, a dict of names and models. captured: the plain and the speculative
-    decoder of captured.py, to be measured instead of those of decode.py."""
+    heads on the model's trunk, a dict of names and models. captured: a name, and the plain and the
+    speculative decoder of captured.py."""
 
     def __init__(self, model, prompts, n_tokens, seed, peers=False, beside=None, stop_token=None,
                  captured=None):
-        plain, speculative = captured or (generate_cached, generate_speculative)
-        drafting = partial(Mode, speculative, speculative=True, has_parts=not captured)
         self.model, self.device = model, model.device
         self.kinds = prompts if isinstance(prompts, dict) else {"all": prompts}
         self.prompts = [prompt for kind in self.kinds.values() for prompt in kind]
         self.n_tokens, self.seed, self.stop_token = n_tokens, seed, stop_token
-        self.modes = {"plain": Mode(plain, model), "speculative": drafting(model)}
-        for name, other in (beside or {}).items():
-            self.modes[f"speculative, {name}"] = drafting(other)
+        heads = {"speculative": model}
+        heads |= {f"speculative, {name}": other for name, other in (beside or {}).items()}
+        self.modes = {"plain": Mode(generate_cached, model)}
+        self.modes |= {name: Mode(generate_speculative, own, True) for name, own in heads.items()}
+        if captured:
+            how, plain, speculative = captured
+            base = f"plain, {how}"
+            self.modes[base] = Mode(plain, model)
+            self.modes |= {f"{name}, {how}": Mode(speculative, own, True, base=base, has_parts=False)
+                           for name, own in heads.items()}
         if peers:
             if not hasattr(model, "lm"):  # of a large model, it would take hours
                 self.modes["no_cache"] = Mode(generate, model)
@@ -202,7 +208,7 @@ class Bench:
         if model.config.target == "marginal":  # plain decoding pays for r heads: what is the trunk's part?
             lm_head_only = copy.copy(model)
             lm_head_only.config = replace(model.config, target="lm_head")
-            self.modes["lm_head_only"] = Mode(plain, lm_head_only)
+            self.modes["lm_head_only"] = Mode(generate_cached, lm_head_only)
 
     def add_transformers(self):
         """transformers' two decoders, with the kernels that are faster for them, default or ours."""
@@ -286,7 +292,8 @@ class Bench:
             return [sum(r["parts"][part] for part in parts) / r["tokens"] if parts else
                     r["seconds"] / r["tokens"] for r in own]
 
-        ratios = speedups(rounds["plain"], per_token())
+        plain = rounds[mode.base]
+        ratios = speedups(plain, per_token())
         row = {"mode": name, "temperature": temperature,
                "tokens_per_second": 1 / statistics.median(per_token()),
                "speedup": statistics.median(ratios), "speedup_range": [min(ratios), max(ratios)],
@@ -295,7 +302,7 @@ class Bench:
                "acceptance": [a if a == a else None for a in stats.acceptance],
                "histogram": stats.histogram, "distinct": distinct(own[0]["texts"])}
         if len(self.kinds) > 1:
-            row["kinds"] = {kind: self.row_of_kind(kind, own, rounds["plain"]) for kind in self.kinds}
+            row["kinds"] = {kind: self.row_of_kind(kind, own, plain) for kind in self.kinds}
         if mode.speculative:
             n_passes = stats.steps + len(own) * len(self.prompts)  # prefills, too
             ms = 1e3 * sum(r["tokens"] for r in own) / n_passes  # a forward pass's, of a token's seconds
@@ -305,7 +312,7 @@ class Bench:
             row["parts_ms"] = {part: ms * statistics.median(per_token(part))
                                for part in ("draft", "trunk", "target", "verify")}
             row["parts_ms"]["rest"] = row["step_ms"] - sum(row["parts_ms"].values())
-            row["bound"] = statistics.median(speedups(rounds["plain"], per_token("trunk", "target")))
+            row["bound"] = statistics.median(speedups(plain, per_token("trunk", "target")))
         return row
 
     @staticmethod
@@ -370,7 +377,9 @@ def print_card(card, bench):
         print("target = marginal: plain decoding computes r heads for its one token, too. lm_head_only is\n"
               "the same trunk with its plain LM head, for its speed alone: that head was not trained.")
     for name, mode in bench.modes.items():
-        if mode.speculative:
+        if mode.base != "plain":
+            print(f"{name}: its speed-up is over {mode.base}")
+        elif mode.speculative:
             print(f"{name}: head {mode.model.config.head}, n = {mode.model.config.n_future}, "
                   f"r = {mode.model.head.rank}")
 
@@ -430,10 +439,10 @@ def parse_args():
     parser.add_argument("--beside", metavar="OUT_DIR", nargs="+", type=any_path, default=[],
                         help="also time the heads of other checkpoints, trained on the same frozen trunk")
     parser.add_argument("--captured", action="store_true",
-                        help="decode in steps of fixed shapes, which a GPU replays: see captured.py")
+                        help="also time both decoders in steps of fixed shapes, which a GPU replays")
     parser.add_argument("--compile", action="store_true",
-                        help="and torch.compile the steps, which takes some 15 s for each decoder and "
-                             "temperature (needs a C++ compiler)")
+                        help="the same, in steps that torch.compile has compiled, some 15 s for each "
+                             "decoder and temperature (needs a C++ compiler)")
     parser.add_argument("--plot", type=any_path, metavar="FILE.png",
                         help="draw the speed-ups, the acceptance and the histogram")
     return parser.parse_args()
@@ -461,13 +470,14 @@ def main():
         raise BadInput("--peers: transformers' window does not move on, so --max_new_tokens must be at "
                        f"most {room}.")
     stop_token = enc.eot_token if chat else None
-    decoders = None
+    captured = None
     if args.captured or args.compile:
         from captured import DECODERS  # it uses batched.py, which uses this file
         decoders = [partial(decoder, compile=args.compile) for decoder in DECODERS]
-    bench = Bench(model, prompts, n_tokens, args.seed, args.peers, beside, stop_token, decoders)
+        captured = "compiled" if args.compile else "captured", *decoders
+    bench = Bench(model, prompts, n_tokens, args.seed, args.peers, beside, stop_token, captured)
     torch.set_num_threads(args.threads or bench.best_threads())
-    card = describe(bench, args) | {"captured": decoders is not None, "compiled": args.compile}
+    card = describe(bench, args)
     print_card(card, bench)
 
     greedy, texts = bench.rows(0.0, args.rounds)

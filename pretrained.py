@@ -293,7 +293,7 @@ class Pretrained(GPT):
             self.hidden(idx[:, :3], cache)  # a draft that is rejected
             cache.length = 4
             same = self.close(torch.cat((first, self.hidden(idx[:, 4:], cache)), 1), hidden)
-        except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             same = False  # no cache at all, or one that refuses
         if not same:
             raise BadInput(f"{name} has no cache that can be rolled back, or does not read from left to "

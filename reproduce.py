@@ -305,6 +305,18 @@ def speedups(scale):
             yield Cell((text, label(head, r), target), runs)
 
 
+@elsewhere
+def compiled(scale):
+    """Both decoders as they are, and in compiled steps of fixed shapes, in one bench."""
+    for text, head, r in (("toy", "cp", 1), ("toy", "cp", 8), ("stories", "cp", 1),
+                          ("stories", "cp", 4), ("stories", "chain", 4)):
+        if text in scale.large:
+            run = large(scale, text, head=head, rank=r)
+            flags = scale.bench | {"compile": True}
+            runs = tuple(Bench((run,), flags, nth + 1) for nth in range(scale.repeats))
+            yield Cell((text, label(head, r)), runs)
+
+
 def side_by_side(scale):
     """All heads on one frozen trunk, in one bench for each text and seed."""
     heads = [(head, min(r, scale.headline), every) for (head, r), every in scale.side.items()]
@@ -582,6 +594,13 @@ EXPERIMENTS = {
          "minutes": (lambda *run: of_run("seconds")(*run) / 60, 0)},
         (Panel("head", "speed-up, 0", "text", (("target", "lm_head"),)),
          Panel("head", "speed-up, 1", "text", (("target", "lm_head"),)))),
+    "compiled": Experiment(
+        "Compiled steps", compiled, ("text", "head"),
+        {"plain, tokens/s": (of_decoder("tokens_per_second", 0.0, "plain"), 0)}
+        | {f"{name}, {t}": (of_decoder("speedup", float(t), mode), 2) for t in (0, 1)
+           for name, mode in (("speed-up", "speculative"), ("plain, compiled / plain", "plain, compiled"),
+                              ("speed-up, compiled", "speculative, compiled"))},
+        (Panel("head", "speed-up, compiled, 0", "text"), Panel("head", "speed-up, compiled, 1", "text"))),
     "rank": Experiment(
         "Loss against rank (figure 3)", rank, ("n", "equal", "head", "r"),
         {**LOSSES, "head, M": (of_run("head_parameters"), 2), "steps": (of_run("steps"), 0),
@@ -742,6 +761,7 @@ class Bench:
         self.text = self.training.text
         kind, others = Path(script).stem.split("_")[0], len(trainings) - 1
         parts = [f"and{others}"] * (others > 0) + ["peers"] * flags.get("peers", False)
+        parts += ["compiled"] * flags.get("compile", False)
         self.name = "-".join([kind, self.training.name, *parts, *([flags["dtype"]] if "dtype" in flags else [])])
         self.spec = {"script": script, "flags": flags, "training": self.training.spec}
         if len(trainings) > 1:
