@@ -97,7 +97,12 @@ def hidden_of_rows(model, x, cache):
     The lengths stay what they were.
     """
     places = cache.begin(x.size(1))
-    seen = visible(places, cache.reach(x.size(1)))
+    return hidden_at(model, x, cache, places, visible(places, cache.reach(x.size(1))))
+
+
+def hidden_at(model, x, cache, places, seen):
+    """`hidden_of_rows` of tokens at places (B, T) of their texts, which see those of a RowCache that
+    seen (B, 1, T, reach) says, after its `begin`."""
     # once for all layers: attention adds 0, or a number near -inf
     bias = seen.to(model.dtype).sub(1).mul(torch.finfo(model.dtype).max)
     if hasattr(model, "lm"):

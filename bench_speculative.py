@@ -182,25 +182,17 @@ def check_same_target(model, other, out_dir):
 
 class Bench:
     """prompts: lists of ids, or by kind a dict of such lists; stop_token ends a text. beside: other
-    heads on the model's trunk, a dict of names and models. captured: a name, and the plain and the
-    speculative decoder of captured.py."""
+    heads on the model's trunk, a dict of names and models."""
 
-    def __init__(self, model, prompts, n_tokens, seed, peers=False, beside=None, stop_token=None,
-                 captured=None):
+    def __init__(self, model, prompts, n_tokens, seed, peers=False, beside=None, stop_token=None):
         self.model, self.device = model, model.device
         self.kinds = prompts if isinstance(prompts, dict) else {"all": prompts}
         self.prompts = [prompt for kind in self.kinds.values() for prompt in kind]
         self.n_tokens, self.seed, self.stop_token = n_tokens, seed, stop_token
-        heads = {"speculative": model}
-        heads |= {f"speculative, {name}": other for name, other in (beside or {}).items()}
+        self.models = {"speculative": model}
+        self.models |= {f"speculative, {name}": other for name, other in (beside or {}).items()}
         self.modes = {"plain": Mode(generate_cached, model)}
-        self.modes |= {name: Mode(generate_speculative, own, True) for name, own in heads.items()}
-        if captured:
-            how, plain, speculative = captured
-            base = f"plain, {how}"
-            self.modes[base] = Mode(plain, model)
-            self.modes |= {f"{name}, {how}": Mode(speculative, own, True, base=base, has_parts=False)
-                           for name, own in heads.items()}
+        self.modes |= {name: Mode(generate_speculative, own, True) for name, own in self.models.items()}
         if peers:
             if not hasattr(model, "lm"):  # of a large model, it would take hours
                 self.modes["no_cache"] = Mode(generate, model)
@@ -209,6 +201,25 @@ class Bench:
             lm_head_only = copy.copy(model)
             lm_head_only.config = replace(model.config, target="lm_head")
             self.modes["lm_head_only"] = Mode(generate_cached, lm_head_only)
+
+    def add_trees(self, sizes):
+        """Draft trees of some sizes, by the heads that are measured already."""
+        from tree import generate_tree  # which uses batched.py, which uses this file
+
+        for n_nodes, (name, model) in itertools.product(sizes, self.models.items()):
+            decoder = partial(generate_tree, n_nodes=n_nodes)
+            self.modes[f"{name}, tree of {n_nodes}"] = Mode(decoder, model, True, has_parts=False)
+
+    def add_captured(self, compile):
+        """Both decoders in steps of fixed shapes, which are compared with each other."""
+        from captured import DECODERS  # the same
+
+        how, (plain, speculative) = "compiled" if compile else "captured", DECODERS
+        base = f"plain, {how}"
+        self.modes[base] = Mode(partial(plain, compile=compile), self.model)
+        for name, model in self.models.items():
+            decoder = partial(speculative, compile=compile)
+            self.modes[f"{name}, {how}"] = Mode(decoder, model, True, base=base, has_parts=False)
 
     def add_transformers(self):
         """transformers' two decoders, with the kernels that are faster for them, default or ours."""
@@ -438,6 +449,8 @@ def parse_args():
                              "the same weights")
     parser.add_argument("--beside", metavar="OUT_DIR", nargs="+", type=any_path, default=[],
                         help="also time the heads of other checkpoints, trained on the same frozen trunk")
+    parser.add_argument("--tree", type=number(int, 1, 1024), nargs="+", default=[], metavar="NODES",
+                        help="also time trees of so many drafts: see tree.py")
     parser.add_argument("--captured", action="store_true",
                         help="also time both decoders in steps of fixed shapes, which a GPU replays")
     parser.add_argument("--compile", action="store_true",
@@ -470,12 +483,10 @@ def main():
         raise BadInput("--peers: transformers' window does not move on, so --max_new_tokens must be at "
                        f"most {room}.")
     stop_token = enc.eot_token if chat else None
-    captured = None
+    bench = Bench(model, prompts, n_tokens, args.seed, args.peers, beside, stop_token)
+    bench.add_trees(args.tree)
     if args.captured or args.compile:
-        from captured import DECODERS  # it uses batched.py, which uses this file
-        decoders = [partial(decoder, compile=args.compile) for decoder in DECODERS]
-        captured = "compiled" if args.compile else "captured", *decoders
-    bench = Bench(model, prompts, n_tokens, args.seed, args.peers, beside, stop_token, captured)
+        bench.add_captured(args.compile)
     torch.set_num_threads(args.threads or bench.best_threads())
     card = describe(bench, args)
     print_card(card, bench)

@@ -305,6 +305,10 @@ class CPHead(nn.Module):
         place = torch.searchsorted(self.draft_ids, x.contiguous()).clamp_max(len(self.draft_ids) - 1)
         return torch.where(self.draft_ids[place] == x, place, NO_PLACE)
 
+    def tokens_at(self, places):
+        """The tokens that stand at places of the rows: undoes `places`."""
+        return places if self.draft_ids is None else self.draft_ids[places]
+
     def of_tokens(self, log_p, x):
         """log P_a^(s) of tokens x (...) in rows (..., r, V or K) -> (..., r). A token that cannot be
         drafted says nothing of the component: 0 for all of them."""
@@ -453,7 +457,7 @@ class Conditionals:
     """
 
     def __init__(self, head, e, unembed, n_token):
-        self.head, self.n_token, self.s = head, n_token, 1
+        self.head, self.unembed, self.n_token, self.s = head, unembed, n_token, 1
         self.state = head.start(e, unembed)
         if head.rank > 1:
             self.log_b = head.log_weights(e)  # (B, r), up to a constant
@@ -461,16 +465,32 @@ class Conditionals:
 
     def next(self, x):
         """Tokens x (B,) stand at offset s: -> log q_{s+1} (B, n_token), up to a constant."""
+        return self.head.all_tokens(self.row(x), self.n_token)
+
+    def row(self, x):
+        """The same of the tokens that can be drafted: -> (B, V or K)."""
         self.s += 1
         if self.head.rank == 1:  # one component: its row is the conditional
-            row = self.head.rows(self.state, self.s, x).squeeze(1)
-            return self.head.all_tokens(row, self.n_token)
+            return self.head.rows(self.state, self.s, x).squeeze(1)
         seen = self.head.of_tokens(self.log_p, x)  # (B, r)
         self.log_b = self.head.prefix(self.state, self.s - 1, self.log_b, seen)
         self.log_p = self.head.rows(self.state, self.s, x)
         q = (self.log_b.softmax(-1).unsqueeze(1) @ self.log_p.exp()).squeeze(1)  # (B, V)
         # tiny: where all real tokens underflow next to the padding, the row is uniform and not NaN
-        return self.head.all_tokens(q.clamp_min(torch.finfo(q.dtype).tiny).log(), self.n_token)
+        return q.clamp_min(torch.finfo(q.dtype).tiny).log()
+
+    def follow(self, rows):
+        """Go on with these of the B texts (B',), some of them several times or not at all."""
+        def of(state):  # what a head keeps: tensors with a row for each text, and W
+            if torch.is_tensor(state):
+                return state if state is self.unembed else state[rows]
+            if isinstance(state, dict):
+                return {name: of(part) for name, part in state.items()}
+            return type(state)(map(of, state))
+
+        self.state = of(self.state)
+        if self.head.rank > 1:
+            self.log_b, self.log_p = self.log_b[rows], self.log_p[rows]
 
 
 # -----------------------------------------------------------------------------

@@ -1,0 +1,142 @@
+"""Draft trees: several candidates for each place, and one forward pass over all of them.
+
+    python bench_speculative.py --out_dir out/smollm2 --tree 16
+
+Where a forward pass takes its time to read the weights, 17 tokens cost hardly more than 6. So a step
+may verify more than one draft: here the n_nodes paths that are most probable by the head's joint,
+equation (1), grown by beam search. Trees of drafts are from SpecInfer (arXiv 2305.09781) and Medusa
+(2401.10774), their choice by probability is from EAGLE-2 (2406.16858).
+
+Every token follows the target, whatever the tree: for each node the next token is drawn from the
+target's own distribution there, and the text goes along the draws for as long as they are in the
+tree. At temperature 0 that is all one can do. At others `verify` of decode.py keeps more of a single
+path: it takes a draft that the target might have drawn, where this takes one that it did draw.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from batched import RowCache, check_head, check_rows, hidden_at
+from decode import Coupled, bad_unless_finite, check_accepted, draw_next, stream, window_ids
+from model import BadInput
+
+BEAMS = 8  # paths that the search goes on with, after each token
+
+
+class Tree(NamedTuple):
+    """N tokens, of which the first is the text's last one. A parent comes before its children."""
+
+    tokens: torch.Tensor  # (N,)
+    parent: torch.Tensor  # (N,), the node before it; the first one's is itself
+    above: torch.Tensor  # (N, N), whether the column is on the path to the row, itself included
+
+    @property
+    def depth(self):
+        return self.above.sum(1) - 1
+
+
+def draft_tree(model, e, token, n_nodes, depth):
+    """The n_nodes paths of up to depth tokens after token (1,) that are most probable by the head's
+    joint at e (1, C), of those that a beam search comes by: -> Tree."""
+    conditionals, n_token = model.conditionals(e), model.config.n_token
+    size = 1 + depth * BEAMS
+    above = torch.zeros(size, size, dtype=torch.bool, device=e.device)
+    x, score, last = token, e.new_zeros(1, dtype=torch.float32), token.new_zeros(1)
+    found, n = [(x, score, last)], 1
+    above[0, 0] = True
+    for _ in range(depth):
+        log_q = conditionals.row(x)[:, :n_token].log_softmax(-1)  # (beams, V or K)
+        best, place = log_q.topk(min(BEAMS, log_q.size(1)))
+        total = (score.unsqueeze(1) + best).flatten()
+        score, index = total.topk(min(BEAMS, len(total)))
+        beam, x = index // best.size(1), model.head.tokens_at(place.flatten()[index])
+        conditionals.follow(beam)
+        parent, last = last[beam], torch.arange(n, n + len(x), device=e.device)
+        above[last] = above[parent]
+        above[last, last] = True
+        found.append((x, score, parent))
+        n += len(x)
+    tokens, scores, parents = (torch.cat(parts) for parts in zip(*found))
+    # no node is more probable than its parent, which wins where they tie
+    chosen = scores.sort(descending=True, stable=True).indices[: n_nodes + 1].sort().values
+    new = torch.zeros_like(tokens).scatter_(0, chosen, torch.arange(len(chosen), device=e.device))
+    return Tree(tokens[chosen], new[parents[chosen]], above[chosen][:, chosen])
+
+
+class TreeCache(RowCache):
+    """A RowCache of one text, which grows."""
+
+    def __init__(self, cache):
+        super().__init__(1, cache.length + 64)
+        self.put(0, cache)
+
+    def begin(self, T):
+        if self.length[0] + T > self.room:
+            self.kv = [F.pad(kv, (0, 0, 0, self.room)) for kv in self.kv]
+            self.room *= 2
+        return super().begin(T)
+
+    def keep_path(self, path):
+        """Of the last pass keep the tokens with these indices, a list, one after another."""
+        first = self.length[0]
+        self.length[0] += len(path)
+        for kv in self.kv:
+            kv[:, :, :, first : self.length[0]] = kv[:, :, :, [first + i for i in path]]
+
+
+def tree_step(model, cache, before, token, n_nodes, depth, sampler):
+    """One forward pass of the trunk, 1..depth + 1 new tokens. State and result: see
+    `speculative_step` of decode.py."""
+    tree = draft_tree(model, model.head.see(before)[-1:], token, n_nodes, depth)
+    cache.begin(len(tree.tokens))
+    past = torch.ones(len(tree.tokens), cache.length[0], dtype=torch.bool, device=token.device)
+    seen = torch.cat((past, tree.above), 1)[None, None]  # (1, 1, N, length + N)
+    places = cache.length[0] + tree.depth.unsqueeze(0)  # in the text: nodes of one depth share one
+    hidden = hidden_at(model, tree.tokens.unsqueeze(0), cache, places, seen)[0]  # (N, C)
+    logits = model.target_logits(hidden)  # (N, n_token)
+    drawn = sampler.draw(logits)[0]  # (N,), what follows each node
+    wrong = drawn[tree.parent] != tree.tokens
+    wrong[0] = False
+    kept = ~(tree.above & wrong).any(1)  # (N,): a path, as at most one child is what was drawn
+    good = bad_unless_finite(kept[:1].long(), logits)
+    check, *kept = torch.cat((good, kept)).tolist()  # the one time that a step waits
+    check_accepted(check)
+    path = [i for i, is_kept in enumerate(kept) if is_kept]
+    cache.keep_path(path)
+    token = drawn[path[-1:]]
+    return hidden[path], token, torch.cat((tree.tokens[path[1:]], token)).tolist()
+
+
+def tree_blocks(model, tokens, sampler, n_nodes):
+    """See `stream` of decode.py."""
+    block_size, single = model.config.block_size, model.new_cache()
+    hidden = model.hidden(window_ids(tokens, model), single)[0]
+    token = draw_next(model, hidden[-1:], sampler)  # (1,)
+    tokens.append(token.item())
+    yield tokens[-1:], None
+    cache = TreeCache(single)
+    while True:
+        if cache.length[0] == block_size:  # start over with the next window but its pending token
+            single = model.new_cache()
+            hidden = model.hidden(window_ids(tokens, model)[:, :-1], single)[0]
+            cache = TreeCache(single)
+        depth = min(model.config.n_future - 1, block_size - cache.length[0] - 1)
+        hidden, token, new = tree_step(model, cache, hidden, token, n_nodes, depth, sampler)
+        tokens += new
+        yield new, depth
+
+
+def generate_tree(model, prompt, max_new_tokens, n_nodes=16, *, sampler=None, **options):
+    """Speculative decoding with trees of n_nodes drafts, 1..n tokens per forward pass. Options: see
+    `stream` of decode.py."""
+    check_head(model)
+    if isinstance(sampler, Coupled):
+        raise BadInput("a Coupled sampler has one random number for each place of a text, and the "
+                       "nodes of a tree share places; decode with generate_speculative")
+    if not getattr(model, "takes_rows", True):
+        check_rows(model)
+    blocks = partial(tree_blocks, n_nodes=n_nodes)
+    return stream(blocks, model, prompt, max_new_tokens, sampler=sampler, **options)
