@@ -14,6 +14,7 @@ each seed. To add one, write such a function, and an Experiment in EXPERIMENTS.
 """
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -420,6 +421,21 @@ def smollm2_speed(scale):
 
 
 @elsewhere
+def trees(scale):
+    """Trees of drafts beside single paths, one bench for each model."""
+    kinds = "stories", "questions", "instructions", "code", "all"
+    on_smollm2 = dict(rounds=5, max_new_tokens=24, threads=2, tree=[8, 16])
+    for model, run, flags, prompts in (
+            ("bytes, chain, r = 4", large(scale, "stories", head="chain", rank=4),
+             scale.bench | {"tree": [4, 8, 16]}, ("all",)),
+            ("SmolLM2", preset_on("smollm2"), on_smollm2, kinds),
+            ("SmolLM2, for stories alone", preset_on("smollm2_stories"), on_smollm2, ("stories",))):
+        bench = Bench((run,), flags)
+        for kind, size in itertools.product(prompts, (0, *flags["tree"])):
+            yield Cell((model, kind, f"tree of {size}" if size else "one path"), (bench,))
+
+
+@elsewhere
 def smollm2_heads(scale):
     """Heads side by side on SmolLM2, in one bench for each seed; the first three with all seeds."""
     heads = [("recurrent", 1), ("chain", 1), ("cp", 1), ("cp", 4), ("medusa", 1)]
@@ -506,6 +522,16 @@ def of_decoder(key, temperature=None, mode=None):
         if kind != "all" and "kinds" in row:  # else there is one kind, which is all
             row = row["kinds"][kind]
         return with_range(row, key)
+    return column
+
+
+def of_tree(key, temperature):
+    """Of a kind of prompts and a kind of drafts, which labels tell."""
+    def column(found, run, against, labels):
+        kind, drafts = labels[1:]
+        mode = "speculative" if drafts == "one path" else f"speculative, {drafts}"
+        row = row_of(found, run, temperature, mode)
+        return with_range(row["kinds"][kind] if kind != "all" and "kinds" in row else row, key)
     return column
 
 
@@ -700,6 +726,10 @@ EXPERIMENTS = {
         "SmolLM2-135M-Instruct, by kind of prompts", smollm2_speed, ("decoder", "prompts"),
         speed(of_decoder),
         (Panel("prompts", "speed-up, 0", "decoder"), Panel("prompts", "speed-up, 1", "decoder"))),
+    "trees": Experiment(
+        "Draft trees", trees, ("model", "prompts", "drafts"), speed(of_tree),
+        (Panel("prompts", "speed-up, 0", "drafts", (("model", "SmolLM2"),)),
+         Panel("prompts", "speed-up, 1", "drafts", (("model", "SmolLM2"),)))),
 }
 
 # -----------------------------------------------------------------------------
@@ -761,7 +791,7 @@ class Bench:
         self.text = self.training.text
         kind, others = Path(script).stem.split("_")[0], len(trainings) - 1
         parts = [f"and{others}"] * (others > 0) + ["peers"] * flags.get("peers", False)
-        parts += ["compiled"] * flags.get("compile", False)
+        parts += ["compiled"] * flags.get("compile", False) + ["trees"] * ("tree" in flags)
         self.name = "-".join([kind, self.training.name, *parts, *([flags["dtype"]] if "dtype" in flags else [])])
         self.spec = {"script": script, "flags": flags, "training": self.training.spec}
         if len(trainings) > 1:

@@ -18,9 +18,11 @@ import pretrained
 import sample
 import train
 from batched import RowCache, generate_cached_batch, generate_speculative_batch
+from captured import generate_cached_captured, generate_speculative_captured
 from decode import Coupled, Greedy, Stats, generate, generate_cached, generate_speculative
 from model import BadInput
 from prompts import FRAMES, HELD_OUT, SHARES
+from tree import generate_tree
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -263,6 +265,21 @@ def test_several_texts_at_once_are_those_of_the_oracle(kind, head):
     assert stats.tokens_per_step > 1
 
 
+ONE_TEXT = (generate_cached_captured, generate_speculative_captured, generate_tree)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("head", [dict(head="recurrent", draft_vocab=40), dict(head="cp", rank=2)], ids=str)
+def test_captured_steps_and_trees_are_exact(kind, head):
+    """Greedy, in float64."""
+    model, stats = a_model(kind, n_future=3, **head), Stats()
+    for prompt in ([5, 17, 200], [8], [42, 1, 1, 99, 7, 260]):
+        expected = list(generate(model, prompt, 30, sampler=Greedy()))
+        for decoder in ONE_TEXT:
+            assert list(decoder(model, prompt, 30, sampler=Greedy(), stats=stats)) == expected
+    assert stats.tokens_per_step > 1 or head["head"] == "recurrent"  # which is not trained
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_model_that_knows_no_rows_is_refused(dtype, monkeypatch):
     """One that counts its places by itself would write wrong text; one that asks for another cache none."""
@@ -291,6 +308,8 @@ def test_a_window_that_a_long_text_ends_for_the_others_is_refused():
     assert len(list(generate_cached(model, [1, 2], 3))) == 3
     with pytest.raises(BadInput, match="^neo cannot take texts of different lengths in one pass"):
         generate_cached_batch(model, [[1], [2, 3]], 3)
+    with pytest.raises(BadInput, match="^neo cannot take texts of different lengths in one pass"):
+        generate_cached_captured(model, [1], 3)
 
 
 def test_a_window_that_slides_is_a_block():
@@ -303,6 +322,8 @@ def test_a_window_that_slides_is_a_block():
     assert [list(generate_speculative(model, prompt, 40, sampler=Greedy())) for prompt in prompts] == expected
     for decoder in (generate_cached_batch, generate_speculative_batch):
         assert decoder(model, prompts, 40, samplers=Greedy()) == expected
+    for decoder in ONE_TEXT:
+        assert [list(decoder(model, prompt, 40, sampler=Greedy())) for prompt in prompts] == expected
 
 
 def test_a_trunk_without_hidden_states_is_refused(monkeypatch):
