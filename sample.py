@@ -4,10 +4,11 @@
     python sample.py --out_dir out/toy --mode plain --temperature 0
     python sample.py --out_dir out/toy --show_drafts
 
-speculative (the default of a model with a head), plain and oracle draw from the same distribution;
-see decode.py.
+speculative (the default of a model with a head), plain and oracle draw from the same distribution,
+see decode.py, and so do captured and tree, see the files of these names.
 """
 
+import importlib
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ from model import BadInput
 from tokenizer import TextStream, encode, load_tokenizer
 
 MODES = {"speculative": generate_speculative, "plain": generate_cached, "oracle": generate}
+MORE_MODES = {"captured": "generate_speculative_captured", "tree": "generate_tree"}  # by file
 
 
 def load(out_dir, device="auto", dtype="auto"):
@@ -113,8 +115,9 @@ def add_model_flags(parser):
 def parse_args():
     parser = ArgumentParser(__doc__)
     add_model_flags(parser)
-    parser.add_argument("--mode", choices=MODES,
-                        help="decoder (speculative where there is a head, else plain)")
+    parser.add_argument("--mode", choices=[*MODES, *MORE_MODES],
+                        help="decoder (speculative where there is a head, else plain); captured is the one "
+                             "for a GPU, tree one for temperature 0")
     parser.add_argument("--prompt", type=utf8, default="", help="beginning of the text (none)")
     parser.add_argument("--chat", action="store_true",
                         help="the prompt is a user's message, in the template of a pretrained model")
@@ -139,13 +142,19 @@ def is_terminal():
     return sys.stdout is not None and sys.stdout.isatty()
 
 
+def decoder(mode):
+    if mode in MORE_MODES:  # they import this file
+        return getattr(importlib.import_module(mode), MORE_MODES[mode])
+    return MODES[mode]
+
+
 def write_sample(args, model, enc, mode, sampler, colour):
     """Print one text; returns what the decoder did."""
     stats, stream = Stats(), TextStream(enc, printable=is_terminal())
     prompt = prompt_ids(enc, args.prompt, args.chat)
     print(args.prompt, end="\n\n" if args.chat else "", flush=True)
-    tokens = MODES[mode](model, prompt, args.max_new_tokens, sampler=sampler,
-                         stop_token=enc.eot_token, stats=stats)
+    tokens = decoder(mode)(model, prompt, args.max_new_tokens, sampler=sampler,
+                           stop_token=enc.eot_token, stats=stats)
     for i, token in enumerate(tokens):
         text = stream.push(token) if token != enc.eot_token else stream.end()
         if args.show_drafts:
@@ -162,12 +171,13 @@ def main():
     torch.set_flush_denormal(True)  # probabilities below 1e-38 are 0; x86 would be slow at them
     model, enc, _ = load(args.out_dir, args.device, args.dtype)
     mode = args.mode or ("speculative" if model.head else "plain")
-    if mode == "speculative" and not model.head:
+    drafts = mode not in ("plain", "oracle")
+    if drafts and not model.head:
         raise BadInput(f"{args.out_dir} has n_future = 1: there is no head to draft from; take --mode "
                        "plain.")
     colour = is_terminal() and not os.environ.get("NO_COLOR")  # https://no-color.org
     if args.show_drafts:
-        print(legend(model.config.n_future - 1 if mode == "speculative" else 0, colour) + "\n")
+        print(legend(model.config.n_future - 1 if drafts else 0, colour) + "\n")
     generator = torch.Generator(model.device).manual_seed(args.seed)
     samples, start = [], time.perf_counter()
     with fast_kernels(model):

@@ -232,6 +232,28 @@ def test_documents_show_the_tables_that_the_results_give():
         assert not experiment.panels or f"results/laptop/{name}.png" in document, name
 
 
+def of_the_gpu():
+    """The two tables of results/h100, from its runs."""
+    lines = ["| model | dtype | decoding | plain, ms | step / plain, 0 | tok/step, 0 | speed-up, 0 | tok/step, 1 | speed-up, 1 "
+             "| tokens/s, 0 |", "|" + 10 * "---|"]
+    for name, model in (("toy1_f32", "the toy, r = 1"), ("chain_eager", "bytes, chain"), ("chain_f32", "bytes, chain"),
+                        ("chain_bf16", "bytes, chain"), ("tiny_f32", "tinystories"), ("tiny_bf16", "tinystories")):
+        bench = json.loads((ROOT / f"results/h100/{name}.json").read_text(encoding="utf-8"))
+        rows = {(row["mode"], row["temperature"]): row for row in bench["rows"]}
+        plain, fast, sampled = rows["plain", 0.0], rows["speculative", 0.0], rows["speculative", 1.0]
+        ms = 1e3 / plain["tokens_per_second"]
+        speed = ["{:.2f} ({:.2f}..{:.2f})".format(row["speedup"], *row["speedup_range"]) for row in (fast, sampled)]
+        lines.append(f"| {model} | {bench['card']['dtype']} | {'captured' if bench['card']['captured'] else 'step by step'} "
+                     f"| {ms:.2f} | {fast['step_ms'] / ms:.2f} | {fast['tokens_per_step']:.2f} | {speed[0]} "
+                     f"| {sampled['tokens_per_step']:.2f} | {speed[1]} | {fast['tokens_per_second']:.0f} |")
+    run = json.loads((ROOT / "results/h100/train_tinystories.json").read_text(encoding="utf-8"))
+    speed, GFLOP = run["tokens_per_second"], 0.47
+    return "\n".join(lines) + "\n", (
+        "| training | steps | tokens/s | GFLOP per token | TFLOP/s | next | joint |\n|---|---|---|---|---|---|---|\n"
+        f"| tinystories, bfloat16 | {run['iter']} | {speed:.0f} | {GFLOP} | {speed * GFLOP / 1e3:.0f} "
+        f"| {run['val']['next']:.2f} | {run['val']['joint']:.2f} |\n")
+
+
 def tables_of(text):
     """The Markdown tables of a document, each with its lines."""
     return re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
@@ -248,10 +270,11 @@ def strangers(text, tables):
 
 
 def test_every_figure_of_the_results_is_one_that_the_runs_give():
-    """A table with decimals is one of results/laptop, word for word. A decimal in the prose of a section
+    """A table with decimals is one of results/laptop, or of the runs in results/h100, word for word. A decimal in the prose of a section
     of docs/results.md rounds a number of that section's tables, and one in the README a number of any,
     but for its first table: a row of it has the numbers of one row. Whole numbers are not checked."""
     made = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "results" / "laptop").glob("*.md")}
+    made["h100"] = "\n".join(of_the_gpu())
     document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for table in tables_of(document):
         assert table in "".join(made.values()) or not re.search(r"\d\.\d", table), table
