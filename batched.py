@@ -120,7 +120,10 @@ def visible(places, n):
 
 @torch.inference_mode()
 def check_rows(model):
-    """BadInput unless a model of transformers takes texts of different lengths in one pass."""
+    """BadInput unless the model takes texts of different lengths in one pass. Ours does; one of
+    transformers is tried once."""
+    if getattr(model, "takes_rows", True):
+        return
     idx = torch.arange(3, 11, device=model.device).unsqueeze(0) % model.config.vocab_size
     lengths, cache = (6, 1), RowCache(2, 8)
     try:
@@ -139,7 +142,8 @@ def check_rows(model):
     window = getattr(config, "window_size", None) or getattr(config, "attention_chunk_size", None)
     if not same or window or "longrope" in rope or "dynamic" in rope:
         raise BadInput(f"{model.source.get('name')} cannot take texts of different lengths in one "
-                       "pass; decode one text at a time")
+                       "pass, which batches, captured steps and trees are made of; decode one text at "
+                       "a time, speculatively or plainly")
     model.takes_rows = True
 
 
@@ -165,8 +169,7 @@ class Batch:
     def __init__(self, model, prompts, max_new_tokens, samplers, stop_token, stats):
         for prompt in prompts:
             check_call(model, prompt)
-        if not getattr(model, "takes_rows", True):
-            check_rows(model)
+        check_rows(model)
         samplers = own_samplers(Sampling() if samplers is None else samplers, len(prompts))
         self.model, self.stop_token, self.stats = model, stop_token, stats
         self.rows = [Row(list(prompt), sampler, max_new_tokens)
@@ -303,7 +306,7 @@ def check_head(model):
         raise BadInput("n_future = 1: there is no head to draft from; decode plainly")
     if model.head.reads_trunk:
         raise BadInput(f"head {model.config.head} reads the trunk through a cache with one length "
-                       "for all rows; use generate_speculative of decode.py")
+                       "for all rows; decode one text at a time, speculatively or plainly")
 
 
 def generate_cached_batch(model, prompts, max_new_tokens, *, samplers=None, stop_token=None,

@@ -204,16 +204,21 @@ class Bench:
 
     def add_trees(self, sizes):
         """Draft trees of some sizes, by the heads that are measured already."""
-        from tree import generate_tree  # which uses batched.py, which uses this file
+        from tree import check_tree, generate_tree  # which use batched.py, which uses this file
 
         for n_nodes, (name, model) in itertools.product(sizes, self.models.items()):
+            check_tree(model, n_nodes)
             decoder = partial(generate_tree, n_nodes=n_nodes)
             self.modes[f"{name}, tree of {n_nodes}"] = Mode(decoder, model, True, has_parts=False)
 
     def add_captured(self, compile):
         """Both decoders in steps of fixed shapes, which are compared with each other."""
-        from captured import DECODERS  # the same
+        from batched import check_head
+        from captured import DECODERS, check_captured  # the same
 
+        for model in self.models.values():
+            check_head(model)
+            check_captured(model, make_sampler(), compile)
         how, (plain, speculative) = "compiled" if compile else "captured", DECODERS
         base = f"plain, {how}"
         self.modes[base] = Mode(partial(plain, compile=compile), self.model)
@@ -265,8 +270,8 @@ class Bench:
         """By mode: a list of rounds, each a dict of seconds, tokens, texts, if speculative seconds
         by part, and by kind of prompts seconds, tokens and steps; and the Stats of all rounds."""
         rounds, stats = {name: [] for name in self.modes}, {name: Stats() for name in self.modes}
-        for name in self.modes:  # warm up
-            self.decode(name, temperature, self.seed, self.prompts[:1])
+        for name in self.modes:  # warm up, for as long as a text may be
+            self.decode(name, temperature, self.seed, [max(self.prompts, key=len)], stop_token=None)
         for i in range(n_rounds):
             for own in rounds.values():
                 own.append({"seconds": 0, "tokens": 0, "texts": [], "parts": Counter(), "kinds": {}})
@@ -314,6 +319,8 @@ class Bench:
                "histogram": stats.histogram, "distinct": distinct(own[0]["texts"])}
         if len(self.kinds) > 1:
             row["kinds"] = {kind: self.row_of_kind(kind, own, plain) for kind in self.kinds}
+        if mode.base != "plain":
+            row["over"] = mode.base
         if mode.speculative:
             n_passes = stats.steps + len(own) * len(self.prompts)  # prefills, too
             ms = 1e3 * sum(r["tokens"] for r in own) / n_passes  # a forward pass's, of a token's seconds
@@ -455,7 +462,7 @@ def parse_args():
                         help="also time both decoders in steps of fixed shapes, which a GPU replays")
     parser.add_argument("--compile", action="store_true",
                         help="the same, in steps that torch.compile has compiled, some 15 s for each "
-                             "decoder and temperature (needs a C++ compiler)")
+                             "decoder, temperature and size of the cache (needs a C++ compiler)")
     parser.add_argument("--plot", type=any_path, metavar="FILE.png",
                         help="draw the speed-ups, the acceptance and the histogram")
     return parser.parse_args()
@@ -485,8 +492,8 @@ def main():
     stop_token = enc.eot_token if chat else None
     bench = Bench(model, prompts, n_tokens, args.seed, args.peers, beside, stop_token)
     bench.add_trees(args.tree)
-    if args.captured or args.compile:
-        bench.add_captured(args.compile)
+    for compile in [False] * args.captured + [True] * args.compile:
+        bench.add_captured(compile)
     torch.set_num_threads(args.threads or bench.best_threads())
     card = describe(bench, args)
     print_card(card, bench)

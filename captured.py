@@ -17,12 +17,14 @@ import functools
 import math
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from batched import RowCache, check_head, check_rows, plain_pass, speculative_pass
 from common import compiler_errors
-from decode import Coupled, Greedy, Sampling, check_accepted, draw_next, stream, window_ids
+from decode import (Greedy, Sampling, check_accepted, draw_next, next_window, stream,
+                    window_ids)
 from model import BadInput
 from pretrained import PackedLinear
 
@@ -66,19 +68,26 @@ class Noise:
         return self.numbers[first : self.used].view(shape)
 
 
+class Kind(NamedTuple):
+    """What the steps are."""
+
+    one_pass: callable  # plain_pass or speculative_pass of batched.py
+    most: int  # how many drafts they make
+    compile: bool  # whether torch.compile joins their operations to fewer and larger ones
+
+
 class Steps:
-    """The steps of one text after another, by one model, decoder and sampler.
+    """The steps of one text after another, by one model and sampler, with room for so many tokens.
 
     The state before a step, as in `speculative_step` of decode.py: token (1,), e (1, C), the cache.
-    one_pass is plain_pass or speculative_pass of batched.py; most, how many drafts it makes; room,
-    how many tokens fit.
     """
 
-    def __init__(self, model, one_pass, sampler, most, room, compile):
-        self.model, self.one_pass, self.most, self.compile = model, one_pass, most, compile
-        self.cache, self.token, self.e, self.replay = FixedCache(room, model.device), None, None, None
-        self.sampler, self.generator = copy.copy(sampler), None
-        self.noise = Noise(4 * (most + 1), model.device)  # `verify` needs half of it
+    def __init__(self, model, sampler, kind, room):
+        self.model, self.kind, self.sampler = model, kind, copy.copy(sampler)
+        self.cache, self.token, self.e = FixedCache(room, model.device), None, None
+        self.replay, self.generator = None, None
+        # a draft takes one number, `verify` one for each place and one for the token
+        self.noise = Noise(2 * (kind.most + 1), model.device)
         if not isinstance(sampler, Greedy):
             self.sampler.generator = self.noise
 
@@ -94,8 +103,9 @@ class Steps:
     def step(self, n_drafts):
         """-> (1, n_drafts + 2), as of `speculative_pass`, and the state after it. Nothing here waits."""
         self.noise.used = 0
-        e = self.e if self.one_pass is plain_pass else self.model.head.see(self.e)
-        hidden, new = self.one_pass(self.model, self.cache, e, self.token, n_drafts, self.sampler)
+        one_pass = self.kind.one_pass
+        e = self.e if one_pass is plain_pass else self.model.head.see(self.e)
+        hidden, new = one_pass(self.model, self.cache, e, self.token, n_drafts, self.sampler)
         k = new[0, :1].clamp_min(0)  # (1,), the accepted drafts
         self.token.copy_(new[0, -1:])
         self.e.copy_(hidden[0].index_select(0, k))  # row 0 is x_1's, row k the last token's
@@ -106,7 +116,7 @@ class Steps:
         """A step, recorded if it has all its drafts: its 1..n_drafts + 1 tokens, a list."""
         if not isinstance(self.sampler, Greedy):
             self.noise.draw(self.generator)
-        if n_drafts < self.most:  # at a block's end
+        if n_drafts < self.kind.most:  # at a block's end
             new = self.step(n_drafts)
         else:
             self.replay = self.replay or self.record()
@@ -118,23 +128,25 @@ class Steps:
 
     def record(self):
         """A function that does what step(most) does."""
-        step = partial(self.step, self.most)
-        if self.compile:
+        step, device = partial(self.step, self.kind.most), self.model.device
+        if self.kind.compile:
+            torch._dynamo.config.cache_size_limit = 256  # of step, for all Steps: 8 are soon spent
             step = torch.compile(step, dynamic=False)
-        if self.model.device.type != "cuda":
+        if device.type != "cuda":
             return step
         state = self.token, self.e, self.cache.on_device
-        before, aside = [x.clone() for x in state], torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # what libraries do when first called cannot be recorded
-                step()
-                for x, old in zip(state, before):
-                    x.copy_(old)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            new = step()
+        before = [x.clone() for x in state]
+        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        with torch.cuda.device(device):
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(2):  # what libraries do when first called cannot be recorded
+                    step()
+                    for x, old in zip(state, before):
+                        x.copy_(old)
+            torch.cuda.current_stream().wait_stream(aside)
+            with torch.cuda.graph(graph, stream=aside):
+                new = step()
 
         def replay():
             graph.replay()
@@ -143,30 +155,32 @@ class Steps:
         return replay
 
 
-@functools.cache
-def check_compiler(device):
-    """BadInput where torch.compile does not work."""
-    with compiler_errors():
-        torch.compile(torch.neg)(torch.ones(8, device=device))
-    # it would stop at the eighth of the many Steps whose `step` it compiles
-    torch._dynamo.config.cache_size_limit = 256
+KEPT = 16  # kinds of Steps that a model keeps
 
 
 @contextmanager
-def borrowed_steps(model, one_pass, sampler, most, room, compile):
-    """Steps that no other text is using. They are kept with the model, as recording takes a while."""
-    rule = {name: value for name, value in vars(sampler).items() if name != "generator"}
-    key = (id(model), model.device, model.dtype, one_pass, type(sampler), repr(rule), room, compile)
-    kept = vars(model).setdefault("recorded", {}).setdefault(key, [])
-    steps = kept.pop() if kept else Steps(model, one_pass, sampler, most, room, compile)
+def borrowed_steps(model, sampler, kind, room):
+    """Steps that no other text is using. The model keeps them, as recording takes a while: the last
+    ones of each sampler's rule, kind and room, for as long as all its tensors stay where they are."""
+    tensors = [x.detach() for x in (*model.parameters(), *model.buffers())]
+    places = tuple(x.data_ptr() if x.layout == torch.strided else id(x) for x in tensors)
+    rule = type(sampler), *getattr(getattr(sampler, "warp", None), "keywords", {}).values()
+    key = id(model), model.config.target, places, rule, kind, room
+    kept = vars(model).setdefault("recorded", {})
+    pool = kept.setdefault(key, [])
+    steps = pool.pop() if pool else Steps(model, sampler, kind, room)
+    steps.tensors = tensors  # so that nothing else gets their places
     try:
         yield steps
     finally:
-        kept.append(steps)
+        pool.append(steps)
+        kept[key] = kept.pop(key, pool)  # the last one
+        while len(kept) > KEPT:
+            del kept[next(iter(kept))]
 
 
-def captured_blocks(model, tokens, sampler, one_pass, most, compile):
-    """See `stream` of decode.py. most: how many drafts a step makes."""
+def captured_blocks(model, tokens, sampler, kind):
+    """See `stream` of decode.py."""
     cache, block_size = model.new_cache(), model.config.block_size
     hidden = model.hidden(window_ids(tokens, model), cache)[0]
     token = draw_next(model, hidden[-1:], sampler)  # (1,)
@@ -174,48 +188,47 @@ def captured_blocks(model, tokens, sampler, one_pass, most, compile):
     yield tokens[-1:], None
     while True:
         if cache.length == block_size:
-            cache, hidden = fresh_cache(model, tokens)
-        room = min(block_size, max(SMALLEST, 2 ** (cache.length + most).bit_length()))
-        with borrowed_steps(model, one_pass, sampler, most, room, compile) as steps:
+            cache, hidden = next_window(model, tokens)
+        room = min(block_size, max(SMALLEST, 2 ** (cache.length + kind.most).bit_length()))
+        with borrowed_steps(model, sampler, kind, room) as steps:
             steps.begin(cache, hidden, token, sampler.generator)
             length = steps.cache.length  # a list of one
             # up to the block's end, or to where a text needs more room
-            while length[0] < block_size and (room == block_size or length[0] + most < room):
-                n_drafts = min(most, room - length[0] - 1)
+            while length[0] < block_size and (room == block_size or length[0] + kind.most < room):
+                n_drafts = min(kind.most, room - length[0] - 1)
                 new = steps.run(n_drafts)
                 tokens += new
                 yield new, n_drafts
             token = steps.token.clone()
-        cache, hidden = fresh_cache(model, tokens)
+        cache, hidden = next_window(model, tokens)
 
 
-def fresh_cache(model, tokens):
-    """The cache and the hidden states (T, C) of the window of the tokens but the last, which is
-    pending."""
-    cache = model.new_cache()
-    return cache, model.hidden(window_ids(tokens, model)[:, :-1], cache)[0]
+@functools.cache
+def check_compiler(device):
+    """BadInput where torch.compile does not work."""
+    with compiler_errors():
+        torch.compile(torch.neg)(torch.ones(8, device=device))
 
 
 def check_captured(model, sampler, compile):
     """BadInput for what cannot be recorded, or compiled."""
-    if isinstance(sampler, Coupled):
-        raise BadInput("a Coupled sampler gets its random numbers from Python, place by place; decode "
-                       "with generate_speculative")
-    if not getattr(model, "takes_rows", True):
-        check_rows(model)
+    if type(sampler) not in (Greedy, Sampling):
+        raise BadInput(f"captured steps draw by Sampling or Greedy, not by {type(sampler).__name__}, whose "
+                       "random numbers or state they do not know; decode step by step")
+    check_rows(model)
     if compile and any(isinstance(module, PackedLinear) for module in model.modules()):
         raise BadInput("--compile knows nothing of packed layers, which a pretrained model has in "
-                       "bfloat16 on a CPU, and which are as fast there")
+                       "bfloat16 on a CPU, and which are as fast there; leave it away")
     if compile:
         check_compiler(model.device)
 
 
 def generate_cached_captured(model, prompt, max_new_tokens, *, sampler=None, compile=False, **options):
-    """Plain decoding, one token per step. Options: see `stream` of decode.py; compile: whether
-    torch.compile joins a step's operations to fewer and larger ones, which takes its time once."""
+    """Plain decoding, one token per step. compile: see `Kind`, some 15 s at first. Options: see
+    `stream` of decode.py."""
     sampler = Sampling() if sampler is None else sampler
     check_captured(model, sampler, compile)
-    blocks = partial(captured_blocks, one_pass=plain_pass, most=0, compile=compile)
+    blocks = partial(captured_blocks, kind=Kind(plain_pass, 0, compile))
     return stream(blocks, model, prompt, max_new_tokens, sampler=sampler, **options)
 
 
@@ -226,8 +239,7 @@ def generate_speculative_captured(model, prompt, max_new_tokens, *, sampler=None
     sampler = Sampling() if sampler is None else sampler
     check_head(model)
     check_captured(model, sampler, compile)
-    most = model.config.n_future - 1
-    blocks = partial(captured_blocks, one_pass=speculative_pass, most=most, compile=compile)
+    blocks = partial(captured_blocks, kind=Kind(speculative_pass, model.config.n_future - 1, compile))
     return stream(blocks, model, prompt, max_new_tokens, sampler=sampler, **options)
 
 

@@ -430,6 +430,13 @@ def window_ids(tokens, model):
     return torch.tensor([tokens[start:]], device=model.device)
 
 
+def next_window(model, tokens):
+    """The cache and the hidden states (T, C) of the window of all tokens but the last, which is
+    pending."""
+    cache = model.new_cache()
+    return cache, model.hidden(window_ids(tokens, model)[:, :-1], cache)[0]
+
+
 # -----------------------------------------------------------------------------
 # statistics
 

@@ -276,7 +276,8 @@ class CPHead(nn.Module):
     # decoding: hidden states e (B, C) of B texts, one offset after another; see `Conditionals`
 
     def start(self, e, unembed):
-        """What `rows` needs at e. Here that is every row, (B, n, r, V): none depends on the drafts."""
+        """What `rows` needs at e: tensors with a row for each text, W itself, or tuples, lists and
+        dicts of them. Here every row (B, n, r, V), as none depends on the drafts."""
         return self.logits(e, unembed).log_softmax(-1)
 
     def rows(self, state, s, x):

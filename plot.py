@@ -133,7 +133,8 @@ def draw_bench(card, rows):
     labels = []  # of the bars, from the top down
     for row in rows:
         color = colors[row["temperature"]]
-        bars = [(row["mode"], row["speedup"], dict(color=color))]
+        over = f" (over {row['over']})" if "over" in row else ""
+        bars = [(row["mode"] + over, row["speedup"], dict(color=color))]
         if row.get("bound"):
             hollow = dict(facecolor="white", edgecolor=color, hatch="///")
             bars.append(("bound (5)", row["bound"], hollow))

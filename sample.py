@@ -130,8 +130,8 @@ def parse_args():
     parser.add_argument("--top_p", type=number(float, 1e-6, 1),
                         help="draw from the smallest set of tokens that has this probability")
     parser.add_argument("--coupled", action="store_true",
-                        help="tie the random numbers to the place in the text: every mode writes the "
-                             "same text, of the same distribution, and keeps fewer drafts")
+                        help="tie the random numbers to the place in the text: speculative, plain and "
+                             "oracle write the same text, of the same distribution, and keep fewer drafts")
     parser.add_argument("--show_drafts", action="store_true",
                         help="colour each token by where it came from; in a pipe, or with NO_COLOR, "
                              "mark it")

@@ -20,7 +20,8 @@ import torch
 from torch.nn import functional as F
 
 from batched import RowCache, check_head, check_rows, hidden_at
-from decode import Coupled, bad_unless_finite, check_accepted, draw_next, stream, window_ids
+from decode import (Coupled, bad_unless_finite, check_accepted, draw_next, next_window, stream,
+                    window_ids)
 from model import BadInput
 
 BEAMS = 8  # paths that the search goes on with, after each token
@@ -50,7 +51,7 @@ def draft_tree(model, e, token, n_nodes, depth):
     for _ in range(depth):
         log_q = conditionals.row(x)[:, :n_token].log_softmax(-1)  # (beams, V or K)
         best, place = log_q.topk(min(BEAMS, log_q.size(1)))
-        total = (score.unsqueeze(1) + best).flatten()
+        total = (score.unsqueeze(1) + best).flatten().nan_to_num(nan=-torch.inf)
         score, index = total.topk(min(BEAMS, len(total)))
         beam, x = index // best.size(1), model.head.tokens_at(place.flatten()[index])
         conditionals.follow(beam)
@@ -75,16 +76,26 @@ class TreeCache(RowCache):
 
     def begin(self, T):
         if self.length[0] + T > self.room:
-            self.kv = [F.pad(kv, (0, 0, 0, self.room)) for kv in self.kv]
-            self.room *= 2
+            more = self.room + T
+            self.kv = [F.pad(kv, (0, 0, 0, more)) for kv in self.kv]
+            self.room += more
+        self.T = T
         return super().begin(T)
 
+    def update(self, keys, values, layer, *unused, **options):
+        """`append`, as attention in transformers calls it: the places of one text are in a row."""
+        first = self.length[0]
+        own = self.kv[layer].narrow(3, first, self.T)
+        own[0].copy_(keys)
+        own[1].copy_(values)
+        return self.kv[layer].narrow(3, 0, first + self.T).unbind()
+
     def keep_path(self, path):
-        """Of the last pass keep the tokens with these indices, a list, one after another."""
+        """Of the last pass keep the tokens with these indices (L,), one after another."""
         first = self.length[0]
         self.length[0] += len(path)
         for kv in self.kv:
-            kv[:, :, :, first : self.length[0]] = kv[:, :, :, [first + i for i in path]]
+            kv[:, :, :, first : self.length[0]] = kv.index_select(3, first + path)
 
 
 def tree_step(model, cache, before, token, n_nodes, depth, sampler):
@@ -101,13 +112,16 @@ def tree_step(model, cache, before, token, n_nodes, depth, sampler):
     wrong = drawn[tree.parent] != tree.tokens
     wrong[0] = False
     kept = ~(tree.above & wrong).any(1)  # (N,): a path, as at most one child is what was drawn
-    good = bad_unless_finite(kept[:1].long(), logits)
-    check, *kept = torch.cat((good, kept)).tolist()  # the one time that a step waits
-    check_accepted(check)
+    kept = bad_unless_finite(kept.long().unsqueeze(1), logits).squeeze(1)
+    # the one time that a step waits
+    kept, tokens, parent, after = torch.stack((kept, tree.tokens, tree.parent, drawn)).tolist()
+    check_accepted(kept[0])
     path = [i for i, is_kept in enumerate(kept) if is_kept]
+    new = [*(tokens[i] for i in path[1:]), after[path[-1]]]
+    n_drafts = depth if path[-1] in parent[1:] else len(new) - 1  # it may end at a leaf
+    path = torch.tensor(path, device=token.device)
     cache.keep_path(path)
-    token = drawn[path[-1:]]
-    return hidden[path], token, torch.cat((tree.tokens[path[1:]], token)).tolist()
+    return hidden[path], drawn[path[-1:]], new, n_drafts
 
 
 def tree_blocks(model, tokens, sampler, n_nodes):
@@ -120,23 +134,32 @@ def tree_blocks(model, tokens, sampler, n_nodes):
     cache = TreeCache(single)
     while True:
         if cache.length[0] == block_size:  # start over with the next window but its pending token
-            single = model.new_cache()
-            hidden = model.hidden(window_ids(tokens, model)[:, :-1], single)[0]
+            single, hidden = next_window(model, tokens)
             cache = TreeCache(single)
-        depth = min(model.config.n_future - 1, block_size - cache.length[0] - 1)
-        hidden, token, new = tree_step(model, cache, hidden, token, n_nodes, depth, sampler)
+        depth = min(n_nodes, model.config.n_future - 1, block_size - cache.length[0] - 1)
+        hidden, token, new, n_drafts = tree_step(model, cache, hidden, token, n_nodes, depth, sampler)
         tokens += new
-        yield new, depth
+        yield new, n_drafts
 
 
-def generate_tree(model, prompt, max_new_tokens, n_nodes=16, *, sampler=None, **options):
-    """Speculative decoding with trees of n_nodes drafts, 1..n tokens per forward pass. Options: see
-    `stream` of decode.py."""
+def check_tree(model, n_nodes):
+    """BadInput for models and sizes that have no trees."""
     check_head(model)
+    check_rows(model)
+    most = BEAMS * (model.config.n_future - 1)
+    if not 1 <= n_nodes <= most:
+        raise BadInput(f"a tree has from 1 to {most} drafts here, {BEAMS} for each offset of the head, not "
+                       f"{n_nodes}")
+
+
+def generate_tree(model, prompt, max_new_tokens, n_nodes=None, *, sampler=None, **options):
+    """Speculative decoding with trees of n_nodes drafts (16, or as many as the head can make), 1..n
+    tokens per forward pass. Options: see `stream` of decode.py."""
+    check_head(model)
+    n_nodes = min(16, BEAMS * (model.config.n_future - 1)) if n_nodes is None else n_nodes
+    check_tree(model, n_nodes)
     if isinstance(sampler, Coupled):
         raise BadInput("a Coupled sampler has one random number for each place of a text, and the "
-                       "nodes of a tree share places; decode with generate_speculative")
-    if not getattr(model, "takes_rows", True):
-        check_rows(model)
+                       "nodes of a tree share places; decode speculatively or plainly")
     blocks = partial(tree_blocks, n_nodes=n_nodes)
     return stream(blocks, model, prompt, max_new_tokens, sampler=sampler, **options)

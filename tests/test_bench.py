@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import baselines
 import bench_training
 import model as model_py
-from bench_speculative import Bench, Laps, check_same_target, distinct, print_table, to_transformers
+from bench_speculative import Bench, Laps, check_same_target, distinct, print_card, print_table, to_transformers
 from common import from_checkpoint
 from decode import Stats
 from model import HEADS, BadInput
@@ -109,6 +109,36 @@ def test_heads_are_timed_side_by_side():
             check_same_target(model, wrong, "out/b")
     with pytest.raises(BadInput, match="^--beside needs a model with target lm_head: with another,"):
         check_same_target(tiny_model(target="marginal"), other, "out/b")
+
+
+def test_trees_and_captured_steps_beside_the_others(capsys):
+    """A row for every head, compared with the plain decoding that is its like; and the card says so. What some head
+    cannot do shows before anything is measured."""
+    model = tiny_model(target="lm_head", n_future=4, block_size=40)
+    other = from_checkpoint(model.to_checkpoint(), rank=3, n_future=5, head="chain").eval().double()
+    bench = Bench(model, [[1, 2], [3]], 12, 0, beside={"out/b": other})
+    bench.add_trees([4])
+    bench.add_captured(False)
+    rows, texts = bench.rows(0.0, 2)
+    heads = ["speculative", "speculative, out/b"]
+    assert [row["mode"] for row in rows] == ["plain", *heads, *(f"{head}, tree of 4" for head in heads), "plain, captured",
+                                             *(f"{head}, captured" for head in heads)]
+    assert [row.get("over") for row in rows] == 6 * [None] + 2 * ["plain, captured"]
+    assert all("step_ms" in row and row["bound"] is None for row in rows[3:5] + rows[6:])
+    assert all(own == texts["plain"] for own in texts.values())
+    rounds = {"plain": [{"seconds": 8.0, "tokens": 1, "parts": {}, "texts": [], "kinds": {}}] * 2}
+    rounds |= {mode: [dict(rounds["plain"][0], seconds=x)] * 2 for mode, x in
+               (("plain, captured", 4.0), ("speculative, captured", 1.0))}
+    assert bench.row("speculative, captured", 0.0, rounds, Stats(1, 1, [], [], [0, 1]))["speedup"] == 4.0
+    print_card({"target": "lm_head"}, bench)
+    assert "speculative, captured: its speed-up is over plain, captured" in capsys.readouterr().out
+    print_table(rows)
+    with pytest.raises(BadInput, match="from 1 to 24 drafts"):
+        bench.add_trees([25])
+    bench.models["gloeckle"] = tiny_model(head="gloeckle", target="lm_head")
+    for add in (lambda: bench.add_trees([4]), lambda: bench.add_captured(False)):
+        with pytest.raises(BadInput, match="head gloeckle reads the trunk"):
+            add()
 
 
 # -----------------------------------------------------------------------------

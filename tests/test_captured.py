@@ -8,6 +8,7 @@ import torch
 from test_batched import a_model, some_prompts
 from test_cp_head import (SMALL, VARIANTS, chi_square_model, chi_square_p_value, counting_model, enumerated,
                           expected_texts, tiny_model, total_variation, variants)
+from test_train import can_compile
 
 import batched
 import captured
@@ -63,7 +64,7 @@ def test_texts_at_the_same_time_do_not_meet(decoder):
         pairs = list(zip(first, second))
         assert [list(text) for text in zip(*pairs)] == expected[:2]
         del third
-    (steps,) = {len(kept) for kept in model.recorded.values()}
+    (steps,) = {len(pool) for pool in model.recorded.values()}
     assert 1 < steps <= 3  # they are used again
 
 
@@ -88,13 +89,58 @@ def test_a_text_is_a_function_of_the_seed(decoder):
 
 
 def test_options_of_a_sampler_do_not_meet():
-    """top_k = 1 is greedy, whatever temperature was asked for before."""
+    """top_k = 1 is greedy, whatever was asked for before; of many kinds of steps the last are kept."""
     model = a_model(5, block_size=12)
     expected = list(generate(model, [1], 20, sampler=Greedy()))
+    for decoder, i in itertools.product(DECODERS, range(12)):
+        list(decoder(model, [1], 20, sampler=Sampling(1 + i / 100)))
+        assert list(decoder(model, [1], 20, sampler=Sampling(1 + i / 100, top_k=1))) == expected
+    assert len(model.recorded) == captured.KEPT
+
+
+def changed_in_place(model):
+    for p in model.parameters():
+        p.mul_(1.5)
+
+
+def changed_tensors(model):
+    for p in model.parameters():
+        p.data = 1.5 * p.data
+
+
+def changed_head(model):
+    model.config.n_future = 4
+    model.head = HEADS[model.config.head](model.config).to(model.device, model.dtype)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_cuda)])
+@pytest.mark.parametrize("change", [changed_in_place, changed_tensors, changed_head, lambda model: model.float(),
+                                    lambda model: model.cpu()], ids="in_place tensors head dtype device".split())
+def test_what_has_changed_is_recorded_anew(change, device):
+    """Weights that others took the place of, another head, another type: the next text is the model's own."""
+    model = tiny_model(**VARIANTS[3], n_future=3, block_size=12, vocab_size=11, n_token=9).to(device)
     for decoder in DECODERS:
-        list(decoder(model, [1], 20, sampler=Sampling(1.0)))
-        assert list(decoder(model, [1], 20, sampler=Sampling(1.0, top_k=1))) == expected
-        assert list(decoder(model.float(), [1], 20, sampler=Greedy())) and model.double()
+        assert list(decoder(model, [1], 30, sampler=Greedy())) == list(generate(model, [1], 30, sampler=Greedy()))
+    with torch.no_grad():
+        change(model)
+    for decoder in DECODERS:
+        assert list(decoder(model, [1], 30, sampler=Greedy())) == list(generate(model, [1], 30, sampler=Greedy()))
+
+
+def test_a_compiled_text_is_the_oracles(monkeypatch):
+    """Greedy in float64, past the block, with a cache that grows; and draws that are a function of the seed."""
+    if not can_compile():
+        pytest.skip("no C++ compiler, or a torch that compiles wrong gradients")
+    monkeypatch.setattr(captured, "SMALLEST", 16)
+    model = tiny_model(head="chain", target="lm_head", n_future=3, block_size=24)
+    expected = list(generate(model, [1, 2], 40, sampler=Greedy()))
+    for decoder in DECODERS:
+        write = partial(decoder, model, [1, 2], 40, compile=True)
+        assert list(write(sampler=Greedy())) == expected
+    texts = [list(write(sampler=Sampling(generator=torch.Generator().manual_seed(seed)))) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    eager = Sampling(generator=torch.Generator().manual_seed(0))
+    assert list(decoder(model, [1, 2], 40, sampler=eager)) == texts[0]
 
 
 # -----------------------------------------------------------------------------
@@ -156,8 +202,9 @@ def test_the_state_of_the_last_token_is_kept():
 def test_what_cannot_be_recorded_is_refused():
     model = tiny_model(target="lm_head")
     for decoder in DECODERS:
-        with pytest.raises(BadInput, match="Coupled.*generate_speculative"):
-            decoder(model, [1], 3, sampler=Coupled(0))
+        for sampler in (Coupled(0), type("Own", (Greedy,), {})()):
+            with pytest.raises(BadInput, match=f"not by {type(sampler).__name__}"):
+                decoder(model, [1], 3, sampler=sampler)
         with pytest.raises(BadInput, match="eval"):
             list(decoder(tiny_model().train(), [1], 3))
     with pytest.raises(BadInput, match="n_future = 1"):

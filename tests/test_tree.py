@@ -86,15 +86,35 @@ def test_greedy_texts_are_the_oracles(seed, n_nodes):
     for prompt in some_prompts(seed, model.config.block_size):
         expected = list(generate(model, prompt, length, sampler=Greedy()))
         stop = expected[length // 2]
+        n_nodes = min(n_nodes, tree.BEAMS * (model.config.n_future - 1))
         write = partial(generate_tree, model, prompt, n_nodes=n_nodes, sampler=Greedy())
         assert list(write(max_new_tokens=length)) == expected and list(write(max_new_tokens=0)) == []
         assert list(write(max_new_tokens=length, stop_token=stop)) == expected[: expected.index(stop) + 1]
 
 
 def test_a_long_text_makes_its_cache_grow():
-    model = tiny_model(target="lm_head", n_future=4, block_size=400)
+    """And a tree that is larger than the cache."""
+    model = tiny_model(target="lm_head", n_future=20, block_size=400)
     expected = list(generate(model, [1, 2], 300, sampler=Greedy()))
-    assert list(generate_tree(model, [1, 2], 300, sampler=Greedy())) == expected
+    for n_nodes in (None, 150):
+        assert list(generate_tree(model, [1, 2], 300, n_nodes, sampler=Greedy())) == expected
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("head", LOOK_BACK)
+def test_a_head_that_gives_nan_never_changes_a_text(head, rank):
+    model = tiny_model(target="lm_head", head=head, rank=rank, n_future=4)
+    expected = list(generate(model, [1, 2], 12, sampler=Greedy()))
+    model.head.maps.data.fill_(float("nan"))
+    assert list(generate_tree(model, [1, 2], 12, 15, sampler=Greedy())) == expected
+
+
+def test_drafts_are_counted_along_the_path():
+    """A text that leaves the tree at a leaf has a bonus there, and nothing was rejected."""
+    model, stats = counting_model(7, 5, "marginal"), Stats()
+    text = list(generate_tree(model, [3], 31, 2, sampler=Greedy(), stats=stats))
+    assert text == [(4 + i) % 7 for i in range(31)] and stats.tokens_per_step == 3
+    assert stats.offered == stats.accepted == [10, 10] and stats.origins[1:] == 10 * [1, 2, "bonus"]
 
 
 @variants
@@ -110,7 +130,7 @@ def test_the_distribution_is_the_targets(config, n_nodes, length, variant, monke
 
 
 def a_path_too_far(cache, path, keep=TreeCache.keep_path):
-    keep(cache, [0, *range(2, len(path) + 1)] if len(path) > 1 else path)
+    keep(cache, path + (torch.arange(len(path)) > 0).long())
 
 
 def all_are_seen(model, x, cache, places, seen, hidden_at=tree.hidden_at):
@@ -143,8 +163,11 @@ def test_wrong_trees_are_caught(name, monkeypatch):
 
 def test_what_a_tree_cannot_do_is_refused():
     model = tiny_model(target="lm_head")
-    with pytest.raises(BadInput, match="Coupled.*generate_speculative"):
+    with pytest.raises(BadInput, match="Coupled.*nodes of a tree share places"):
         generate_tree(model, [1], 3, sampler=Coupled(0))
+    for n_nodes in (0, -5, 17):
+        with pytest.raises(BadInput, match=f"from 1 to 16 drafts here, 8 for each offset of the head, not {n_nodes}"):
+            generate_tree(model, [1], 3, n_nodes)
     with pytest.raises(BadInput, match="n_future = 1"):
         generate_tree(tiny_model(n_future=1), [1], 3)
     with pytest.raises(BadInput, match="head gloeckle reads the trunk"):
