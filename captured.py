@@ -162,14 +162,14 @@ KEPT = 16  # kinds of Steps that a model keeps
 def borrowed_steps(model, sampler, kind, room):
     """Steps that no other text is using. The model keeps them, as recording takes a while: the last
     ones of each sampler's rule, kind and room, for as long as all its tensors stay where they are."""
-    tensors = [x.detach() for x in (*model.parameters(), *model.buffers())]
+    tensors = [*model.parameters(), *model.buffers()]
     places = tuple(x.data_ptr() if x.layout == torch.strided else id(x) for x in tensors)
     rule = type(sampler), *getattr(getattr(sampler, "warp", None), "keywords", {}).values()
     key = id(model), model.config.target, places, rule, kind, room
     kept = vars(model).setdefault("recorded", {})
     pool = kept.setdefault(key, [])
     steps = pool.pop() if pool else Steps(model, sampler, kind, room)
-    steps.tensors = tensors  # so that nothing else gets their places
+    steps.tensors = [x.detach() for x in tensors]  # so that nothing else gets their places
     try:
         yield steps
     finally:

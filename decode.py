@@ -12,7 +12,6 @@ has the same two methods, draw and verify.
 Reading order: `draft`, `verify`, `speculative_step`. The accept rule is `verify` and what it calls.
 """
 
-import math
 from dataclasses import dataclass, field
 from functools import partial
 
