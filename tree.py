@@ -1,8 +1,8 @@
 """Draft trees: several candidates for each place, and one forward pass over all of them.
 
-    python bench_speculative.py --out_dir out/smollm2 --tree 16
+    python bench_speculative.py --out_dir out/smollm2 --tree 8
 
-Where a forward pass takes its time to read the weights, 17 tokens cost hardly more than 6. So a step
+Where a forward pass takes its time to read the weights, 9 tokens cost hardly more than 6. So a step
 may verify more than one draft: here the n_nodes paths that are most probable by the head's joint,
 equation (1), grown by beam search. Trees of drafts are from SpecInfer (arXiv 2305.09781) and Medusa
 (2401.10774), their choice by probability is from EAGLE-2 (2406.16858).
@@ -152,11 +152,9 @@ def check_tree(model, n_nodes):
                        f"{n_nodes}")
 
 
-def generate_tree(model, prompt, max_new_tokens, n_nodes=None, *, sampler=None, **options):
-    """Speculative decoding with trees of n_nodes drafts (16, or as many as the head can make), 1..n
-    tokens per forward pass. Options: see `stream` of decode.py."""
-    check_head(model)
-    n_nodes = min(16, BEAMS * (model.config.n_future - 1)) if n_nodes is None else n_nodes
+def generate_tree(model, prompt, max_new_tokens, n_nodes=8, *, sampler=None, **options):
+    """Speculative decoding with trees of n_nodes drafts, 1..n tokens per forward pass. Options: see
+    `stream` of decode.py."""
     check_tree(model, n_nodes)
     if isinstance(sampler, Coupled):
         raise BadInput("a Coupled sampler has one random number for each place of a text, and the "
