@@ -413,6 +413,8 @@ def print_table(rows):
         per_step = f"{row['tokens_per_step']:.2f}" if row["tokens_per_step"] else ""
         print(f"{row['mode']:{width}} {row['temperature']:4.1f} {row['tokens_per_second']:9.0f} "
               f"{row['speedup']:7.2f}x {spread:>12} {bound:>6} {per_step:>8}  {acceptance}")
+        if "over" in row:
+            print(f"{'':{width}}  its speed-up is over {row['over']}")
         if "step_ms" in row:
             n_steps = sum(row["histogram"])
             shares = (f"{k}:{h / n_steps:.0%}" for k, h in enumerate(row["histogram"]) if k)

@@ -9,7 +9,8 @@ call replays them all. On a CPU there is nothing to record, and the same steps r
 
 generate_cached_captured and generate_speculative_captured take the arguments of generate_cached and
 generate_speculative in decode.py, and write texts of the same distribution, from other random
-numbers.
+numbers. A text keeps to its sampler as it was at its beginning. A recording keeps to the code as it
+was: if you replace a function while Python runs, call model.recorded.clear().
 """
 
 import copy
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+import decode
 from batched import RowCache, check_head, check_rows, plain_pass, speculative_pass
 from common import compiler_errors
 from decode import (Greedy, Sampling, check_accepted, draw_next, next_window, stream,
@@ -158,25 +160,45 @@ class Steps:
 KEPT = 16  # kinds of Steps that a model keeps
 
 
+class Recorded(dict):
+    """The Steps that a model keeps, by kind, for as long as its tensors are in these places. Neither
+    pickle nor copy takes them along."""
+
+    places = None
+
+    def __reduce__(self):
+        return Recorded, ()
+
+
+def rule_of(sampler):
+    """What a sampler draws by, as a key."""
+    warp = getattr(sampler, "warp", None)
+    ours = isinstance(warp, partial) and warp.func is decode.warp
+    return (type(sampler), type(sampler).draw, type(sampler).verify,
+            tuple(warp.keywords.items()) if ours else warp)
+
+
 @contextmanager
 def borrowed_steps(model, sampler, kind, room):
-    """Steps that no other text is using. The model keeps them, as recording takes a while: the last
-    ones of each sampler's rule, kind and room, for as long as all its tensors stay where they are."""
+    """Steps that no other text is using. The model keeps the last ones, as recording takes a while."""
     tensors = [*model.parameters(), *model.buffers()]
-    places = tuple(x.data_ptr() if x.layout == torch.strided else id(x) for x in tensors)
-    rule = type(sampler), *getattr(getattr(sampler, "warp", None), "keywords", {}).values()
-    key = id(model), model.config.target, places, rule, kind, room
-    kept = vars(model).setdefault("recorded", {})
-    pool = kept.setdefault(key, [])
+    places = [x.data_ptr() if x.layout == torch.strided else id(x) for x in tensors]
+    kept = vars(model).setdefault("recorded", Recorded())
+    if kept.places != places:  # weights have been replaced: a recording would read the old ones
+        kept.clear()
+        kept.places = places
+    key = id(model), model.config.target, rule_of(sampler), kind, room
+    pool = kept.pop(key, [])
     steps = pool.pop() if pool else Steps(model, sampler, kind, room)
     steps.tensors = [x.detach() for x in tensors]  # so that nothing else gets their places
+    kept[key] = pool  # the last one
+    while len(kept) > KEPT:
+        del kept[next(iter(kept))]
     try:
         yield steps
     finally:
-        pool.append(steps)
-        kept[key] = kept.pop(key, pool)  # the last one
-        while len(kept) > KEPT:
-            del kept[next(iter(kept))]
+        if kept.places == places:
+            kept.setdefault(key, []).append(steps)
 
 
 def captured_blocks(model, tokens, sampler, kind):
@@ -214,7 +236,8 @@ def check_captured(model, sampler, compile):
     """BadInput for what cannot be recorded, or compiled."""
     if type(sampler) not in (Greedy, Sampling):
         raise BadInput(f"captured steps draw by Sampling or Greedy, not by {type(sampler).__name__}, whose "
-                       "random numbers or state they do not know; decode step by step")
+                       "random numbers or state they do not know; take generate_speculative, or --mode "
+                       "speculative")
     check_rows(model)
     if compile and any(isinstance(module, PackedLinear) for module in model.modules()):
         raise BadInput("--compile knows nothing of packed layers, which a pretrained model has in "

@@ -117,7 +117,7 @@ def parse_args():
     add_model_flags(parser)
     parser.add_argument("--mode", choices=[*MODES, *MORE_MODES],
                         help="decoder (speculative where there is a head, else plain); captured is the one "
-                             "for a GPU, tree one for temperature 0")
+                             "for a GPU, tree one for large models at temperature 0")
     parser.add_argument("--prompt", type=utf8, default="", help="beginning of the text (none)")
     parser.add_argument("--chat", action="store_true",
                         help="the prompt is a user's message, in the template of a pretrained model")

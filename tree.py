@@ -158,6 +158,6 @@ def generate_tree(model, prompt, max_new_tokens, n_nodes=8, *, sampler=None, **o
     check_tree(model, n_nodes)
     if isinstance(sampler, Coupled):
         raise BadInput("a Coupled sampler has one random number for each place of a text, and the "
-                       "nodes of a tree share places; decode speculatively or plainly")
+                       "nodes of a tree share places; take generate_speculative, or --mode speculative")
     blocks = partial(tree_blocks, n_nodes=n_nodes)
     return stream(blocks, model, prompt, max_new_tokens, sampler=sampler, **options)

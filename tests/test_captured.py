@@ -1,6 +1,8 @@
 """Steps of fixed shapes: the same texts as step by step, on a GPU also when a graph replays them."""
 
+import copy
 import itertools
+import pickle
 from functools import partial
 
 import pytest
@@ -97,6 +99,35 @@ def test_options_of_a_sampler_do_not_meet():
     assert len(model.recorded) == captured.KEPT
 
 
+@decoders
+def test_functions_of_ones_own_do_not_meet(decoder, monkeypatch):
+    """In a sampler's `warp`, each forbids another token; in the place of `verify`, a rule that takes no draft."""
+    model = a_model(5, block_size=12)
+    for banned in (0, 3, 7):
+        sampler = Sampling(generator=torch.Generator().manual_seed(0))
+        sampler.warp = lambda logits, x=banned: logits.softmax(-1) * (torch.arange(9) != x)
+        assert banned not in list(decoder(model, [1], 60, sampler=sampler))
+    monkeypatch.setattr(Greedy, "draw", lambda self, logits: (logits.argmin(-1), logits))
+    assert list(decoder(model, [1], 5, sampler=Greedy()))[0] == model(torch.tensor([[1]]))[0, -1].argmin()
+
+
+@decoders
+def test_recordings_go_with_the_weights_and_stay_out_of_copies(decoder):
+    model = a_model(5, block_size=12)
+    for _ in range(3):
+        list(decoder(model, [1], 9, sampler=Greedy()))
+        assert len(model.recorded) == 1
+        twin = pickle.loads(pickle.dumps(model))
+        assert twin.recorded == copy.deepcopy(model).recorded == {}
+        model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
+    text = decoder(model, [1], 9, sampler=Greedy())
+    next(text), next(text)
+    model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
+    list(decoder(model, [1], 9, sampler=Greedy()))
+    list(text)  # whose steps are not kept
+    assert [len(pool) for pool in model.recorded.values()] == [1]
+
+
 def changed_in_place(model):
     for p in model.parameters():
         p.mul_(1.5)
@@ -126,6 +157,7 @@ def test_what_has_changed_is_recorded_anew(change, device):
         assert list(decoder(model, [1], 30, sampler=Greedy())) == list(generate(model, [1], 30, sampler=Greedy()))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own
 def test_a_compiled_text_is_the_oracles(monkeypatch):
     """Greedy in float64, past the block, with a cache that grows; and draws that are a function of the seed."""
     try:
