@@ -25,8 +25,7 @@ import torch
 import decode
 from batched import RowCache, check_head, check_rows, plain_pass, speculative_pass
 from common import compiler_errors
-from decode import (Greedy, Sampling, check_accepted, draw_next, next_window, stream,
-                    window_ids)
+from decode import Greedy, Sampling, check_accepted, next_window, prefill, stream
 from model import BadInput
 from pretrained import PackedLinear
 
@@ -203,10 +202,8 @@ def borrowed_steps(model, sampler, kind, room):
 
 def captured_blocks(model, tokens, sampler, kind):
     """See `stream` of decode.py."""
-    cache, block_size = model.new_cache(), model.config.block_size
-    hidden = model.hidden(window_ids(tokens, model), cache)[0]
-    token = draw_next(model, hidden[-1:], sampler)  # (1,)
-    tokens.append(token.item())
+    block_size = model.config.block_size
+    cache, hidden, token = prefill(model, tokens, sampler)
     yield tokens[-1:], None
     while True:
         if cache.length == block_size:

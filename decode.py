@@ -429,6 +429,16 @@ def window_ids(tokens, model):
     return torch.tensor([tokens[start:]], device=model.device)
 
 
+def prefill(model, tokens, sampler):
+    """The cache and the hidden states (T, C) of the window of tokens, and the token (1,) after it,
+    which is added to them."""
+    cache = model.new_cache()
+    hidden = model.hidden(window_ids(tokens, model), cache)[0]
+    token = draw_next(model, hidden[-1:], sampler)
+    tokens.append(token.item())
+    return cache, hidden, token
+
+
 def next_window(model, tokens):
     """The cache and the hidden states (T, C) of the window of all tokens but the last, which is
     pending."""

@@ -519,9 +519,7 @@ def of_decoder(key, temperature=None, mode=None):
     def column(found, run, against, labels):
         own, kind = (mode, "all") if mode else (labels[0].split(",")[0], labels[1])
         row = row_of(found, run, labels[-1] if temperature is None else temperature, own)
-        if kind != "all" and "kinds" in row:  # else there is one kind, which is all
-            row = row["kinds"][kind]
-        return with_range(row, key)
+        return with_range(of_kind(row, kind), key)
     return column
 
 
@@ -531,8 +529,13 @@ def of_tree(key, temperature):
         kind, drafts = labels[1:]
         mode = "speculative" if drafts == "one path" else f"speculative, {drafts}"
         row = row_of(found, run, temperature, mode)
-        return with_range(row["kinds"][kind] if kind != "all" and "kinds" in row else row, key)
+        return with_range(of_kind(row, kind), key)
     return column
+
+
+def of_kind(row, kind):
+    """What a row says of a kind of prompts. A row without kinds has one, which is all."""
+    return row["kinds"][kind] if kind != "all" and "kinds" in row else row
 
 
 def with_range(row, key):

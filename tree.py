@@ -20,8 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from batched import RowCache, check_head, check_rows, hidden_at
-from decode import (Coupled, bad_unless_finite, check_accepted, draw_next, next_window, stream,
-                    window_ids)
+from decode import Coupled, bad_unless_finite, check_accepted, next_window, prefill, stream
 from model import BadInput
 
 BEAMS = 8  # paths that the search goes on with, after each token
@@ -45,16 +44,17 @@ def draft_tree(model, e, token, n_nodes, depth):
     conditionals, n_token = model.conditionals(e), model.config.n_token
     size = 1 + depth * BEAMS
     above = torch.zeros(size, size, dtype=torch.bool, device=e.device)
-    x, score, last = token, e.new_zeros(1, dtype=torch.float32), token.new_zeros(1)
+    beam = last = token.new_zeros(1)  # the one path so far, which ends at node 0
+    x, score = token, e.new_zeros(1, dtype=torch.float32)
     found, n = [(x, score, last)], 1
     above[0, 0] = True
     for _ in range(depth):
+        conditionals.follow(beam)
         log_q = conditionals.row(x)[:, :n_token].log_softmax(-1)  # (beams, V or K)
         best, place = log_q.topk(min(BEAMS, log_q.size(1)))
         total = (score.unsqueeze(1) + best).flatten().nan_to_num(nan=-torch.inf)
         score, index = total.topk(min(BEAMS, len(total)))
         beam, x = index // best.size(1), model.head.tokens_at(place.flatten()[index])
-        conditionals.follow(beam)
         parent, last = last[beam], torch.arange(n, n + len(x), device=e.device)
         above[last] = above[parent]
         above[last, last] = True
@@ -126,10 +126,8 @@ def tree_step(model, cache, before, token, n_nodes, depth, sampler):
 
 def tree_blocks(model, tokens, sampler, n_nodes):
     """See `stream` of decode.py."""
-    block_size, single = model.config.block_size, model.new_cache()
-    hidden = model.hidden(window_ids(tokens, model), single)[0]
-    token = draw_next(model, hidden[-1:], sampler)  # (1,)
-    tokens.append(token.item())
+    block_size = model.config.block_size
+    single, hidden, token = prefill(model, tokens, sampler)
     yield tokens[-1:], None
     cache = TreeCache(single)
     while True:
