@@ -237,8 +237,8 @@ def check_captured(model, sampler, compile):
                        "speculative")
     check_rows(model)
     if compile and any(isinstance(module, PackedLinear) for module in model.modules()):
-        raise BadInput("--compile knows nothing of packed layers, which a pretrained model has in "
-                       "bfloat16 on a CPU, and which are as fast there; leave it away")
+        raise BadInput("--compile knows nothing of packed layers, which a pretrained model has on a CPU; "
+                       "leave it away")
     if compile:
         check_compiler(model.device)
 

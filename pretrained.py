@@ -175,24 +175,45 @@ def linear_weight(module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer for decoding on a CPU in bfloat16, its W in the order in which oneDNN reads it.
+    """A linear layer for decoding on a CPU, its W in the order in which oneDNN reads it.
 
-    oneDNN would bring W into that order in every pass, and with few rows this takes longer than their
-    product. It gives the same numbers, has no gradient, and keeps W only where it is asked to.
+    oneDNN or MKL would bring W into such an order in every pass, and with few rows this takes longer
+    than their product. It gives the same numbers to rounding, has no gradient, and keeps W only where
+    it is asked to.
     """
 
-    def __init__(self, linear, keep_weight):
+    def __init__(self, W, bias=None, keep=None):
         super().__init__()
-        W = linear_weight(linear).detach().contiguous()
-        packed = torch.ops.mkldnn._reorder_linear_weight(W, 8)  # for passes of about 8 rows
-        if keep_weight:
-            self.weight, self.packed = linear.weight, packed
+        # for passes of about 8 rows
+        packed = torch.ops.mkldnn._reorder_linear_weight(W.detach().contiguous(), 8)
+        if keep is not None:
+            self.weight, self.packed = keep, packed
         else:
             self.packed = nn.Parameter(packed, requires_grad=False)  # so that it counts as W did
-        self.bias = linear.bias
+        self.bias = bias
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return self.times(x, self.bias)
+
+    def times(self, x, bias=None):
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+
+    def __reduce__(self):  # torch cannot copy packed weights
+        return PackedLinear, (self.packed.to_dense(), self.bias, getattr(self, "weight", None))
+
+
+def packed_unembed(rows, h, unembed):
+    """`CPHead.unembed` by a PackedLinear, of whose bias the head knows nothing."""
+    return widen(rows.times(h.contiguous()))
+
+
+def can_pack(dtype):
+    """Whether oneDNN has products in this type for this CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 class Pretrained(GPT):
@@ -294,25 +315,32 @@ class Pretrained(GPT):
             cache.length = 4
             same = self.close(torch.cat((first, self.hidden(idx[:, 4:], cache)), 1), hidden)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-            same = False  # no cache at all, or one that refuses
+            same = None  # no cache at all, or one that refuses
+        emulated = self.dtype == torch.bfloat16 and self.device.type == "cpu" and not can_pack(self.dtype)
+        if same is False and emulated:
+            raise BadInput(f"{name} gives other states token by token than at once: this CPU has no "
+                           "products in bfloat16, and rounds too much; take --dtype float32")
         if not same:
             raise BadInput(f"{name} has no cache that can be rolled back, or does not read from left to "
                            "right, so its drafts could not be verified; take a plain transformer decoder")
 
     def pack(self):
-        """Decode from now on, with every linear layer a PackedLinear, where this is in bfloat16 on a CPU
-        that has it."""
-        if not (self.device.type == "cpu" and self.dtype == torch.bfloat16
-                and torch.backends.mkldnn.is_available()
-                and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        """Decode from now on, with every linear layer a PackedLinear, and so the rows of W that drafts
+        are unembedded with, where oneDNN has products for this CPU and type. The weights must not
+        change after that."""
+        if not (self.device.type == "cpu" and can_pack(self.dtype)):
             return
         packed = {}  # by the layer: the LM head is in here twice
         for parent in list(self.modules()):
             for name, child in list(parent.named_children()):
                 if linear_weight(child) is not None:
                     if child not in packed:  # the head needs the LM head's W
-                        packed[child] = PackedLinear(child, keep_weight=child is self.lm_head)
+                        keep = child.weight if child is self.lm_head else None
+                        packed[child] = PackedLinear(linear_weight(child), child.bias, keep)
                     setattr(parent, name, packed[child])
+        if self.head is not None and type(self.head).unembed is CPHead.unembed:
+            rows = self.lm_head if self.head.draft_ids is None else PackedLinear(self.head.draft_rows)
+            self.head.unembed = functools.partial(packed_unembed, rows)
 
     def load_head(self, state, path):
         """Take over the head of a checkpoint's tensors; BadInput where it does not fit."""

@@ -5,13 +5,14 @@ import itertools
 import json
 import shutil
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_cp_head import OURS, enumerated, expected_texts, tiny_model, total_variation
-from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
+from test_robustness import as_a_script_finds_it, call as call_in_process  # noqa: F401  (a fixture for this file, too)
 
 import common
 import pretrained
@@ -59,6 +60,12 @@ def save_lm(folder, lm):
     lm.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def call(script, args):
+    """A script is a process of its own, and loads its own model."""
+    pretrained.load_lm.cache_clear()
+    return call_in_process(script, args)
 
 
 @pytest.fixture(autouse=True)
@@ -136,26 +143,34 @@ def test_the_cache_rolls_back(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_packed_weights_give_the_same_numbers(kind):
-    """All linear layers of trunk and head are packed, the LM head's W stays for the head, and
-    nothing else changes: states, logits, drafts, and how many parameters there are."""
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        pytest.skip("this CPU has no products in bfloat16")
-    model = a_model(kind, torch.bfloat16, head="recurrent", n_future=3, rank=2)
+@pytest.mark.parametrize("draft_vocab", [0, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_weights_give_the_same_numbers(dtype, draft_vocab, kind):
+    """All linear layers of trunk and head are packed, the LM head's W stays for the head, drafts are unembedded with
+    packed rows, and nothing else changes: states, logits, drafts, and how many parameters there are."""
+    if not pretrained.can_pack(dtype):
+        pytest.skip(f"oneDNN has no products in {dtype} for this CPU")
+    model = a_model(kind, dtype, head="recurrent", n_future=3, rank=2, draft_vocab=draft_vocab)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(300).to(dtype), requires_grad=False)  # which no draft sees
     idx, n_params = torch.randint(300, (2, 9)), model.n_params()
+    close = 1e-5 if dtype == torch.float32 else 0.02
 
-    def numbers():
+    def numbers(model):
         e = model.hidden(idx)
         return e, model.target_logits(e), model.conditionals(e[0, :1]).next(idx[0, :1])
 
     with torch.inference_mode():
-        before = numbers()
+        before = numbers(model)
         for _ in range(2):  # a second time, nothing is left to do
             model.pack()
         assert all(pretrained.linear_weight(module) is None for module in model.modules())
         assert model.lm_head is model.lm.lm_head and model.n_params() == n_params
-        for expected, found in zip(before, numbers()):
-            torch.testing.assert_close(found.float(), expected.float(), rtol=0.02, atol=0.02)
+        for expected, found in zip(before, numbers(model)):
+            torch.testing.assert_close(found.float(), expected.float(), rtol=close, atol=close)
+        assert isinstance(model.head.unembed.args[0], pretrained.PackedLinear)
+        other = deepcopy(model)
+        assert other.lm_head is other.lm.lm_head is not model.lm_head and other.n_params() == n_params
+        assert all(map(torch.equal, numbers(other), numbers(model)))
         assert list(generate_speculative(model, [256, 7], 20, sampler=Greedy()))
 
 
