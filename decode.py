@@ -106,8 +106,8 @@ def verify(p, q, drafted, generator):
     heads = bernoulli(m / (m + 1 - keep), generator)  # the first one changes nothing
     n_heads = heads.cumsum(-2)
     n_accepted = (n_heads < n_heads[..., -1:, :]).sum(-2)  # (..., 1): places before the last heads
-    rest = rest.add(p, alpha=1e-30)  # a row that rounding left empty becomes p
-    rest = rest.take_along_dim(n_accepted.unsqueeze(-1), -2)  # (..., 1, V), the next token's
+    rest, p = (x.take_along_dim(n_accepted.unsqueeze(-1), -2) for x in (rest, p))  # (..., 1, V)
+    rest = rest.add(p, alpha=1e-30)  # the next token's; a row that rounding left empty becomes p
     return bad_unless_finite(n_accepted, m), categorical(rest, generator)
 
 
@@ -215,6 +215,13 @@ def keep_equal(tokens, drafted):
     return n_accepted, tokens.gather(-1, n_accepted)
 
 
+def takes_any_row(sampler):
+    """Whether a sampler draws by what a row says alone, and so from a row of some tokens, too: Greedy
+    and Sampling do. Others may know tokens by their place among all."""
+    ours = type(sampler) is Sampling and getattr(sampler.warp, "func", None) is warp
+    return ours or type(sampler) is Greedy
+
+
 def make_sampler(temperature=1.0, top_k=None, top_p=None, generator=None):
     """Greedy at temperature 0, else Sampling."""
     sampling = Sampling(1.0 if temperature == 0 else temperature, top_k, top_p, generator)
@@ -231,22 +238,34 @@ def draft(model, e, token, n_drafts, sampler, stops=None):
     Each x_s is drawn from its row q_s = P(x_s | x_1..x_{s-1}, e), the exact conditional of equation
     (1). token (B,) and e (B, C) are of B texts; e is the hidden state of the token before x_1.
     Returns x_1..x_{k+1} (B, k + 1) and q (B, k + 1, n_token), see `verify`. x_s is the last draft
-    if stops(log q_s (B, n_token), [x_1, ..., x_s]).
+    if stops(log q_s (B, n_token or K) up to a constant, [x_1, ..., x_s]).
     """
     nothing = e.new_zeros(len(e), 1, model.config.n_token)  # q's row for the place after the drafts
     if model.head.rank == 1 and not model.head.sees_drafts and stops is None:
         # independent heads: one draw for all of them, which is measurably faster
         logits = model.head.logits(e, model.lm_head.weight, slice(1, n_drafts + 1))  # (B, k, 1, V)
-        drafted, q = sampler.draw(model.head.all_tokens(logits[:, :, 0], model.config.n_token))
+        drafted, q = draw_drafts(model, logits[:, :, 0], sampler)  # (B, k), (B, k, n_token)
         return torch.cat((token.unsqueeze(1), drafted), 1), torch.cat((q, nothing), 1)
     conditionals, x, q = model.conditionals(e), [token], []
     for _ in range(n_drafts):
-        x_s, q_s = sampler.draw(row := conditionals.next(x[-1]))  # (B,), (B, n_token)
+        row = conditionals.row(x[-1])[:, : model.config.n_token]  # (B, n_token or K)
+        x_s, q_s = draw_drafts(model, row, sampler)  # (B,), (B, n_token)
         x.append(x_s)
         q.append(q_s.unsqueeze(1))
         if stops is not None and stops(row, x):
             break
     return torch.stack(x, 1), torch.cat((*q, nothing), 1)
+
+
+def draw_drafts(model, rows, sampler):
+    """Draw from rows of logits of the tokens that can be drafted (..., V or K): tokens (...), and q
+    (..., n_token) that they came from."""
+    head, n_token = model.head, model.config.n_token
+    if head.draft_ids is None or not takes_any_row(sampler):
+        return sampler.draw(head.all_tokens(rows, n_token))
+    places, q = sampler.draw(rows)  # of K tokens it takes a tenth of the time
+    whole = q.new_zeros(*q.shape[:-1], n_token)
+    return head.tokens_at(places), whole.index_copy_(-1, head.draft_ids, q)
 
 
 def speculative_step(model, cache, before, token, n_drafts, sampler, lap=lambda part: None,

@@ -7,11 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.nn import functional as F
 from test_cp_head import chi_square_p_value, heads, tiny_model
 
 import decode
-from decode import (Coupled, Greedy, Sampling, Stats, categorical, generate, generate_cached, generate_speculative,
-                    keep_probability, make_sampler, verify, warp, window_start)
+from decode import (Coupled, Greedy, Sampling, Stats, categorical, draft, generate, generate_cached,
+                    generate_speculative, keep_probability, make_sampler, verify, warp, window_start)
 from model import BadInput
 
 DECODERS = (generate, generate_cached, generate_speculative)
@@ -154,6 +155,35 @@ def test_a_head_that_gives_nan_never_changes_a_text(head, rank):
     assert [list(generate_speculative(model, [1, 2], 12, sampler=s)) for s in (Greedy(), Coupled(3))] == expected
     with pytest.raises(BadInput, match="NaN or infinite"):
         list(generate_speculative(model, [1, 2], 12, sampler=Sampling(generator=seeded())))
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_drafts_are_drawn_by_the_samplers_own_rule(rank):
+    """Where only some tokens can be drafted, a short row gives Sampling the same rows as a whole one, and Coupled
+    draws with the noise of the tokens themselves; a sampler of one's own gets whole rows."""
+    model = tiny_model(head="recurrent", rank=rank, target="lm_head", n_future=2, draft_vocab=3, vocab_size=7)
+    model.head.choose_drafts(torch.tensor([1, 4, 6]), model.lm_head.weight.data)
+    e, token = torch.randn(1, 8, dtype=torch.float64), torch.tensor([2])
+    row = model.conditionals(e).next(token)  # (1, 7)
+
+    class Own(Sampling):
+        def draw(self, logits):
+            assert logits.shape == (1, 7)
+            return logits.argmax(-1), logits.softmax(-1)
+
+    warped = Sampling()
+    warped.warp = lambda logits: F.one_hot(logits.argmax(-1), 7).to(logits.dtype)
+
+    for seed in range(20):
+        (_, drafted), q = (x[0] for x in draft(model, e, token, 1, Coupled(seed)))
+        assert drafted == Coupled(seed).draw(row)[0]
+        torch.testing.assert_close(q[0], row.softmax(-1)[0])
+        for sampler in (Sampling(0.7, top_k=2, generator=seeded(seed)), Sampling(top_p=0.5, generator=seeded(seed))):
+            (_, drafted), q = (x[0] for x in draft(model, e, token, 1, sampler))
+            torch.testing.assert_close(q[0], sampler.warp(row)[0])
+            assert q[0, drafted] > 0
+    for sampler in (Own(), warped, Greedy()):
+        assert draft(model, e, token, 1, sampler)[0].tolist() == [[2, row.argmax().item()]]
 
 
 @pytest.mark.parametrize("options", [
