@@ -9,8 +9,9 @@ equation (1), grown by beam search. Trees of drafts are from SpecInfer (arXiv 23
 
 Every token follows the target, whatever the tree: for each node the next token is drawn from the
 target's own distribution there, and the text goes along the draws for as long as they are in the
-tree. At temperature 0 that is all one can do. At others `verify` of decode.py keeps more of a single
-path: it takes a draft that the target might have drawn, where this takes one that it did draw.
+tree. At temperature 0 that is all one can do. At others some nodes get one more child, a *leaf*,
+which is drawn from what the head gives all tokens but the node's children. It is kept by `verify` of
+decode.py, which takes a draft that the target might have drawn, and not only one that it did draw.
 """
 
 from functools import partial
@@ -20,10 +21,13 @@ import torch
 from torch.nn import functional as F
 
 from batched import RowCache, check_head, check_rows, hidden_at
-from decode import Coupled, bad_unless_finite, check_accepted, next_window, prefill, stream
+from decode import (Coupled, Sampling, bad_unless_finite, check_accepted, draw_drafts, next_window, prefill,
+                    stream, verify)
 from model import BadInput
 
 BEAMS = 8  # paths that the search goes on with, after each token
+LEAVES = 0.25  # of the nodes, at temperatures above 0
+STOPS_EARLY = ("cpu",)  # where the search asks whether it may end; a GPU would wait for the answer
 
 
 class Tree(NamedTuple):
@@ -32,10 +36,19 @@ class Tree(NamedTuple):
     tokens: torch.Tensor  # (N,)
     parent: torch.Tensor  # (N,), the node before it; the first one's is itself
     above: torch.Tensor  # (N, N), whether the column is on the path to the row, itself included
+    score: torch.Tensor = None  # (N,), log of the head's joint
+    rows: list = ()  # for each depth that was searched, log q of what follows (beams, n_token or K)
+    row: torch.Tensor = None  # (N,), where a node's own row is among all of them, if it is
 
     @property
     def depth(self):
         return self.above.sum(1) - 1
+
+    def children(self, nodes):
+        """Whether the column is a child of nodes (M,): -> (M, N). The first one is nobody's."""
+        is_child = self.parent == nodes.unsqueeze(1)
+        is_child[:, 0] = False
+        return is_child
 
 
 def draft_tree(model, e, token, n_nodes, depth):
@@ -46,11 +59,16 @@ def draft_tree(model, e, token, n_nodes, depth):
     above = torch.zeros(size, size, dtype=torch.bool, device=e.device)
     beam = last = token.new_zeros(1)  # the one path so far, which ends at node 0
     x, score = token, e.new_zeros(1, dtype=torch.float32)
-    found, n = [(x, score, last)], 1
+    found, rows, n = [(x, score, last)], [], 1
     above[0, 0] = True
     for _ in range(depth):
+        if e.device.type in STOPS_EARLY and n > n_nodes + 1:
+            known = torch.cat([scores for _, scores, _ in found])
+            if score.max() <= known.topk(n_nodes + 1).values[-1]:
+                break  # no path is more probable than its beginning
         conditionals.follow(beam)
-        log_q = conditionals.row(x)[:, :n_token].log_softmax(-1)  # (beams, V or K)
+        log_q = conditionals.row(x)[:, :n_token].log_softmax(-1)  # (beams, n_token or K)
+        rows.append(log_q)
         best, place = log_q.topk(min(BEAMS, log_q.size(1)))
         total = (score.unsqueeze(1) + best).flatten().nan_to_num(nan=-torch.inf)
         score, index = total.topk(min(BEAMS, len(total)))
@@ -64,7 +82,53 @@ def draft_tree(model, e, token, n_nodes, depth):
     # no node is more probable than its parent, which wins where they tie
     chosen = scores.sort(descending=True, stable=True).indices[: n_nodes + 1].sort().values
     new = torch.zeros_like(tokens).scatter_(0, chosen, torch.arange(len(chosen), device=e.device))
-    return Tree(tokens[chosen], new[parents[chosen]], above[chosen][:, chosen])
+    above = above[chosen][:, chosen]
+    return Tree(tokens[chosen], new[parents[chosen]], above, scores[chosen], rows, chosen)
+
+
+def without(rows, places, out, value):
+    """rows (M, K) with this value at those of their places (N,) that are out (M, N)."""
+    index = places.clamp_min(0).expand(len(rows), -1)  # a place that is none is never out
+    return rows.masked_fill(torch.zeros_like(rows).scatter_add(1, index, out.to(rows.dtype)) > 0, value)
+
+
+def add_leaves(model, tree, n_leaves, sampler):
+    """One more child for the n_leaves nodes where the head finds it most probable that the text comes
+    there and leaves the tree: -> the Tree with them at its end, and q (n_leaves, n_token).
+
+    A leaf is drawn from q, its node's row without the other children. Which nodes have one does not
+    depend on the leaves that are drawn, nor do the other nodes: else they would not be drawn from q.
+    """
+    chance, searched = tree.score.exp(), len(tree.rows)
+    lost = chance - (tree.children(torch.arange(len(chance), device=chance.device)) * chance).sum(1)
+    lost = lost.where(tree.depth < searched, -1.0)  # the others have no row, and get no leaf: either
+    # all nodes have rows, or there is one of depth `searched`, and above it as many that have
+    node = lost.topk(min(n_leaves, searched, len(lost))).indices  # (M,)
+    rows = torch.cat(tree.rows)[tree.row[node]].nan_to_num(0.0)  # if a head gives NaN, any q will do
+    rows = without(rows, model.head.places(tree.tokens), tree.children(node), -1e30)
+    drafted, q = draw_drafts(model, rows, sampler)  # (M,), (M, n_token)
+    itself = torch.eye(len(node), device=node.device).bool()
+    above = torch.cat((F.pad(tree.above, (0, len(node))), torch.cat((tree.above[node], itself), 1)))
+    return Tree(torch.cat((tree.tokens, drafted)), torch.cat((tree.parent, node)), above), q
+
+
+def judge_leaves(drawn, p, tree, q, generator):
+    """Let leaves be accepted: what follows each node (N,), and whether the leaves are kept (M,).
+
+    drawn (N,) from p (N, n_token) says whether the text goes on with another child. If not, the next
+    token is to follow p without these, against which `verify` judges the leaf.
+    """
+    first = len(drawn) - len(q)  # of the leaves
+    node, drafted = tree.parent[first:], tree.tokens[first:]
+    others = tree.children(node)[:, :first]  # (M, N - M)
+    rest = without(p[node], tree.tokens[:first], others, 0.0)  # (M, n_token)
+    rest = rest / rest.sum(-1, keepdim=True).clamp_min(1e-30)
+    kept, after = verify(torch.stack((rest, p[first:]), 1), F.pad(q.unsqueeze(1), (0, 0, 0, 1)),
+                         drafted.unsqueeze(1), generator)  # (M, 1), (M, 1)
+    after, to_other = after.squeeze(1), (others & (tree.tokens[:first] == drawn[node].unsqueeze(1))).any(1)
+    kept = (kept.squeeze(1) == 1) & ~to_other
+    follows = drawn[node].where(to_other, drafted.where(kept, after))
+    return torch.cat((drawn[:first].index_copy(0, node, follows), after)), kept
 
 
 class TreeCache(RowCache):
@@ -101,15 +165,21 @@ class TreeCache(RowCache):
 def tree_step(model, cache, before, token, n_nodes, depth, sampler):
     """One forward pass of the trunk, 1..depth + 1 new tokens. State and result: see
     `speculative_step` of decode.py."""
-    tree = draft_tree(model, model.head.see(before)[-1:], token, n_nodes, depth)
+    n_leaves = min(int(LEAVES * n_nodes), depth) if type(sampler) is Sampling else 0
+    tree = draft_tree(model, model.head.see(before)[-1:], token, n_nodes - n_leaves, depth)
+    if n_leaves:
+        tree, q = add_leaves(model, tree, n_leaves, sampler)
     cache.begin(len(tree.tokens))
     past = torch.ones(len(tree.tokens), cache.length[0], dtype=torch.bool, device=token.device)
     seen = torch.cat((past, tree.above), 1)[None, None]  # (1, 1, N, length + N)
     places = cache.length[0] + tree.depth.unsqueeze(0)  # in the text: nodes of one depth share one
     hidden = hidden_at(model, tree.tokens.unsqueeze(0), cache, places, seen)[0]  # (N, C)
     logits = model.target_logits(hidden)  # (N, n_token)
-    drawn = sampler.draw(logits)[0]  # (N,), what follows each node
+    drawn, p = sampler.draw(logits)  # (N,), what follows each node, and (N, n_token)
     wrong = drawn[tree.parent] != tree.tokens
+    if n_leaves:
+        drawn, leaves = judge_leaves(drawn, p, tree, q, sampler.generator)
+        wrong = torch.cat(((drawn[tree.parent] != tree.tokens)[: -len(q)], ~leaves))
     wrong[0] = False
     kept = ~(tree.above & wrong).any(1)  # (N,): a path, as at most one child is what was drawn
     kept = bad_unless_finite(kept.long().unsqueeze(1), logits).squeeze(1)
@@ -118,7 +188,7 @@ def tree_step(model, cache, before, token, n_nodes, depth, sampler):
     check_accepted(kept[0])
     path = [i for i, is_kept in enumerate(kept) if is_kept]
     new = [*(tokens[i] for i in path[1:]), after[path[-1]]]
-    n_drafts = depth if path[-1] in parent[1:] else len(new) - 1  # it may end at a leaf
+    n_drafts = depth if path[-1] in parent[1:] else len(new) - 1  # it may have no children
     path = torch.tensor(path, device=token.device)
     cache.keep_path(path)
     return hidden[path], drawn[path[-1:]], new, n_drafts

@@ -110,7 +110,7 @@ def test_a_head_that_gives_nan_never_changes_a_text(head, rank):
 
 
 def test_drafts_are_counted_along_the_path():
-    """A text that leaves the tree at a leaf has a bonus there, and nothing was rejected."""
+    """A text that leaves the tree at a node without children has a bonus there, and nothing was rejected."""
     model, stats = counting_model(7, 5, "marginal"), Stats()
     text = list(generate_tree(model, [3], 31, 2, sampler=Greedy(), stats=stats))
     assert text == [(4 + i) % 7 for i in range(31)] and stats.tokens_per_step == 3
@@ -124,9 +124,151 @@ def test_drafts_are_counted_along_the_path():
 def test_the_distribution_is_the_targets(config, n_nodes, length, variant, monkeypatch):
     """Float64, over all random outcomes, those of nodes that the text does not reach included: to 1e-12."""
     model = tiny_model(**variant, **config)
+    assert distance(model, n_nodes, length, monkeypatch) < 1e-12
+
+
+@pytest.fixture(params=[("cpu",), ()], ids=["stops early", "searches on"])
+def half_are_leaves(request, monkeypatch):
+    """Also where the search does not stop early, as on a GPU."""
+    monkeypatch.setattr(tree, "LEAVES", 0.5)
+    monkeypatch.setattr(tree, "STOPS_EARLY", request.param)
+
+
+@variants
+def test_the_distribution_is_the_targets_with_leaves(variant, monkeypatch):
+    """The same where half of the nodes are drawn."""
+    monkeypatch.setattr(tree, "LEAVES", 0.5)
+    assert distance(tiny_model(**variant, **SMALL[0]), 2, 2, monkeypatch) < 1e-12
+
+
+@pytest.mark.parametrize("config,n_nodes", [(SMALL[1], 2), (SMALL[2], 4)], ids=str)
+def test_texts_go_on_after_leaves(config, n_nodes, half_are_leaves, monkeypatch):
+    """Of the root, and in the second case of its child, too."""
+    assert distance(tiny_model(target="lm_head", **config), n_nodes, 3, monkeypatch) < 1e-12
+
+
+@pytest.mark.parametrize("options", [
+    dict(temperature=0.5), dict(top_k=2), dict(top_p=0.6), dict(temperature=2.0, top_k=2, top_p=0.9)], ids=str)
+def test_leaves_follow_the_samplers_settings(options, half_are_leaves, monkeypatch):
+    model = tiny_model(target="lm_head", **SMALL[0])
+    assert distance(model, 2, 2, monkeypatch, **options) < 1e-12
+
+
+def test_leaves_are_tokens_whatever_the_padding_has(half_are_leaves, monkeypatch):
+    model = tiny_model(target="lm_head", **SMALL[0] | dict(vocab_size=5, n_token=3))
+    assert distance(model, 2, 2, monkeypatch) < 1e-12
+
+
+@pytest.mark.parametrize("ids", [[0, 2], [1, 2]])
+def test_the_distribution_is_the_targets_where_some_tokens_cannot_be_drafted(ids, half_are_leaves, monkeypatch):
+    model = tiny_model(target="lm_head", head="recurrent", draft_vocab=2, **SMALL[0])
+    model.head.choose_drafts(torch.tensor(ids), model.lm_head.weight.data)
+    assert distance(model, 2, 2, monkeypatch) < 1e-12
+
+
+def distance(model, n_nodes, length, monkeypatch, **options):
+    """Total variation between the distribution of texts and the target's, over all random outcomes."""
     write = partial(generate_tree, model, [0, 1], length, n_nodes)
-    texts = enumerated(lambda choose: write(sampler=Sampling()), monkeypatch)
-    assert total_variation(texts, expected_texts(model, [0, 1], length)) < 1e-12
+    texts = enumerated(lambda choose: write(sampler=Sampling(**options)), monkeypatch)
+    return total_variation(texts, expected_texts(model, [0, 1], length, **options))
+
+
+def test_leaves_of_a_head_that_gives_nan_change_no_distribution(half_are_leaves, monkeypatch):
+    model = tiny_model(target="lm_head", **SMALL[0])
+    model.head.maps.data.fill_(float("nan"))
+    assert distance(model, 2, 2, monkeypatch) < 1e-12
+
+
+def test_a_sampler_of_ones_own_gets_no_leaves():
+    """Its rule is its own, and so may be what its draws return."""
+    class Argmax(Sampling):
+        def draw(self, logits):
+            return logits.argmax(-1), logits
+
+    model = tiny_model(target="lm_head", n_future=4)
+    expected = list(generate(model, [1, 2], 20, sampler=Greedy()))
+    assert list(generate_tree(model, [1, 2], 20, 8, sampler=Argmax())) == expected
+
+
+def test_a_leaf_that_is_certain_is_kept_and_counted(monkeypatch):
+    monkeypatch.setattr(tree, "LEAVES", 1.0)
+    model, stats = counting_model(7, 5, "marginal"), Stats()
+    model.head.maps.data *= 30  # which leaves no doubt of the next token
+    text = list(generate_tree(model, [3], 21, 1, sampler=Sampling(), stats=stats))
+    assert text == [(4 + i) % 7 for i in range(21)] and stats.origins[1:] == 10 * [1, "bonus"]
+
+
+def q_of_all_tokens(*args, add=tree.add_leaves):
+    """The draw is from what the children leave, and q says that it is from the whole row."""
+    found, q = add(*args)
+    model, grown = args[:2]
+    rows = torch.cat(grown.rows)[grown.row[found.parent[-len(q) :]]]
+    return found, model.head.all_tokens(rows, model.config.n_token).softmax(-1)
+
+
+def leaves_see_no_drafts(*args, add=tree.add_leaves):
+    found, q = add(*args)
+    found.above[-len(q) :, 1 : -len(q)] = False
+    return found, q
+
+
+def children_count_twice(rows, places, out, value, without=tree.without):
+    return without(rows, places, out & (value != 0), value)
+
+
+def every_leaf_is_kept(p, q, drafted, generator, verify=tree.verify):
+    kept, after = verify(p, q, drafted, generator)
+    return torch.ones_like(kept), after
+
+
+def the_bonus_is_of_the_row_before(p, q, drafted, generator, verify=tree.verify):
+    return verify(p[:, :1].expand_as(p), q, drafted, generator)
+
+
+WRONG_LEAVES = {"q": ("add_leaves", q_of_all_tokens), "rest": ("without", children_count_twice),
+                "mask": ("add_leaves", leaves_see_no_drafts), "verify": ("verify", every_leaf_is_kept),
+                "bonus": ("verify", the_bonus_is_of_the_row_before)}
+
+
+@pytest.mark.parametrize("name", WRONG_LEAVES)
+def test_wrong_leaves_are_caught(name, monkeypatch):
+    """A q that the leaf was not drawn from, a target that still has the other children, a leaf that sees no draft
+    above it, no verification at all, and the wrong row after a leaf."""
+    monkeypatch.setattr(tree, "LEAVES", 0.5)
+    config, n_nodes, length = (SMALL[0], 2, 2) if name in ("q", "rest", "verify") else (SMALL[2], 4, 3)
+    model = tiny_model(target="lm_head", **config)
+    assert distance(model, n_nodes, length, monkeypatch) < 1e-12
+    wrong, function = WRONG_LEAVES[name]
+    monkeypatch.setattr(tree, wrong, function)
+    assert distance(model, n_nodes, length, monkeypatch) > 1e-3
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("head", LOOK_BACK)
+def test_leaves_are_drawn_from_what_their_nodes_children_leave(head, rank):
+    """q is the head's row without the other children; the nodes are those where most is left, one leaf for each."""
+    model = tiny_model(head=head, rank=rank, n_future=4, target="lm_head", n_token=5)
+    e, token = torch.randn(1, 8, dtype=torch.float64), torch.tensor([2])
+    with torch.no_grad():
+        grown = draft_tree(model, e, token, 6, 3)
+        found, q = tree.add_leaves(model, grown, 3, Sampling())
+    nodes, lost = found.parent[7:].tolist(), {}
+    for node in range(7):
+        conditionals = model.conditionals(e)
+        path = [2, *paths(found)[node - 1]] if node else [2]
+        if len(path) > len(grown.rows):
+            continue  # its row is not known
+        with torch.no_grad():
+            rows = [conditionals.next(torch.tensor([x])).softmax(-1)[0] for x in path]
+        reached = torch.stack([row[x] for row, x in zip(rows, path[1:])]).prod() if len(path) > 1 else 1.0
+        row = rows[-1].clone()
+        row[[x for x, v in zip(grown.tokens[1:].tolist(), grown.parent[1:].tolist()) if v == node]] = 0
+        lost[node] = (reached * row.sum()).item()
+        if node in nodes:
+            torch.testing.assert_close(q[nodes.index(node)], row / row.sum())
+            assert row[found.tokens[7 + nodes.index(node)]] > 0
+    assert len(nodes) == min(3, len(grown.rows)) and set(nodes) == set(sorted(lost, key=lost.get)[-len(nodes) :])
+    assert [path[:-1] for path in paths(found)[6:]] == [paths(found)[v - 1] if v else () for v in nodes]
 
 
 def a_path_too_far(cache, path, keep=TreeCache.keep_path):
