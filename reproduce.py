@@ -250,7 +250,8 @@ def elsewhere(cells):
 
 # what SmolLM2 writes: flags of pretrained.py generate
 OWN_TEXTS = {"smollm2": dict(num_texts=2592),
-             "smollm2_stories": dict(num_texts=2304, kinds=["stories"])}
+             "smollm2_stories": dict(num_texts=2304, kinds=["stories"]),
+             "smollm2_short": dict(num_texts=1344)}
 
 
 def on_smollm2(seed=1, **flags):
@@ -436,6 +437,17 @@ def trees(scale):
 
 
 @elsewhere
+def smollm2_float32(scale):
+    """A head on SmolLM2 that trained for less, in float32, for a CPU without products in bfloat16."""
+    run = Training("smollm2_short", {"preset": "pretrained", "max_iters": 6000, "dtype": "float32"},
+                   {"preset": "pretrained"})
+    bench = Bench((run,), dict(rounds=5, max_new_tokens=24, threads=2, dtype="float32", tree=[8]))
+    for kind in ("stories", "questions", "instructions", "code", "all"):
+        for drafts in ("one path", "tree of 8"):
+            yield Cell((kind, drafts), (bench,))
+
+
+@elsewhere
 def smollm2_heads(scale):
     """Heads side by side on SmolLM2, in one bench for each seed; the first three with all seeds."""
     heads = [("recurrent", 1), ("chain", 1), ("cp", 1), ("cp", 4), ("medusa", 1)]
@@ -526,7 +538,7 @@ def of_decoder(key, temperature=None, mode=None):
 def of_tree(key, temperature):
     """Of a kind of prompts and a kind of drafts, which labels tell."""
     def column(found, run, against, labels):
-        kind, drafts = labels[1:]
+        kind, drafts = labels[-2:]
         mode = "speculative" if drafts == "one path" else f"speculative, {drafts}"
         row = row_of(found, run, temperature, mode)
         return with_range(of_kind(row, kind), key)
@@ -729,6 +741,9 @@ EXPERIMENTS = {
         "SmolLM2-135M-Instruct, by kind of prompts", smollm2_speed, ("decoder", "prompts"),
         speed(of_decoder),
         (Panel("prompts", "speed-up, 0", "decoder"), Panel("prompts", "speed-up, 1", "decoder"))),
+    "smollm2_float32": Experiment(
+        "SmolLM2-135M-Instruct in float32", smollm2_float32, ("prompts", "drafts"), speed(of_tree),
+        (Panel("prompts", "speed-up, 0", "drafts"), Panel("prompts", "speed-up, 1", "drafts"))),
     "trees": Experiment(
         "Draft trees", trees, ("model", "prompts", "drafts"), speed(of_tree),
         (Panel("prompts", "speed-up, 0", "drafts", (("model", "SmolLM2"),)),

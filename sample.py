@@ -56,7 +56,8 @@ def load(out_dir, device="auto", dtype="auto"):
 
 
 def fast_kernels(model):
-    """A context in which passes of a few rows are fastest: in float32 on a CPU, without oneDNN."""
+    """A context in which passes of a few rows are fastest: in float32 on a CPU, without oneDNN, but for
+    packed layers, which are its own all the same."""
     return onednn(not (model.device.type == "cpu" and model.dtype == torch.float32))
 
 

@@ -26,7 +26,7 @@ from decode import (Coupled, Sampling, bad_unless_finite, check_accepted, draw_d
 from model import BadInput
 
 BEAMS = 8  # paths that the search goes on with, after each token
-LEAVES = 0.25  # of the nodes, at temperatures above 0
+LEAVES = 0.5  # of the nodes, at temperatures above 0
 STOPS_EARLY = ("cpu",)  # where the search asks whether it may end; a GPU would wait for the answer
 
 
