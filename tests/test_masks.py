@@ -239,7 +239,7 @@ def test_training_on_a_frozen_trunk_makes_drafts_that_are_accepted():
         p.requires_grad_(name.startswith("head."))
     trunk = {name: p.clone() for name, p in model.named_parameters() if not name.startswith("head.")}
     after = train(160, 1e-2, 1.0)
-    assert before["offset"][1:].min() > 1 and after["offset"][1:].max() < 0.8
+    assert after["offset"][1:].max() < 0.6 * before["offset"][1:].min()  # 0.3 to 0.45 times, over seeds and threads
     assert all(torch.equal(model.get_parameter(name), p) for name, p in trunk.items())
     for model.head.quadratic in (True, False):
         stats = Stats()
