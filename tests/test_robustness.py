@@ -417,7 +417,7 @@ BUGS = [("train", SMALL, "model.CPHead.log_joint"), ("train", SMALL, "model.GPT.
         ("sample", "", "model.CPHead.__init__"), ("sample", "", "model.CPHead.start"), ("sample", "", "decode.draft"),
         ("sample", "", "decode.verify"), ("sample", "", "decode.residual"), ("sample", "", "decode.warp"),
         ("sample", "--temperature 0", "decode.keep_equal"), ("sample", "", "sample.load_tokenizer"),
-        ("bench", "", "decode.verify"), ("bench", "", "model.Conditionals.next"),
+        ("bench", "", "decode.verify"), ("bench", "", "model.Conditionals.row"),
         ("bench", "--plot x.png", "bench_speculative.draw_bench"), ("plot", "out/toy --output x.png", "plot.draw_runs"),
         ("training", "--ranks 1 --futures 2 --vocab_sizes 64", "bench_training.benchmark"),
         ("training", f"--row {json.dumps([vars(train.TrainConfig()), 64, 'cpu', False], separators=(',', ':'))}",
