@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 import torch
 
-import decode
 from batched import RowCache, check_head, check_rows, plain_pass, speculative_pass
 from common import compiler_errors
-from decode import Greedy, Sampling, check_accepted, next_window, prefill, stream
+from decode import (Greedy, Sampling, check_accepted, draws_from_warp, next_window, prefill,
+                    stream)
 from model import BadInput
 from pretrained import PackedLinear
 
@@ -172,9 +172,8 @@ class Recorded(dict):
 def rule_of(sampler):
     """What a sampler draws by, as a key."""
     warp = getattr(sampler, "warp", None)
-    ours = isinstance(warp, partial) and warp.func is decode.warp
     return (type(sampler), type(sampler).draw, type(sampler).verify,
-            tuple(warp.keywords.items()) if ours else warp)
+            tuple(warp.keywords.items()) if draws_from_warp(sampler) else warp)
 
 
 @contextmanager

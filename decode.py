@@ -218,8 +218,12 @@ def keep_equal(tokens, drafted):
 def takes_any_row(sampler):
     """Whether a sampler draws by what a row says alone, and so from a row of some tokens, too: Greedy
     and Sampling do. Others may know tokens by their place among all."""
-    ours = type(sampler) is Sampling and getattr(sampler.warp, "func", None) is warp
-    return ours or type(sampler) is Greedy
+    return type(sampler) is Greedy or type(sampler) is Sampling and draws_from_warp(sampler)
+
+
+def draws_from_warp(sampler):
+    """Whether a sampler's `warp` is the one of this file with settings, and not one of its own."""
+    return getattr(getattr(sampler, "warp", None), "func", None) is warp
 
 
 def make_sampler(temperature=1.0, top_k=None, top_p=None, generator=None):

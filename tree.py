@@ -176,11 +176,12 @@ def tree_step(model, cache, before, token, n_nodes, depth, sampler):
     hidden = hidden_at(model, tree.tokens.unsqueeze(0), cache, places, seen)[0]  # (N, C)
     logits = model.target_logits(hidden)  # (N, n_token)
     drawn, p = sampler.draw(logits)  # (N,), what follows each node, and (N, n_token)
-    wrong = drawn[tree.parent] != tree.tokens
     if n_leaves:
         drawn, leaves = judge_leaves(drawn, p, tree, q, sampler.generator)
-        wrong = torch.cat(((drawn[tree.parent] != tree.tokens)[: -len(q)], ~leaves))
+    wrong = drawn[tree.parent] != tree.tokens
     wrong[0] = False
+    if n_leaves:
+        wrong[-len(q) :] = ~leaves
     kept = ~(tree.above & wrong).any(1)  # (N,): a path, as at most one child is what was drawn
     kept = bad_unless_finite(kept.long().unsqueeze(1), logits).squeeze(1)
     # the one time that a step waits
