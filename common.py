@@ -167,6 +167,12 @@ def temporary(path):
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
 
+def check_folder(path):
+    """BadInput if a file is where a folder is asked for."""
+    if Path(path).is_file():
+        raise BadInput(f"{path} is a file; name a folder")
+
+
 @contextmanager
 def locked(folder):
     """The folder, made if need be, for this process alone: BadInput if another one writes there.
@@ -175,6 +181,7 @@ def locked(folder):
     half-written goes, and so does a new folder in which nothing gets written.
     """
     folder = Path(folder)
+    check_folder(folder)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
@@ -373,6 +380,7 @@ def load_model(ckpt, path, fresh_head=False, **changes):
 def read_checkpoint(path):
     """A checkpoint's dict, of plain tensors and plain Python: a foreign file cannot run code."""
     path = Path(path)
+    check_folder(path.parent)
     if path.is_dir():
         raise BadInput(f"{path} is a folder; name the checkpoint in it, {path / 'ckpt.pt'}")
     if not path.exists():
@@ -424,12 +432,14 @@ def read_meta(data_dir):
     is ours, and its writing was interrupted.
     """
     path = Path(data_dir) / "meta.json"
+    check_folder(path.parent)
     again = f"python prepare_tinystories.py --data_dir {data_dir} ..."
     if not path.exists():
         bins = [path.with_name(f"{name}.bin").exists() for name in ("train", "val")]
         if all(bins) and not path.with_name(".lock").exists():
             return nanogpt_meta(path.parent)
-        raise BadInput(f"There is no data in {data_dir}; write some: {again}")
+        raise BadInput(f"There is no data in {data_dir}; write some: {again}, or for a model of "
+                       f"transformers: python pretrained.py generate --data_dir {data_dir} ...")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

@@ -53,7 +53,7 @@ def find_model(name):
     if path.is_file() and path.suffix == ".gguf":
         return path.parent, path.name
     if path.exists() or path.suffix == ".gguf" or name[:1] in "./" or name.count("/") > 1:
-        raise BadInput(f"{name} is no folder, no .gguf file and no name of the hub, as owner/model")
+        raise BadInput(f"{name} is no folder here, no .gguf file and no name of the hub, as owner/model")
     import_transformers(*NEEDS)
     import huggingface_hub  # comes with transformers
 
@@ -441,7 +441,10 @@ def load_checkpoint(ckpt, path, device, dtype):
     if not isinstance(source, dict) or not isinstance(source.get("name"), str):
         raise BadInput(f"{path} does not say what its trunk is; train anew")
     head = {name: args.get(name) for name in HEAD_FIELDS}
-    model, enc = load_pretrained(source["name"], device, dtype, source, **head)
+    try:
+        model, enc = load_pretrained(source["name"], device, dtype, source, **head)
+    except BadInput as e:
+        raise BadInput(f"The trunk of {path}: {e}") from None
     model.load_head(ckpt["model"], path)
     return model, enc
 

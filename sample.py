@@ -83,9 +83,9 @@ COLOURS = {"corrected": 203, "bonus": 75, "plain": 250}
 
 
 def paint(text, origin, colour):
-    """A token in the colour of its origin (see Stats.count), or after a mark, [2] or [c]."""
+    """A token in the colour of its origin (see Stats.count), or before a mark, [2] or [c]."""
     if not colour:
-        return f"[{origin if isinstance(origin, int) else origin[0]}]{text}"
+        return f"{text}[{origin if isinstance(origin, int) else origin[0]}]"
     code = GREENS[min(origin, 7)] if isinstance(origin, int) else COLOURS[origin]
     return f"\x1b[38;5;{code}m{text}\x1b[0m"
 
@@ -95,7 +95,7 @@ def legend(n_drafts, colour):
     if n_drafts:
         names |= {"corrected": "rejected draft corrected", "bonus": "bonus token after the drafts"}
     names["plain"] = "no draft there"
-    return "   ".join(paint(name, origin, colour) for origin, name in names.items())
+    return "   ".join(paint(name if colour else f"{name} ", origin, colour) for origin, name in names.items())
 
 
 # -----------------------------------------------------------------------------

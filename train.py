@@ -425,6 +425,9 @@ def new_run(cfg, given):
     if frozen and cfg.n_future == 1:
         raise BadInput("--freeze_trunk trains the head alone, and n_future = 1 has none; take a "
                        "larger --n_future.")
+    if cfg.freeze_trunk and not cfg.init_from and "trunk" not in meta:
+        raise BadInput(f"--freeze_trunk needs a trunk that is trained, and {cfg.data_dir} holds text alone: "
+                       "name a checkpoint with --init_from, or the --data_dir of pretrained.py generate")
     if cfg.fresh_head and not cfg.init_from:
         raise BadInput("--fresh_head leaves the head of a checkpoint out; name the checkpoint with "
                        "--init_from.")
@@ -513,7 +516,7 @@ def resumed_run(out_dir, given):
     kept = {name: value for name, value in given.items() if name in CHANGEABLE}
     cfg = replace(old, **{**kept, "out_dir": out_dir})
     device, meta = pick_device(cfg.device), read_meta(cfg.data_dir)
-    if "trunk" in meta:
+    if "trunk" in meta or "trunk" in ckpt["meta"]:
         same = ckpt["meta"] == meta
     else:
         check_tokenizer(ckpt, meta, path)
@@ -551,7 +554,9 @@ def trunk_with_head(cfg, meta, given):
     ckpt = read_checkpoint(cfg.init_from)
     check_tokenizer(ckpt, meta, cfg.init_from)
     head = {name: getattr(cfg, name) for name in (*HEAD_FIELDS, "target", "dropout")}
-    model = load_model(ckpt, cfg.init_from, cfg.fresh_head, **head, n_token=meta["vocab_size"])
+    n_token = meta["vocab_size"]
+    GPTConfig(**head, vocab_size=padded(n_token), n_token=n_token)  # first, what is wrong with the flags
+    model = load_model(ckpt, cfg.init_from, cfg.fresh_head, **head, n_token=n_token)
     for name in ("block_size", "n_layer", "n_head", "n_embd", "bias"):
         own = getattr(model.config, name)
         if given.get(name, own) != own:

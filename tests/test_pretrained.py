@@ -221,7 +221,11 @@ def test_heads_learn_from_their_teacher(copy):
     assert ckpt["train_config"]["teacher"] == "lk" and ckpt["iter_num"] == 9
     assert call("prepare", "--toy --stories 50") == (0, "")
     assert "needs --freeze_trunk" in call("train", "--preset toy --teacher lk --device cpu")[1]
-    assert "add --rank 1" in call("train", "--preset toy --teacher nextlat --freeze_trunk --device cpu")[1]
+    trunk = "--preset toy --n_layer 1 --n_embd 16 --block_size 32 --max_iters 1 --eval_windows 4 --device cpu --out_dir trunk"
+    assert call("train", trunk) == (0, "")
+    assert "add --rank 1" in call("train", "--preset toy --init_from trunk/ckpt.pt --teacher nextlat --freeze_trunk")[1]
+    line = call("train", "--preset toy --init_from trunk/ckpt.pt --freeze_trunk --draft_vocab 100000")[1]
+    assert line.startswith("draft_vocab must be a whole number")  # and nothing of the checkpoint, which is good
 
 
 @pytest.mark.parametrize("head", ["cp", "chain", "recurrent"])
@@ -479,7 +483,7 @@ def test_the_scripts_know_a_pretrained_trunk(copy, capsys):
         assert call("sample", f"--out_dir out --max_new_tokens 20 --prompt hello {flags}") == (0, "")
     assert call("sample", "--out_dir out --max_new_tokens 20 --mode oracle --coupled --dtype float64") == (0, "")
     capsys.readouterr()
-    assert call("bench", "--out_dir out --max_new_tokens 8 --rounds 5 --threads 1 --dtype float32 --peers") == (0, "")
+    assert call("bench", "--out_dir out --max_new_tokens 4 --rounds 5 --threads 1 --dtype float32 --peers") == (0, "")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(result["card"]["first_difference"].values()) == {None}
     rows = {(row["mode"], row["temperature"]): row for row in result["rows"]}
@@ -599,6 +603,18 @@ def test_a_trunk_that_changed(copy):
     for script, args in (("train", TRAIN), ("sample", "--out_dir out"), ("pretrained", GENERATE)):
         pretrained.load_lm.cache_clear()
         assert "changed" in line(script, args) or "other settings (trunk)" in line(script, args)
+
+
+def test_what_is_there_is_not_written_over_nor_blamed(copy):
+    """Texts stay when a folder is named twice; a checkpoint whose trunk or data are away is not called damaged."""
+    before = Path("own/meta.json").read_bytes()
+    assert "holds states.bin, which this script did not write" in line("prepare", "--toy --stories 50 --data_dir own")
+    assert Path("own/meta.json").read_bytes() == before
+    assert call("prepare", "--toy --stories 50 --data_dir other") == (0, "")
+    assert "is not what out/ckpt.pt was trained on" in line("train", "--resume --out_dir out --data_dir other")
+    Path("lm").rename("away")
+    pretrained.load_lm.cache_clear()
+    assert line("sample", "--out_dir out").startswith("The trunk of out/ckpt.pt: lm is no folder here")
 
 
 def test_another_tokenizer(copy):

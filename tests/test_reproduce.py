@@ -146,14 +146,16 @@ def test_an_interrupted_training_goes_on(smoke, tmp_path, monkeypatch):
 
 
 def test_bad_input_is_one_line(tmp_path, smoke, monkeypatch, capsys):
-    result = launch(tmp_path, "reproduce.py", "ranks")
-    assert result.returncode == 2 and "invalid choice: 'ranks'" in result.stderr and result.stderr.count("\n") == 1
-    result = launch(tmp_path, "reproduce.py", "rank", "--scale", "smoke", "--text", "a.txt")
-    assert result.returncode == 1 and "leave --text away" in result.stderr and result.stderr.count("\n") == 1
-    result = launch(tmp_path, "reproduce.py", "next_token", "--text", tmp_path / "no.txt")
-    assert result.returncode == 1 and "no.txt: no such file or folder" in result.stderr, result.stderr
-    assert "Traceback" not in result.stderr
-    assert "smollm2: not at this scale" in launch(tmp_path, "reproduce.py", "smollm2", "--scale", "smoke").stderr
+    monkeypatch.chdir(tmp_path)
+    assert call("reproduce", "ranks")[0] == 2
+    line = capsys.readouterr().err
+    assert "invalid choice: 'ranks'" in line and line.count("\n") == 1
+    for args, message in (("rank --scale smoke --text a.txt", "leave --text away"),
+                          ("next_token --text no.txt", "no.txt: no such file or folder")):
+        code, line = call("reproduce", args)
+        assert code == 1 and message in line and line.count("\n") == 0 and "Traceback" not in line
+    assert call("reproduce", "smollm2 --scale smoke")[0] == 0
+    assert "smollm2: not at this scale" in capsys.readouterr().err
     monkeypatch.chdir(smoke[0])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "sizes", "--scale", "smoke"])
