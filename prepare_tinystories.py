@@ -378,11 +378,11 @@ def prepare_text(args):
 
 def main():
     args = parse_args()
-    with locked(args.data_dir) as folder:
-        for name in ("states.bin", "meta.pkl"):  # of pretrained.py generate, and of nanoGPT
-            if (folder / name).exists():
-                raise BadInput(f"{folder} holds {name}, which this script did not write, and would lose "
-                               "the files beside it; take another --data_dir")
+    for name in ("states.bin", "meta.pkl"):  # of pretrained.py generate, and of nanoGPT
+        if (args.data_dir / name).exists():  # before a .lock says that the folder is ours
+            raise BadInput(f"{args.data_dir} holds {name}, which this script did not write, and would "
+                           "lose the files beside it; take another --data_dir")
+    with locked(args.data_dir):
         meta = prepare_toy(args) if args.toy else prepare_text(args)
     for split, counts in meta["splits"].items():
         print(f"{split:5}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "

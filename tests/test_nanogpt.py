@@ -93,6 +93,14 @@ def test_without_meta_pkl_the_tokens_are_gpt2s(nano, monkeypatch):
     assert code == 1 and "another tokenizer" in message and not Path("out/nano").exists()
 
 
+def test_text_is_not_written_over_nanogpts_files(nano):
+    """Nor is anything left there, after which the folder would not be nanoGPT's any more."""
+    before = {path: path.read_bytes() for path in nano.rglob("*") if path.is_file()}
+    code, message = call("prepare", "--toy --stories 50 --data_dir nano/data")
+    assert code == 1 and "holds meta.pkl, which this script did not write" in message
+    assert {path: path.read_bytes() for path in nano.rglob("*") if path.is_file()} == before
+
+
 def test_an_interrupted_folder_of_ours_is_not_taken_for_nanogpts(nano):
     """prepare_tinystories.py died before it wrote meta.json: its ids are not GPT-2's."""
     (nano / "data/meta.pkl").unlink()

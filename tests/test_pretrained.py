@@ -221,11 +221,11 @@ def test_heads_learn_from_their_teacher(copy):
     assert ckpt["train_config"]["teacher"] == "lk" and ckpt["iter_num"] == 9
     assert call("prepare", "--toy --stories 50") == (0, "")
     assert "needs --freeze_trunk" in call("train", "--preset toy --teacher lk --device cpu")[1]
-    trunk = "--preset toy --n_layer 1 --n_embd 16 --block_size 32 --max_iters 1 --eval_windows 4 --device cpu --out_dir trunk"
-    assert call("train", trunk) == (0, "")
+    small = "--n_layer 1 --n_embd 16 --block_size 32 --max_iters 1 --eval_windows 4 --device cpu"
+    assert call("train", f"--preset toy {small} --out_dir trunk") == (0, "")
     assert "add --rank 1" in call("train", "--preset toy --init_from trunk/ckpt.pt --teacher nextlat --freeze_trunk")[1]
-    line = call("train", "--preset toy --init_from trunk/ckpt.pt --freeze_trunk --draft_vocab 100000")[1]
-    assert line.startswith("draft_vocab must be a whole number")  # and nothing of the checkpoint, which is good
+    message = call("train", "--preset toy --init_from trunk/ckpt.pt --freeze_trunk --draft_vocab 100000")[1]
+    assert message.startswith("draft_vocab must be a whole number")  # and nothing of the checkpoint, which is good
 
 
 @pytest.mark.parametrize("head", ["cp", "chain", "recurrent"])
@@ -483,7 +483,7 @@ def test_the_scripts_know_a_pretrained_trunk(copy, capsys):
         assert call("sample", f"--out_dir out --max_new_tokens 20 --prompt hello {flags}") == (0, "")
     assert call("sample", "--out_dir out --max_new_tokens 20 --mode oracle --coupled --dtype float64") == (0, "")
     capsys.readouterr()
-    assert call("bench", "--out_dir out --max_new_tokens 4 --rounds 5 --threads 1 --dtype float32 --peers") == (0, "")
+    assert call("bench", "--out_dir out --max_new_tokens 8 --rounds 5 --threads 1 --dtype float32 --peers") == (0, "")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(result["card"]["first_difference"].values()) == {None}
     rows = {(row["mode"], row["temperature"]): row for row in result["rows"]}

@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -26,12 +27,6 @@ from tokenizer import EOT, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TEXT = 'Once upon a time, Lily saw 12 red balls.\n"Look!" she said. They didn\'t stop.\n\n  The end_of it all.\n'
-
-
-def launch(cwd, script, *args):
-    """Run a script of this repository in cwd, as a user does, in a process of its own."""
-    command = [sys.executable, ROOT / script, *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
 
 
 def run(cwd, script, *args):
@@ -306,10 +301,13 @@ def documents():
 
 @pytest.mark.parametrize("script", ["prepare_tinystories", "train", "sample", "bench_speculative", "bench_training",
                                     "plot", "batched", "pretrained", "reproduce"])
-def test_help_knows_every_flag_that_the_documents_use(script, tmp_path):
+def test_help_knows_every_flag_that_the_documents_use(script, monkeypatch, capsys):
     commands = re.findall(rf"python {script}\.py([^\n&`|]*)", "\n".join(documents().values()))
     flags = set(re.findall(r"--\w+", " ".join(commands)))
-    assert flags and flags <= set(re.findall(r"--\w+", run(tmp_path, f"{script}.py", "--help")))
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as end:  # the file as Python runs it: importing torch takes seconds
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    assert end.value.code == 0 and flags and flags <= set(re.findall(r"--\w+", capsys.readouterr().out))
 
 
 def test_what_the_documents_name_exists():
