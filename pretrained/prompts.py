@@ -1,6 +1,6 @@
 """What a model is asked to write about: frames of prompts, by kind, and prompts that are held out.
 
-pretrained.py lets a chat model finish the frames by itself: "Write a short story about" becomes a
+generate.py lets a chat model finish the frames by itself: "Write a short story about" becomes a
 user's message that nobody wrote (as in Magpie, arXiv 2406.08464), and then the model answers it. So
 no list of topics is needed, and the head sees as many topics as there are texts. Held-out prompts are
 for bench_speculative.py: no training prompt may be one of them. Files of one's own prompts take the

@@ -1,0 +1,55 @@
+"""Linear layers whose weights lie in the order in which oneDNN reads them: decoding on a CPU."""
+
+import torch
+import torch.nn as nn
+
+from model import widen
+
+
+def linear_weight(module):
+    """W (out, in) of a linear layer, the transposed one of transformers' GPT-2 included; else None."""
+    if type(module).__name__ == "Conv1D":
+        return module.weight.T
+    return module.weight if type(module) is nn.Linear else None
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for decoding on a CPU, its W in the order in which oneDNN reads it.
+
+    oneDNN or MKL would bring W into such an order in every pass, and with few rows this takes longer
+    than their product. It gives the same numbers to rounding, has no gradient, and keeps W only where
+    it is asked to.
+    """
+
+    def __init__(self, W, bias=None, keep=None):
+        super().__init__()
+        # for passes of about 8 rows
+        packed = torch.ops.mkldnn._reorder_linear_weight(W.detach().contiguous(), 8)
+        if keep is not None:
+            self.weight, self.packed = keep, packed
+        else:
+            self.packed = nn.Parameter(packed, requires_grad=False)  # so that it counts as W did
+        self.bias = bias
+
+    def forward(self, x):
+        return self.times(x, self.bias)
+
+    def times(self, x, bias=None):
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+
+    def __reduce__(self):  # torch cannot copy packed weights
+        return PackedLinear, (self.packed.to_dense(), self.bias, getattr(self, "weight", None))
+
+
+def packed_unembed(rows, h, unembed):
+    """`CPHead.unembed` by a PackedLinear, of whose bias the head knows nothing."""
+    return widen(rows.times(h.contiguous()))
+
+
+def can_pack(dtype):
+    """Whether oneDNN has products in this type for this CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
