@@ -1,9 +1,9 @@
 """The paper's experiments by one command each: what is missing is run, then a table and a picture are
 made.
 
-    python reproduce.py rank --text stories.txt     one experiment, on a laptop CPU
-    python reproduce.py all --scale smoke           all of them in two minutes, to see that they work
-    python reproduce.py --help                      which ones there are
+    python -m experiments.reproduce rank --text stories.txt   one experiment, on a laptop CPU
+    python -m experiments.reproduce all --scale smoke         all in two minutes, to see that they work
+    python -m experiments.reproduce --help                    which ones there are
 
 A run is a JSON file in results/SCALE, and is not made again while that file is there; an interrupted
 one goes on. The table and the picture are results/SCALE/EXPERIMENT.md and .png. Models and data go to
@@ -33,9 +33,9 @@ import torch
 from bench_speculative import hardware
 from common import (ArgumentParser, any_path, locked, number, progress_bar, read_checkpoint,
                     replacing, run_script)
-from model import BadInput
-from plot import PALETTE, new_figure, save
-from pretrained import sha256
+from experiments.plots import PALETTE, new_figure, save
+from model import ROOT, BadInput
+from pretrained.adapter import sha256
 from sample import load
 from train import TrainConfig, as_flag, read_data
 
@@ -58,7 +58,7 @@ class Scale:
     bench: dict  # flags of bench_speculative.py
     side: dict  # heads and ranks of side_by_side, and whether they get all seeds
     repeats: int  # of a bench, to see how much it differs from one run to the next
-    costs: dict  # flags of bench_training.py
+    costs: dict  # flags of experiments/bench_training.py
     elsewhere: bool  # whether there is SmolLM2, nanoGPT and transformers to measure
 
     def training(self, seeds=None, equal="steps", trunk=None, text="stories", **flags):
@@ -103,7 +103,7 @@ TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=4, max_ite
             eval_windows=4, device="cpu", dtype="float32")
 CPU = dict(device="cpu", dtype="float32")
 SIDE = {("cp", 1): True, ("cp", 8): False, ("medusa", 1): False, ("gloeckle", 1): False,
-        ("hmm", 8): False, ("tree", 8): False, ("mask", 1): False, ("chain", 1): True,
+        ("hmm", 8): False, ("tree_circuit", 8): False, ("mask", 1): False, ("chain", 1): True,
         ("recurrent", 1): True, ("layers", 1): False}  # whether with all seeds, or the first alone
 
 SCALES = {
@@ -248,7 +248,7 @@ def elsewhere(cells):
     return lambda scale: cells(scale) if scale.elsewhere else ()
 
 
-# what SmolLM2 writes: flags of pretrained.py generate
+# what SmolLM2 writes: flags of pretrained/generate.py
 OWN_TEXTS = {"smollm2": dict(num_texts=2592),
              "smollm2_stories": dict(num_texts=2304, kinds=["stories"]),
              "smollm2_short": dict(num_texts=1344)}
@@ -362,7 +362,7 @@ def draft_length(scale):
             continue
         training, = scale.training(scale.seeds[:1], "time", scale.trunk(), head=head, rank=r,
                                    n_future=scale.futures_of("stories"))
-        bench = Bench((training,), flags, script="draft_length.py")
+        bench = Bench((training,), flags, script="decoders/draft_length.py")
         for policy in POLICIES:
             if policy.startswith("fixed") and int(policy[-1]) >= training.spec["flags"]["n_future"] - 1:
                 continue  # that is "speculative"
@@ -375,12 +375,12 @@ def batches(scale):
     for text, head, r in (("toy", "cp", 1), ("toy", "cp", 8), ("stories", "chain", 4)):
         if text not in scale.large:
             continue
-        bench = Bench((large(scale, text, head=head, rank=r),), flags, script="batched.py")
+        bench = Bench((large(scale, text, head=head, rank=r),), flags, script="decoders/batched.py")
         for B in flags["batch_sizes"]:
             yield Cell((text, label(head, r), B), (bench,))
     if scale.elsewhere:
         own = flags | dict(max_new_tokens=24, threads=2)
-        bench = Bench((preset_on("smollm2"),), own, script="batched.py")
+        bench = Bench((preset_on("smollm2"),), own, script="decoders/batched.py")
         for B in flags["batch_sizes"]:
             yield Cell(("smollm2", "recurrent", B), (bench,))
 
@@ -835,15 +835,15 @@ class Bench:
 
 
 class Costs:
-    """bench_training.py."""
+    """experiments/bench_training.py."""
 
     alone, needs, text = True, [], "none"
 
     def __init__(self, flags, name="costs"):
-        self.name, self.spec = name, {"script": "bench_training.py", "flags": flags}
+        self.name, self.spec = name, {"script": "experiments/bench_training.py", "flags": flags}
 
     def run(self, place):
-        out = place.script(self.name, "bench_training.py", self.spec["flags"])
+        out = place.script(self.name, "experiments/bench_training.py", self.spec["flags"])
         return {"costs": json.loads(out.splitlines()[-1])}
 
 
@@ -889,10 +889,11 @@ class Place:
         self.processes, self.stopped, self.lock, self.ready = set(), False, threading.Lock(), set()
 
     def script(self, name, script, flags):
-        """The stdout of a script of this folder; BadInput where it fails. Its stderr goes to a log."""
-        script, *rest = script.split()
-        command = [sys.executable, str(Path(__file__).with_name(script)), *rest, *as_flags(flags)]
-        env = {**os.environ, "OMP_NUM_THREADS": str(self.args.threads)}
+        """The stdout of a script of this repository; BadInput where it fails. Its stderr goes to a log."""
+        module = script.removesuffix(".py").replace("/", ".")
+        command = [sys.executable, "-m", module, *as_flags(flags)]
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        env = {**os.environ, "OMP_NUM_THREADS": str(self.args.threads), "PYTHONPATH": path}
         log = self.work / "logs" / f"{name}.txt"
         log.parent.mkdir(exist_ok=True)
         with open(log, "wb") as file:
@@ -933,7 +934,7 @@ class Place:
                 self.script(f"data-{text}", "prepare_tinystories.py", flags | {"data_dir": folder})
             elif text in OWN_TEXTS and text not in self.ready:  # goes on where it was interrupted
                 flags = {"init_from": self.args.model, "data_dir": folder} | OWN_TEXTS[text]
-                self.script(f"data-{text}", "pretrained.py generate", flags)
+                self.script(f"data-{text}", "pretrained/generate.py", flags)
                 self.ready.add(text)
         return folder
 
@@ -954,7 +955,7 @@ class Place:
             found = json.loads(path.read_text(encoding="utf-8"))
             old, new, data = found["spec"], json.loads(json.dumps(run.spec)), found["data"]
         except (ValueError, KeyError, TypeError):
-            raise BadInput(f"{path} is no result of reproduce.py; move it away") from None
+            raise BadInput(f"{path} is no result of experiments/reproduce.py; move it away") from None
         for was, now, what in ((old, new, "settings"), (data, self.data_hash(run.text) or data, "data")):
             if was != now:
                 raise BadInput(f"{path} is a run of other {what}; move it and {self.work} away, or take "

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-import plot
+from experiments import plots
 from model import BadInput
 
 CARD = {"hardware": "A CPU, 2 cores", "device": "cpu", "dtype": "float32", "threads": 1, "n_future": 3, "rank": 2,
@@ -56,8 +56,8 @@ def test_a_log_is_read_whole(tmp_path):
     """From a folder or a file: training and validation apart, and every number as it was
     written."""
     folder = write_log(tmp_path / "run")
-    log = plot.read_log(folder)
-    assert log == plot.read_log(str(folder / "log.jsonl"))
+    log = plots.read_log(folder)
+    assert log == plots.read_log(str(folder / "log.jsonl"))
     assert [point["iter"] for point in log["train"]] == [2, 4, 6, 8, 10]
     assert [point["iter"] for point in log["val"]] == [4, 8]
     expected = {name: parts(80, 3)[name] for name in ("next", "joint", "offset")}
@@ -68,19 +68,19 @@ def test_a_log_is_read_whole(tmp_path):
 def test_another_file_is_refused_in_one_line(tmp_path, text):
     folder = write_log(tmp_path / "run", end=text)
     with pytest.raises(BadInput, match=r"^\S+log\.jsonl is not a log of train\.py$"):
-        plot.read_log(folder)
+        plots.read_log(folder)
     (folder / "log.jsonl").write_text("")
     with pytest.raises(BadInput, match=r"^\S+log\.jsonl is empty$"):
-        plot.read_log(folder)
+        plots.read_log(folder)
 
 
 def test_smoothing_follows_a_slope_and_levels_noise():
     """A straight line is unchanged, its ends included; noise that alternates falls by the width of
     the mean; a short log is not smoothed."""
     slope = [3.0 * i for i in range(200)]
-    assert plot.smooth(slope) == pytest.approx(slope)
-    assert max(map(abs, plot.smooth([(-1.0) ** i for i in range(200)])[5:-5])) == pytest.approx(1 / 11)
-    assert plot.smooth([1.0, 5.0, 2.0]) == [1.0, 5.0, 2.0] and plot.smooth([]) == []
+    assert plots.smooth(slope) == pytest.approx(slope)
+    assert max(map(abs, plots.smooth([(-1.0) ** i for i in range(200)])[5:-5])) == pytest.approx(1 / 11)
+    assert plots.smooth([1.0, 5.0, 2.0]) == [1.0, 5.0, 2.0] and plots.smooth([]) == []
 
 
 @draws
@@ -88,7 +88,7 @@ def test_smoothing_follows_a_slope_and_levels_noise():
 def test_the_curves_of_a_run_are_the_logs_values(tmp_path, x, per_step):
     """Training and validation of both losses over steps or minutes; the last validation's loss by
     offset."""
-    left, right = plot.draw_runs(["toy"], [plot.read_log(write_log(tmp_path / "toy"))], x).axes
+    left, right = plots.draw_runs(["toy"], [plots.read_log(write_log(tmp_path / "toy"))], x).axes
     assert lines(left) == [([per_step * i for i in steps], [parts(scale * i, 3)[name] for i in steps])
                            for name in ("next", "joint") for steps, scale in (((2, 4, 6, 8, 10), 1), ((4, 8), 10))]
     assert lines(right) == [([1, 2, 3], parts(80, 3)["offset"])]
@@ -99,12 +99,12 @@ def test_the_curves_of_a_run_are_the_logs_values(tmp_path, x, per_step):
 def test_a_model_without_a_head_has_the_next_token_curve_alone(tmp_path):
     """Also beside one with a head; where no run has offsets, validated or not, there is no panel
     for them."""
-    plain, cp = (plot.read_log(write_log(tmp_path / str(n), n)) for n in (1, 3))
-    (left,) = plot.draw_runs(["plain"], [plain]).axes
+    plain, cp = (plots.read_log(write_log(tmp_path / str(n), n)) for n in (1, 3))
+    (left,) = plots.draw_runs(["plain"], [plain]).axes
     assert len(lines(left)) == 2
-    left, right = plot.draw_runs(["plain", "cp"], [plain, cp]).axes
+    left, right = plots.draw_runs(["plain", "cp"], [plain, cp]).axes
     assert len(lines(left)) == 6 and len(lines(right)) == 1
-    (left,) = plot.draw_runs(["young"], [cp | {"val": []}]).axes
+    (left,) = plots.draw_runs(["young"], [cp | {"val": []}]).axes
     assert len(lines(left)) == 2
 
 
@@ -115,7 +115,7 @@ def test_a_model_without_a_head_has_the_next_token_curve_alone(tmp_path):
 @draws
 def test_bench_bars_are_the_speedups_and_bounds():
     """Measured, then bound; plain left out; other modes by name, if they have a speed-up."""
-    figure = plot.draw_bench(CARD, [*ROWS, row("graph", 0.0, 4.0), row("odd", 1.0, None)])
+    figure = plots.draw_bench(CARD, [*ROWS, row("graph", 0.0, 4.0), row("odd", 1.0, None)])
     speed, acceptance, steps = figure.axes
     labels = [label.get_text() for label in speed.get_yticklabels()]
     assert list(zip(labels, [bar.get_width() for bar in speed.patches])) == [
@@ -127,39 +127,21 @@ def test_bench_bars_are_the_speedups_and_bounds():
     assert all(str(CARD[key]) in figure.get_suptitle() for key in ("hardware", "device", "dtype", "n_future", "head"))
 
 
-def head_row(head, rank, temperature, tokens, speedup, n_future=3):
-    return row("speculative", temperature, speedup, tokens_per_step=tokens, head=head, rank=rank, n_future=n_future)
-
-
-RANKS = [head_row("cp", 4, 0.0, 2.0, 1.5), head_row("cp", 4, 1.0, 1.8, 1.2), head_row("cp", 1, 0.0, 1.7, 1.4),
-         head_row("cp", 1, 1.0, 1.6, 1.1), head_row("chain", 1, 0.0, 3.0, 2.5)]
-
-
-@draws
-def test_ranks_have_a_line_per_head_and_temperature():
-    """Points in the order of the rank, not of the rows; what was not measured is left out."""
-    tokens, speedups = plot.draw_ranks(CARD, RANKS).axes
-    assert lines(tokens) == [([1], [3.0]), ([1, 4], [1.7, 2.0]), ([1, 4], [1.6, 1.8])]
-    assert [y for _, y in lines(speedups)] == [[2.5], [1.4, 1.5], [1.1, 1.2]]
-
-
 @pytest.mark.parametrize("encoding,end", [("utf-8", "\n"), ("utf-8", "\n\n  \r\n"), ("utf-16", "\n"), ("utf-8-sig", "")])
-def test_ranks_are_read_from_what_the_bench_printed(tmp_path, encoding, end):
-    """As a shell writes it, PowerShell's UTF-16 and blank lines at the end included. Plain decoding
-    and heads of another n are left out."""
-    rows = [ROWS[0], *RANKS, head_row("cp", 1, 0.0, 9.0, 9.0, n_future=9)]
-    (tmp_path / "0.txt").write_text("a table\n" + json.dumps({"card": CARD, "rows": rows}) + end, encoding=encoding)
-    card, found = plot.read_bench(tmp_path / "0.txt")
-    assert found == RANKS and card.items() <= CARD.items()
+def test_a_bench_is_read_from_what_it_printed(tmp_path, encoding, end):
+    """As a shell writes it, PowerShell's UTF-16 and blank lines at the end included."""
+    (tmp_path / "0.txt").write_text("a table\n" + json.dumps({"card": CARD, "rows": ROWS}) + end, encoding=encoding)
+    assert plots.read_bench(tmp_path / "0.txt") == (CARD, ROWS)
 
 
 @pytest.mark.parametrize("text", ["", "\n", "a table\n", "{}\n", "[]", json.dumps({"card": CARD, "rows": ROWS[:1]}),
-                                  json.dumps({"card": {}, "rows": RANKS}), "\udcff",
-                                  json.dumps({"card": CARD, "rows": [RANKS[1] | {"rank": "one"}]})])
+                                  json.dumps({"card": {}, "rows": ROWS}), "\udcff",
+                                  json.dumps({"card": CARD, "rows": [ROWS[1] | {"temperature": "one"}]}),
+                                  json.dumps({"card": CARD, "rows": [ROWS[1] | {"histogram": [0]}]})])
 def test_another_file_than_the_benchs_is_refused(tmp_path, text):
     (tmp_path / "0.txt").write_text(text, errors="surrogateescape")
     with pytest.raises(BadInput, match=r"^\S+0\.txt does not end with the JSON object of this version's"):
-        plot.read_bench(tmp_path / "0.txt")
+        plots.read_bench(tmp_path / "0.txt")
 
 
 # -----------------------------------------------------------------------------
@@ -174,12 +156,12 @@ def test_the_script_writes_a_picture_and_changes_no_setting(tmp_path, monkeypatc
 
     settings = matplotlib.rcParams.copy()
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
-    (tmp_path / "bench.txt").write_text(json.dumps({"card": CARD, "rows": RANKS}))
+    (tmp_path / "bench.txt").write_text(json.dumps({"card": CARD, "rows": ROWS}))
     folders = [str(write_log(tmp_path / name, n)) for name, n in (("a", 3), ("b", 1))]
     for args, name, start in ((folders, "x.PNG", b"\x89PNG"), (folders, "y.pdf", b"%PDF"),
-                              (["--ranks", str(tmp_path / "bench.txt")], "z.svg", b"<?xml")):
-        monkeypatch.setattr(sys, "argv", ["plot.py", *args, "--output", str(tmp_path / "out" / name)])
-        plot.main()
+                              (["bench", str(tmp_path / "bench.txt")], "z.svg", b"<?xml")):
+        monkeypatch.setattr(sys, "argv", ["plots.py", *args, "--output", str(tmp_path / "out" / name)])
+        plots.main()
         assert (tmp_path / "out" / name).read_bytes().startswith(start)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["x.PNG", "y.pdf", "z.svg"]
     assert "matplotlib.pyplot" not in sys.modules and matplotlib.rcParams.copy() == settings
@@ -188,22 +170,22 @@ def test_the_script_writes_a_picture_and_changes_no_setting(tmp_path, monkeypatc
 @pytest.mark.parametrize("name", ["x.gif", "x", "png"])
 def test_unknown_formats_are_refused_before_anything_is_measured(name):
     with pytest.raises(BadInput, match=r"^\S+: the name of a picture must end in one of \.png, \.pdf, \.svg$"):
-        plot.check_plot(name)
+        plots.check_plot(name)
 
 
 def test_matplotlib_missing_is_one_line(tmp_path, monkeypatch):
-    """From the script, and from the bench's early question."""
+    """From the script, and from its early question."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     picture = str(tmp_path / "x.png")
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(write_log(tmp_path / "run")), "--output", picture])
-    for call in (plot.main, lambda: plot.check_plot(picture)):
+    monkeypatch.setattr(sys, "argv", ["plots.py", str(write_log(tmp_path / "run")), "--output", picture])
+    for call in (plots.main, lambda: plots.check_plot(picture)):
         with pytest.raises(BadInput, match="^Plots need matplotlib: python -m pip install matplotlib$"):
             call()
     assert not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("args", [["run"] * (len(plot.PALETTE) + 1), ["--ranks", "a", "b"], ["--ranks", "a", "--x", "iter"]])
+@pytest.mark.parametrize("args", [["run"] * (len(plots.PALETTE) + 1), ["bench"], ["bench", "a", "b"], ["bench", "a", "--x", "iter"]])
 def test_flags_that_do_not_go_together_are_refused(args, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["plot.py", *args, "--output", "x.png"])
+    monkeypatch.setattr(sys, "argv", ["plots.py", *args, "--output", "x.png"])
     with pytest.raises(SystemExit, match="2"):
-        plot.main()
+        plots.main()

@@ -1,6 +1,7 @@
 """What a head costs in training: a table over vocabulary, n and rank.
 
-    python bench_training.py --n_layer 6 --n_embd 384 --block_size 64 --batch_size 1 --joint_share 1
+    python -m experiments.bench_training --n_layer 6 --n_embd 384 --block_size 64 --batch_size 1 \\
+        --joint_share 1
 
 Steps of train.py's own loop on random tokens, with shapes and dtype from its flags. Every model is
 measured in a process of its own, which tells its peak memory, and in turn with the same trunk
@@ -23,11 +24,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import baselines
 import model
 from bench_speculative import hardware, timed
 from common import ArgumentParser, pick_device, run_script
-from model import GPT, BadInput, widen
+from heads import medusa
+from model import GPT, ROOT, BadInput, widen
 from train import Run, TrainConfig, add_flags, count, model_config, optimizer_step, pick_dtype
 
 FLAGS = ("device", "dtype", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias", "head", "target",
@@ -84,7 +85,7 @@ def measure(cfg, vocab_size, device_name, nanogpt, at_once=False, rounds=5):
     """
     device = torch.device(device_name)
     if at_once:
-        model.gold_log_prob = baselines.gold_log_prob = all_logits
+        model.gold_log_prob = medusa.gold_log_prob = all_logits
     tiny = replace(cfg, n_layer=1, n_head=1, n_embd=8, block_size=8, batch_size=1, grad_accum=1)
     stepper(tiny, 64, device, nanogpt)[1]()  # loads what PyTorch loads at its first use
     before = peak_bytes(device)
@@ -106,9 +107,9 @@ def measure(cfg, vocab_size, device_name, nanogpt, at_once=False, rounds=5):
 
 def measure_apart(*args):
     """measure(*args) in a fresh process; None where the memory does not suffice."""
-    command = [sys.executable, __file__, "--row", json.dumps(args)]
+    command = [sys.executable, "-m", "experiments.bench_training", "--row", json.dumps(args)]
     # in a session of its own: a Ctrl-C comes here alone, and run kills the process then
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
     if process.returncode == 0:
         return json.loads(process.stdout.splitlines()[-1])
     if process.returncode == -9:  # SIGKILL, which is what a system out of memory sends

@@ -1,13 +1,12 @@
-"""Draw the losses of one or several runs, or the bench of several heads.
+"""Draw the losses of one or several runs, or a bench.
 
-    python plot.py out/toy --output loss.png
-    python plot.py out/laptop_r1 out/laptop_r4 --x seconds --output loss.png
-    python plot.py --ranks bench.txt --output ranks.png
+    python -m experiments.plots out/toy --output loss.png
+    python -m experiments.plots out/laptop_r1 out/laptop_r4 --x seconds --output loss.png
+    python -m experiments.plots bench bench.json --output bench.png
 
-Left: the losses in train.py's log.jsonl, of training and of validation. Right: the last
-validation's loss by offset. With --ranks the file holds what bench_speculative.py --beside printed,
-and its heads are drawn over the rank. `bench_speculative.py --plot FILE` draws its own figure with
-draw_bench. Only this file needs matplotlib.
+Runs: left, the losses in train.py's log.jsonl, of training and of validation; right, the last
+validation's loss by offset. A bench: what bench_speculative.py said in a file, of which the last
+line counts. Only this file needs matplotlib.
 """
 
 import json
@@ -172,55 +171,23 @@ def draw_bench(card, rows):
 
 
 def read_bench(path):
-    """The card, and the rows of the heads that share its n_future, of the JSON object at the end of
-    the file that bench_speculative.py's output went to. BadInput if it does not end so.
+    """The card and the rows of the JSON object at the end of the file that bench_speculative.py's
+    output went to. BadInput if it does not end so.
     """
     data = Path(path).read_bytes()
     utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))  # what PowerShell's > writes
     try:
         bench = json.loads(data.decode("utf-16" if utf16 else "utf-8-sig").strip().splitlines()[-1])
-        keys = ("hardware", "device", "dtype", "vocab_size", "n_future")
-        card = {key: bench["card"][key] for key in keys}
-        rows = [row for row in bench["rows"] if row.get("n_future") == card["n_future"]]
-        [sum(row[key] for key in ("tokens_per_step", "speedup", "temperature", "rank"))
-         for row in rows][0]
-        [row["head"] + "" for row in rows]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        card = bench["card"]
+        [card[key] for key in ("hardware", "device", "dtype", "threads", "head", "n_future", "rank")]
+        drawn = [row for row in bench["rows"] if row["mode"] != "plain" and row.get("speedup")]
+        [row["speedup"] + row["temperature"] + (row.get("bound") or 0) for row in drawn][0]
+        [sum(filter(None, row["acceptance"])) / sum(row["histogram"])
+         for row in drawn if row["mode"] == "speculative"]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError):
         raise BadInput(f"{path} does not end with the JSON object of this version's "
                        "bench_speculative.py") from None
-    return card, rows
-
-
-def draw_ranks(card, rows):
-    """The Figure of several heads on one trunk, a colour per kind of head and a line per
-    temperature over the rank r.
-
-    card, rows: what read_bench returns. Left: the tokens that a speculative step writes. Right: its
-    speed-up over plain decoding, which is what is left of them when the head's own cost is paid.
-    """
-    figure, panels = new_figure(9, 4, (1, 1))
-    points = {}  # (head, temperature): [(rank, tokens per step, speed-up)]
-    for row in rows:
-        line = points.setdefault((row["head"], row["temperature"]), [])
-        line.append((row["rank"], row["tokens_per_step"], row["speedup"]))
-    kinds, temperatures = (sorted(set(keys)) for keys in zip(*points))
-    for (kind, temperature), line in sorted(points.items()):
-        style = dict(color=PALETTE[kinds.index(kind)], marker="o", ms=5,
-                     label=f"head {kind}, temperature {temperature:g}")
-        style |= dict(ls="-") if temperature == temperatures[0] else dict(ls="--", mfc="white")
-        ranks, tokens, speedups = zip(*sorted(line))
-        panels[0].plot(ranks, tokens, **style)
-        panels[1].plot(ranks, speedups, **style)
-    all_ranks = sorted({row["rank"] for row in rows})
-    for panel, title in zip(panels, ("tokens per step", "speed-up over plain decoding")):
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(all_ranks, all_ranks)
-        panel.minorticks_off()
-        panel.set(xlabel="rank r", title=title)
-    handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=9)
-    say(figure, "{hardware}, {device}, {dtype}, n = {n_future}, V = {vocab_size}", card)
-    return figure
+    return card, bench["rows"]
 
 
 def check_plot(path):
@@ -242,21 +209,20 @@ def save(figure, path):
 def main():
     parser = ArgumentParser(__doc__)
     parser.add_argument("runs", nargs="+", type=any_path,
-                        help=f"out_dir of train.py, or a log.jsonl; at most {len(PALETTE)}. With "
-                             "--ranks: the output of one bench_speculative.py --beside")
+                        help=f"out_dir of train.py, or a log.jsonl; at most {len(PALETTE)}. Or the word "
+                             "bench, and the output of one bench_speculative.py")
     parser.add_argument("--output", required=True, type=any_path,
                         help=f"the picture: {', '.join(FORMATS)}")
     parser.add_argument("--x", choices=X_AXES, help="x axis: steps, or the time of training (iter)")
-    parser.add_argument("--ranks", action="store_true", help="draw the heads of a bench over their rank")
     args = parser.parse_args()
-    if args.ranks and args.x:
-        parser.error("argument --x: with --ranks the x axis is the rank")
-    if len(args.runs) > (1 if args.ranks else len(PALETTE)):
-        parser.error("--ranks draws one bench" if args.ranks else
-                     f"at most {len(PALETTE)} runs, as many as there are colours")
+    bench = args.runs[0] == "bench"  # a run of that name is ./bench
+    if bench and (args.x or len(args.runs) != 2):
+        parser.error("bench draws one file, and has no --x")
+    if not bench and len(args.runs) > len(PALETTE):
+        parser.error(f"at most {len(PALETTE)} runs, as many as there are colours")
     check_plot(args.output)
-    if args.ranks:
-        figure = draw_ranks(*read_bench(args.runs[0]))
+    if bench:
+        figure = draw_bench(*read_bench(args.runs[1]))
     else:
         folders = [Path(run).parent if Path(run).is_file() else Path(run) for run in args.runs]
         names = [folder.resolve().name for folder in folders]
