@@ -1,4 +1,4 @@
-"""The graders of docs/exercises.md. Each is run on the answer in exercises.py (skipped while that is still to be
+"""The graders of course/exercises.md. Each is run on the answer in course/exercises.py (skipped while that is still to be
 written), on a reference, which is the repository's own function where there is one, and on wrong answers, which it
 must reject.
 
@@ -10,6 +10,7 @@ import copy
 import functools
 import json
 import math
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +22,11 @@ import torch
 from test_cp_head import SAD_CRIED, SHE_LOST, tiny_model, total_variation
 
 import decode
-import exercises
 import model as repository
+from course import exercises
 from decode import Sampling, Stats, generate_speculative, speculative_step
-from model import HEADS, ChainHead, Conditionals, CPHead, FullCPHead, GPTConfig
+from heads import chain, full
+from model import Conditionals, CPHead, GPTConfig
 
 # -----------------------------------------------------------------------------
 # how answers are graded
@@ -62,7 +64,7 @@ def shows(claim):
 
 
 def exercise(reference, *wrong):
-    """Makes a test of a grader: on the answer of its name in exercises.py, the reference, and wrong answers."""
+    """Makes a test of a grader: on the answer of its name in course/exercises.py, the reference, and wrong answers."""
     def decorate(grade):
         name = grade.__name__.removeprefix("test_")
         answers = [pytest.param("yours", id="yours"), pytest.param(reference, id="reference"),
@@ -80,7 +82,7 @@ def exercise(reference, *wrong):
                 except NotImplementedError as e:
                     if e.args:  # torch's own have a message
                         raise
-                    pytest.skip(f"exercises.py: {name} is still to be written")
+                    pytest.skip(f"course/exercises.py: {name} is still to be written")
             else:
                 grade(answer, **fixtures)
 
@@ -92,7 +94,7 @@ def exercise(reference, *wrong):
 def test_every_exercise_has_a_grader_and_a_place_in_the_document():
     tree = ast.parse(Path(exercises.__file__).read_text(encoding="utf-8"))
     public = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    text = (Path(__file__).parents[1] / "docs/exercises.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "course/exercises.md").read_text(encoding="utf-8")
     assert set(GRADERS) <= set(public) and all(f"`{name}" in text for name in GRADERS) and len(GRADERS) == 15
 
 
@@ -203,7 +205,7 @@ def test_floor_by_training(answer):
 
 def conditional(log_w, log_p, x):
     n, r, V = log_p.shape
-    head = FullCPHead(GPTConfig(vocab_size=V, n_embd=1, n_head=1, n_future=n, rank=r, head="full")).double()
+    head = full.Head(GPTConfig(vocab_size=V, n_embd=1, n_head=1, n_future=n, rank=r, head="full")).double()
     head.router.weight.data.zero_()
     head.router.bias.data, head.maps.data = log_w, log_p.unsqueeze(-1)
     rows = Conditionals(head, log_p.new_ones(1, 1), None, V)
@@ -523,7 +525,7 @@ def test_feed_drafts(answer):
 
 def chain_row(W, M, G, U, e, x):
     V, C = W.shape
-    head = ChainHead(GPTConfig(vocab_size=V, n_embd=C, n_head=1, n_future=2, head="chain")).double()
+    head = chain.Head(GPTConfig(vocab_size=V, n_embd=C, n_head=1, n_future=2, head="chain")).double()
     head.maps.data[1, 0], head.gate.data[0], head.out.data = M, G, U
     return head.rows(head.start(e[None], W), 2, torch.tensor([x]))[0, 0]
 
@@ -561,13 +563,13 @@ def predicted_speedup(plain_ms, step_ms, acceptance):
 
 
 def test_the_document_says_how_good_the_prediction_is():
-    ratios, root = [], Path(exercises.__file__).parent
+    ratios, root = [], Path(__file__).parents[1]
     for path in sorted((root / "results" / "laptop").glob("bench-*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))["bench"]["rows"]
         plain = {row["temperature"]: 1e3 / row["tokens_per_second"] for row in rows if row["mode"] == "plain"}
         ratios += [predicted_speedup(plain[row["temperature"]], row["step_ms"], [a or 0 for a in row["acceptance"]])
                    / row["speedup"] for row in rows if "parts_ms" in row]  # neither trees nor compiled steps
-    text = " ".join((root / "docs" / "exercises.md").read_text(encoding="utf-8").split())
+    text = " ".join((root / "course" / "exercises.md").read_text(encoding="utf-8").split())
     assert (f"In the {len(ratios)} speculative rows of `results/laptop` the prediction is {min(ratios):.2f} to "
             f"{max(ratios):.2f} times") in text, (len(ratios), min(ratios), max(ratios))
 
@@ -602,21 +604,21 @@ class NothingNew(CPHead):
     pass
 
 
-class DecodesWithoutItsTerm(ChainHead):
+class DecodesWithoutItsTerm(chain.Head):
     sees_drafts, start, rows = False, CPHead.start, CPHead.rows
 
 
-class DraftsMoreSharply(ChainHead):
+class DraftsMoreSharply(chain.Head):
     def rows(self, state, s, x):
         return 2 * super().rows(state, s, x)
 
 
-class ForgetsTheDrafts(ChainHead):
+class ForgetsTheDrafts(chain.Head):
     def prefix(self, state, s, log_b, seen):
         return log_b
 
 
-class MixesAtEachOffset(ChainHead):
+class MixesAtEachOffset(chain.Head):
     def log_joint(self, e, gold, unembed):
         return mixes_at_each_offset(self.log_weights(e), self.gold_log_probs(e, gold, unembed))
 
@@ -632,11 +634,12 @@ def says_something_new(rank):
     return not torch.allclose(*(m.head.log_joint(e, gold, W) for m in (mine, cp)), atol=1e-6)
 
 
-@exercise(ChainHead, NothingNew, DecodesWithoutItsTerm, DraftsMoreSharply, ForgetsTheDrafts, MixesAtEachOffset)
+@exercise(chain.Head, NothingNew, DecodesWithoutItsTerm, DraftsMoreSharply, ForgetsTheDrafts, MixesAtEachOffset)
 def test_MyHead(answer, monkeypatch):
-    """The tests that every head of the registry passes: a joint, its rows in training and in decoding, exact texts."""
+    """The tests that every head passes: a joint, its rows in training and in decoding, exact texts."""
     require(issubclass(answer, CPHead), "MyHead is a subclass of CPHead")
-    monkeypatch.setitem(HEADS, "mine", answer)
+    monkeypatch.setitem(sys.modules, "heads.mine", SimpleNamespace(Head=answer))
+    monkeypatch.setattr(repository, "words", lambda kind, words=repository.words: [*words(kind), "mine"])
     require(any(says_something_new(rank) for rank in (1, 2)), "MyHead says something else than CPHead, at rank 1 or 2")
     for rank in (1, 2):
         with shows(f"rank {rank}: each row sums to 1, and decoding has the rows of training"):

@@ -1,6 +1,6 @@
 """A course: twelve exercises on CP multi-token prediction and exact decoding.
 
-Start with docs/exercises.md. Each function here is yours to write; import what you need.
+Start with exercises.md beside this file. Each function here is yours to write; import what you need.
 
     python -m pytest tests/test_exercises.py -k joint      grades one of them
     python -m pytest tests/test_exercises.py -rs           all, and what is still to be written
