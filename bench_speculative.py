@@ -1,7 +1,6 @@
 """How much faster is speculative decoding than the fastest plain decoding of the same model?
 
     python bench_speculative.py --out_dir out/toy
-    python bench_speculative.py --out_dir out/toy --peers            beside transformers, same weights
     python bench_speculative.py --out_dir out/a --beside out/b       beside another head, same trunk
     python bench_speculative.py --out_dir out/toy --captured         beside steps that a GPU replays
 
@@ -20,20 +19,16 @@ import platform
 import statistics
 import time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from common import ArgumentParser, any_path, import_transformers, number, run_script
-from decode import (Stats, generate, generate_cached, generate_speculative, make_sampler,
-                    window_ids)
-from model import HEAD_FIELDS, BadInput
-from plot import check_plot, draw_bench, save
+from common import ArgumentParser, any_path, number, run_script
+from decode import Stats, generate_cached, generate_speculative, make_sampler, window_ids
+from model import HEAD_FIELDS, BadInput, door
 from sample import add_model_flags, fast_kernels, load, prompt_ids
 
 # -----------------------------------------------------------------------------
@@ -93,60 +88,6 @@ def hardware(device):
 
 
 # -----------------------------------------------------------------------------
-# other people's decoders on the same weights
-
-
-LOOKUP = 10  # tokens that prompt lookup drafts at most
-
-
-def to_transformers(model):
-    """The same GPT as a Hugging Face GPT2LMHeadModel: the same distribution of the next token, to
-    rounding. A pretrained model is one of transformers already.
-
-    BadInput without transformers, or where the target is not the LM head.
-    """
-    if hasattr(model, "lm"):
-        return model.lm
-    if model.config.target != "lm_head":
-        raise BadInput("--peers needs a model with target lm_head: others know nothing of the head's "
-                       "marginal.")
-    transformers = import_transformers("--peers")
-    c = model.config
-    peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=c.n_token, n_positions=c.block_size + LOOKUP, n_embd=c.n_embd, n_layer=c.n_layer,
-        n_head=c.n_head, activation_function="gelu", bos_token_id=None, eos_token_id=None))
-    peer = peer.to(device=model.device, dtype=model.dtype).eval()
-    ours, state = model.state_dict(), peer.state_dict()
-    with torch.no_grad():
-        for name, theirs in state.items():
-            tensor = ours.get(name)
-            if tensor is None:  # a bias that our model is without
-                theirs.zero_()
-            elif any(name.endswith(f"{layer}.weight") for layer in ("c_attn", "c_proj", "c_fc")):
-                theirs.copy_(tensor.T)  # they are stored as inputs x outputs
-            else:  # theirs has no padding ids, and positions past the block for the lookup's guesses
-                rows = min(len(theirs), len(tensor))
-                theirs[rows:].zero_()
-                theirs[:rows].copy_(tensor[:rows])
-    return peer
-
-
-def transformers_generate(peer, prompt, max_new_tokens, *, sampler, stop_token=None, stats=None,
-                          **options):
-    """peer.generate in the form of our decoders. Our generator seeds torch's own."""
-    peer.generation_config.eos_token_id = stop_token
-    options["do_sample"] = sampler.generator is not None
-    if options["do_sample"]:
-        seed = torch.randint(2**31, (), generator=sampler.generator, device=peer.device)
-        torch.manual_seed(seed.item())
-        options |= dict(temperature=1.0, top_k=0)
-    idx = torch.tensor([prompt], device=peer.device)
-    text = peer.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=max_new_tokens,
-                         **options)
-    return text[0, len(prompt) :].tolist()
-
-
-# -----------------------------------------------------------------------------
 # the measurement
 
 
@@ -182,9 +123,10 @@ def check_same_target(model, other, out_dir):
 
 class Bench:
     """prompts: lists of ids, or by kind a dict of such lists; stop_token ends a text. beside: other
-    heads on the model's trunk, a dict of names and models."""
+    heads on the model's trunk, a dict of names and models. modes: by name, to which one may add; about:
+    what `describe` is to say of these."""
 
-    def __init__(self, model, prompts, n_tokens, seed, peers=False, beside=None, stop_token=None):
+    def __init__(self, model, prompts, n_tokens, seed, beside=None, stop_token=None):
         self.model, self.device = model, model.device
         self.kinds = prompts if isinstance(prompts, dict) else {"all": prompts}
         self.prompts = [prompt for kind in self.kinds.values() for prompt in kind]
@@ -193,10 +135,7 @@ class Bench:
         self.models |= {f"speculative, {name}": other for name, other in (beside or {}).items()}
         self.modes = {"plain": Mode(generate_cached, model)}
         self.modes |= {name: Mode(generate_speculative, own, True) for name, own in self.models.items()}
-        if peers:
-            if not hasattr(model, "lm"):  # of a large model, it would take hours
-                self.modes["no_cache"] = Mode(generate, model)
-            self.add_transformers()
+        self.about = {}
         if model.config.target == "marginal":  # plain decoding pays for r heads: what is the trunk's part?
             lm_head_only = copy.copy(model)
             lm_head_only.config = replace(model.config, target="lm_head")
@@ -204,42 +143,24 @@ class Bench:
 
     def add_trees(self, sizes):
         """Draft trees of some sizes, by the heads that are measured already."""
-        from tree import check_tree, generate_tree  # which use batched.py, which uses this file
-
+        trees = door("mode", "draft_tree")
         for n_nodes, (name, model) in itertools.product(sizes, self.models.items()):
-            check_tree(model, n_nodes)
-            decoder = partial(generate_tree, n_nodes=n_nodes)
+            trees.check_tree(model, n_nodes)
+            decoder = partial(trees.generate, n_nodes=n_nodes)
             self.modes[f"{name}, tree of {n_nodes}"] = Mode(decoder, model, True, has_parts=False)
 
     def add_captured(self, compile):
         """Both decoders in steps of fixed shapes, which are compared with each other."""
-        from batched import check_head
-        from captured import DECODERS, check_captured  # the same
-
+        captured = door("mode", "captured")
         for model in self.models.values():
-            check_head(model)
-            check_captured(model, make_sampler(), compile)
-        how, (plain, speculative) = "compiled" if compile else "captured", DECODERS
+            captured.check_head(model)
+            captured.check_captured(model, make_sampler(), compile)
+        how, (plain, speculative) = "compiled" if compile else "captured", captured.DECODERS
         base = f"plain, {how}"
         self.modes[base] = Mode(partial(plain, compile=compile), self.model)
         for name, model in self.models.items():
             decoder = partial(speculative, compile=compile)
             self.modes[f"{name}, {how}"] = Mode(decoder, model, True, base=base, has_parts=False)
-
-    def add_transformers(self):
-        """transformers' two decoders, with the kernels that are faster for them, default or ours."""
-        peer = to_transformers(self.model)
-        kernels = {"default": nullcontext, "without oneDNN": partial(fast_kernels, self.model)}
-        seconds = {name: [] for name in kernels}
-        for _ in range(4):
-            for name, context in kernels.items():
-                self.modes["transformers"] = Mode(transformers_generate, peer, kernels=context)
-                seconds[name].append(self.time_one("transformers"))
-        self.peer_kernels = min(seconds, key=lambda name: min(seconds[name][1:]))  # the first warms up
-        best = kernels[self.peer_kernels]
-        self.modes["transformers"] = Mode(transformers_generate, peer, kernels=best)
-        lookup = partial(transformers_generate, prompt_lookup_num_tokens=LOOKUP)
-        self.modes["transformers_prompt_lookup"] = Mode(lookup, peer, kernels=best)
 
     def decode(self, name, temperature, seed, prompts=None, **options):
         """Continue the prompts, or all of them; returns the texts."""
@@ -373,19 +294,15 @@ def distinct(texts, length=8):
 def describe(bench, args):
     """What was measured, on what."""
     config, device, (trunk, head) = bench.model.config, bench.device, bench.model.n_params()
-    card = {
+    return {
         "out_dir": args.out_dir, "device": str(device), "hardware": hardware(device),
         "torch": torch.__version__, "dtype": str(bench.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "trunk_parameters": trunk, "head_parameters": head,
         **{name: getattr(config, name) for name in HEAD_FIELDS}, "target": config.target,
         "vocab_size": config.n_token, "prompts": len(bench.prompts),
-        "tokens_per_prompt": bench.n_tokens, "rounds": args.rounds, "seed": args.seed,
+        "tokens_per_prompt": bench.n_tokens, "rounds": args.rounds, "seed": args.seed, **bench.about,
     }
-    if args.peers:
-        card |= {"transformers": version("transformers"), "transformers_kernels": bench.peer_kernels,
-                 "prompt_lookup_tokens": LOOKUP}
-    return card
 
 
 def print_card(card, bench):
@@ -443,8 +360,8 @@ def print_differences(differences):
 # -----------------------------------------------------------------------------
 
 
-def parse_args():
-    parser = ArgumentParser(__doc__)
+def parse_args(description):
+    parser = ArgumentParser(description)
     add_model_flags(parser)
     parser.add_argument("--rounds", type=number(int, 5), default=7,
                         help="interleaved rounds, at least 5: the median of fewer is noise (7)")
@@ -453,28 +370,22 @@ def parse_args():
                              "the block, or half of it; at most 256)")
     parser.add_argument("--threads", type=number(int, 1, 1024),
                         help="CPU threads (the number that is best for plain decoding)")
-    parser.add_argument("--peers", action="store_true",
-                        help="also time transformers, and for a model from here decoding without a cache, on "
-                             "the same weights")
     parser.add_argument("--beside", metavar="OUT_DIR", nargs="+", type=any_path, default=[],
                         help="also time the heads of other checkpoints, trained on the same frozen trunk")
     parser.add_argument("--tree", type=number(int, 1, 1024), nargs="+", default=[], metavar="NODES",
-                        help="also time trees of so many drafts: see tree.py")
+                        help="also time trees of so many drafts: see decoders/draft_tree.py")
     parser.add_argument("--captured", action="store_true",
                         help="also time both decoders in steps of fixed shapes, which a GPU replays")
     parser.add_argument("--compile", action="store_true",
                         help="the same, in steps that torch.compile has compiled, some 15 s for each "
                              "decoder, temperature and size of the cache (needs a C++ compiler)")
-    parser.add_argument("--plot", type=any_path, metavar="FILE.png",
-                        help="draw the speed-ups, the acceptance and the histogram")
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
+def main(description=__doc__, add_modes=None):
+    """Measure. add_modes(bench) may add other modes before."""
+    args = parse_args(description)
     torch.set_flush_denormal(True)  # probabilities below 1e-38 are 0; x86 would be slow at them
-    if args.plot:
-        check_plot(args.plot)  # now, not after minutes of measuring
     model, enc, ckpt = load(args.out_dir, args.device, args.dtype)
     if model.head is None:
         raise BadInput(f"{args.out_dir} has n_future = 1: there is no head to draft from, so nothing to "
@@ -488,11 +399,10 @@ def main():
         prompts.setdefault(kind, []).append(prompt_ids(enc, text, chat))
     room = model.config.block_size - max(len(prompt) for kind in prompts.values() for prompt in kind)
     n_tokens = args.max_new_tokens or min(256, max(room, model.config.block_size // 2, 2))
-    if args.peers and n_tokens > room:
-        raise BadInput("--peers: transformers' window does not move on, so --max_new_tokens must be at "
-                       f"most {room}.")
     stop_token = enc.eot_token if chat else None
-    bench = Bench(model, prompts, n_tokens, args.seed, args.peers, beside, stop_token)
+    bench = Bench(model, prompts, n_tokens, args.seed, beside, stop_token)
+    if add_modes is not None:
+        add_modes(bench)
     bench.add_trees(args.tree)
     for compile in [False] * args.captured + [True] * args.compile:
         bench.add_captured(compile)
@@ -507,8 +417,6 @@ def main():
                                 if name not in ("plain", "lm_head_only")}
     print_differences(card["first_difference"])
     print(json.dumps({"card": card, "rows": greedy + sampled}), flush=True)
-    if args.plot:
-        save(draw_bench(card, greedy + sampled), args.plot)
 
 
 if __name__ == "__main__":

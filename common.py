@@ -24,9 +24,7 @@ from filelock import FileLock, Timeout  # comes with torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import baselines  # noqa: F401  (its heads join the registry)
-import masks  # noqa: F401
-from model import GPT, HEADS, BadInput, GPTConfig
+from model import GPT, BadInput, GPTConfig, door, head_class, words
 from tokenizer import gpt2_tokenizer, load_tokenizer, read_characters
 
 # -----------------------------------------------------------------------------
@@ -100,8 +98,8 @@ def run_script(main):
         then = "; free some space and try again" if e.errno in DISK_FULL else ""
         sys.exit(f"{e.filename or 'writing'}: {e.strerror or e}{then}")
     except (MemoryError, RuntimeError) as e:  # torch has words for it, and on a CPU no class
-        words = "out of memory|not enough memory|allocate memory"
-        if not isinstance(e, MemoryError) and not re.search(words, str(e)):
+        about_memory = "out of memory|not enough memory|allocate memory"
+        if not isinstance(e, MemoryError) and not re.search(about_memory, str(e)):
             raise
         sys.exit(f"Out of memory ({' '.join(str(e).split())[:200]}). A smaller model, --batch_size or "
                  "--block_size needs less.")
@@ -359,8 +357,8 @@ def head_state(model, old, head, fresh_head):
     if kind == config.head:
         return head
     for name, base in ((config.head, kind), (kind, config.head)):
-        if name in HEADS and HEADS[name].extends == base:
-            added = {f"head.{part}" for part in HEADS[name].added}
+        if name in words("head") and head_class(name).extends == base:
+            added = {f"head.{part}" for part in head_class(name).added}
             kept = {part: tensor for part, tensor in head.items() if part not in added}
             return kept | {part: tensor for part, tensor in fresh.items() if part in added}
     return fresh
@@ -439,14 +437,13 @@ def read_meta(data_dir):
         if all(bins) and not path.with_name(".lock").exists():
             return nanogpt_meta(path.parent)
         raise BadInput(f"There is no data in {data_dir}; write some: {again}, or for a model of "
-                       f"transformers: python pretrained.py generate --data_dir {data_dir} ...")
+                       f"transformers: python -m pretrained.generate --data_dir {data_dir} ...")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         meta = None
     if isinstance(meta, dict) and "trunk" in meta:
-        from pretrained import check_texts  # which imports this file
-        return check_texts(path.parent, meta)
+        return door("trunk", "texts").check_texts(path.parent, meta)
     check_meta(meta, path)
     for name in ("train", "val"):
         file, split = path.with_name(f"{name}.bin"), meta["splits"][name]

@@ -6,8 +6,8 @@
                           forward pass of n tokens (arXiv 2410.17765, 2403.10444).
 
 All three yield token ids one by one, at batch size 1. A sampler says how: `Sampling` draws,
-`Greedy` takes the argmax, `Coupled` ties its random numbers to the place in the text. Every sampler
-has the same two methods, draw and verify.
+`Greedy` takes the argmax; decoders/coupled.py has another one. Every sampler has the same two methods,
+draw and verify.
 
 Reading order: `draft`, `verify`, `speculative_step`. The accept rule is `verify` and what it calls.
 """
@@ -49,7 +49,7 @@ def warp(logits, temperature=1.0, top_k=None, top_p=None):
 
 def uniform(shape, dtype, device, generator):
     """Random numbers in [0, 1): from a torch.Generator, from torch's own if it is None, or from
-    what has them ready, the Noise of captured.py."""
+    what has them ready, the Noise of decoders/captured.py."""
     if hasattr(generator, "take"):
         return generator.take(shape)
     return torch.rand(shape, generator=generator, dtype=dtype, device=device)
@@ -179,36 +179,6 @@ class Greedy:
         return keep_equal(logits.argmax(-1), drafted)
 
 
-class Coupled(Sampling):
-    """Sampling with random numbers that belong to the place in the text (Gumbel coupling).
-
-    The token at place t is argmax_x p(x) / E_t(x), where the exponential noise E_t depends on the
-    seed and on t alone. That is a draw from p, so the text is a function of the seed and the model,
-    whatever was drafted: all decoders write the same one. A draft is kept where it is that token,
-    which happens less often than `verify` allows. One object serves one text. seed: below 2**32.
-    """
-
-    def __init__(self, seed, temperature=1.0, top_k=None, top_p=None, device="cpu"):
-        super().__init__(temperature, top_k, top_p, torch.Generator(device))
-        self.seed, self.place = seed, 0
-
-    def draw(self, logits):
-        p = self.warp(logits)
-        tokens = torch.empty(p.shape[:-1], dtype=torch.long, device=p.device)
-        for i, row in enumerate(p.flatten(0, -2)):  # the places from self.place on
-            self.generator.manual_seed((1_000_003 * self.seed + self.place + i) % 2**32)
-            noise = torch.empty_like(row, dtype=torch.float64)
-            tokens.view(-1)[i] = (row / noise.exponential_(generator=self.generator)).argmax()
-        self.place += tokens.numel()
-        return tokens, p
-
-    def verify(self, logits, q, drafted):
-        first = self.place = self.place - drafted.numel()  # of the first draft, which self drew, too
-        n_accepted, token = keep_equal(self.draw(logits)[0], drafted)
-        self.place = first + n_accepted.item() + 1
-        return n_accepted, token
-
-
 def keep_equal(tokens, drafted):
     """Keep the drafts (..., k) up to the first that is not the target's own token, of (..., k + 1)."""
     n_accepted = (tokens[..., :-1] == drafted).cumprod(-1).sum(-1, keepdim=True)
@@ -334,7 +304,7 @@ def generate_speculative(model, prompt, max_new_tokens, lap=lambda part: None, d
                          **options):
     """Self-speculative decoding, 1..n tokens per forward pass. Options: see `stream`.
 
-    lap: see `speculative_step`; the prefill has parts trunk and target. drafter: draft_length.py.
+    lap: see `speculative_step`; the prefill has parts trunk and target. drafter: decoders/draft_length.py.
     """
     if model.head is None:
         raise BadInput("n_future = 1: there is no head to draft from; use generate_cached")
@@ -346,8 +316,8 @@ def generate_speculative(model, prompt, max_new_tokens, lap=lambda part: None, d
 def stream(blocks, model, prompt, max_new_tokens, *, sampler=None, stop_token=None, stats=None):
     """What all decoders share: yields up to max_new_tokens ids that continue prompt, a list of ids.
 
-    sampler: `Sampling` (the default, at temperature 1), `Greedy` or `Coupled`. stop_token: the id
-    that ends the text; it is yielded. stats: a Stats to count in.
+    sampler: `Sampling` (the default, at temperature 1), `Greedy` or another. stop_token: the id that
+    ends the text; it is yielded. stats: a Stats to count in.
 
     blocks(model, tokens, sampler) yields (new tokens, number of drafts or None for the prefill) for
     ever. `until_end` is the one place where text ends, so no decoder can overshoot or miss a stop
@@ -371,8 +341,8 @@ def check_call(model, prompt):
     n_token = model.config.n_token
     is_list = isinstance(prompt, (list, tuple)) and len(prompt)
     if not is_list or not all(isinstance(x, int) and 0 <= x < n_token for x in prompt):
-        raise BadInput(f"a prompt must be a non-empty list of ids below {n_token}; batched.py "
-                       "takes a list of prompts")
+        raise BadInput(f"a prompt must be a non-empty list of ids below {n_token}; "
+                       "decoders/batched.py takes a list of prompts")
 
 
 def until_end(new, left, stop_token):

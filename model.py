@@ -7,16 +7,18 @@ position t:
 
     P(x_{t+1}, ..., x_{t+n} | x_{<=t}) = sum_a w_a(e) * prod_s P_a^(s)(x_{t+s} | e)             (1)
 
-Read `GPT.loss` first, then `CPHead`. HEADS is the registry that --head chooses from.
+Read `GPT.loss` first, then `CPHead`. The other heads are in heads/: --head names a file there.
 
 Shapes use the field's names: B batch, T time, N = B * T, C = n_embd, V = vocab_size, n = n_future,
 r = rank. An offset s = 1..n counts the tokens from position t on. Log-probabilities are float32 or
 wider, whatever the model is.
 """
 
+import importlib
 import math
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -30,6 +32,35 @@ class BadInput(ValueError):
     A script prints that line and ends; a bug is another exception and keeps its traceback.
     """
 
+
+# -----------------------------------------------------------------------------
+# the door: files in folders, by a word of the user's or of a checkpoint's
+
+ROOT = Path(__file__).resolve().parent
+FOLDERS = {"head": "heads", "mode": "decoders", "trunk": "pretrained"}
+
+
+def words(kind):
+    """The words that open a door of a kind: names of files with a class Head or a function generate."""
+    what = {"head": "\nclass Head(", "mode": "\ndef generate("}.get(kind, "")
+    return sorted(path.stem for path in (ROOT / FOLDERS[kind]).glob("*.py")
+                  if what in path.read_text(encoding="utf-8") and path.stem != "__init__")
+
+
+def door(kind, word):
+    """The module behind a word of the user's or of a checkpoint's: a file that is there, and nothing else."""
+    if word not in words(kind):
+        raise BadInput(f"{kind} must be one of {', '.join(words(kind))}, not {word!r}")
+    return importlib.import_module(f"{FOLDERS[kind]}.{word}")
+
+
+def head_class(name):
+    """CPHead for "cp", else the class Head of the file of that name."""
+    return CPHead if name == "cp" else door("head", name).Head
+
+
+# -----------------------------------------------------------------------------
+# the configuration
 
 HEAD_FIELDS = ("head", "n_future", "rank", "draft_vocab")  # of GPTConfig: which head it is
 
@@ -45,7 +76,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True
     # the head
-    head: str = "cp"  # a name in HEADS
+    head: str = "cp"  # "cp", or a file in heads/
     n_future: int = 1  # n, tokens predicted at once; 1 is plain nanoGPT without a head
     rank: int = 1  # r, components of the mixture; 1 is independent heads
     target: str = "marginal"  # p(next token): "marginal", sum_a w_a P_a^(1); "lm_head", the trunk's
@@ -65,8 +96,9 @@ class GPTConfig:
             raise BadInput(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
         if self.n_token > self.vocab_size:
             raise BadInput(f"n_token {self.n_token} is more than vocab_size {self.vocab_size}")
-        if self.head not in HEADS:
-            raise BadInput(f"head must be one of {', '.join(HEADS)}, not {self.head!r}")
+        heads = ("cp", *words("head"))
+        if self.head not in heads:
+            raise BadInput(f"head must be one of {', '.join(heads)}, not {self.head!r}")
         if self.target not in ("marginal", "lm_head"):
             raise BadInput(f"target must be marginal or lm_head, not {self.target!r}")
         K = self.draft_vocab
@@ -170,7 +202,7 @@ NO_PLACE = -100  # of a token that cannot be drafted; F.cross_entropy ignores it
 class CPHead(nn.Module):
     """The CP head of the paper, reduced: P_a^(s) = softmax(W M_a^(s) e), with the trunk's W.
 
-    A head of your own is a subclass that overrides what differs, and a line in HEADS:
+    A head of your own is a subclass named Head, in a file of heads/, which overrides what differs:
 
         vectors        h_a^(s), which W turns into logits, from e alone, for the offsets asked for:
                        with __init__ and new_maps, all that an MLP in the place of M changes
@@ -179,7 +211,7 @@ class CPHead(nn.Module):
         start, rows    the same in decoding, one offset after another; then set sees_drafts
 
     At s = 1 there are no such tokens: log_marginal, the target "marginal", is from vectors alone.
-    test_cp_head.py runs over HEADS and says where these methods do not agree.
+    test_cp_head.py runs over the heads and says where these methods do not agree.
 
     The components must not start as copies of one another: where they agree, the router has no
     gradient, and nothing but its own noise parts them.
@@ -191,7 +223,7 @@ class CPHead(nn.Module):
     sees_drafts = False  # whether P_a^(s) depends on the tokens between t and t + s
     reads_trunk = False  # whether `see` needs more of the trunk than some of its last states
     extends, added = None, ()  # the head that a trained one can become this by adding parameters
-    text = None  # the cache in which GPT.loss lets a head's own positions through: see masks.py
+    text = None  # the cache in which GPT.loss lets a head's own positions through: see heads/masks.py
 
     def __init__(self, config):
         super().__init__()
@@ -332,121 +364,6 @@ class CPHead(nn.Module):
         return torch.logsumexp(self.log_weights(e).unsqueeze(-1) + log_p, dim=-2)
 
 
-class FullCPHead(CPHead):
-    """The CP head with an unembedding of its own for every factor: P_a^(s) = softmax(W_a^(s) e).
-
-    n * r * V * C parameters, so it is for small vocabularies. Its vectors are the logits already.
-    """
-
-    @staticmethod
-    def new_maps(config):
-        """W_a^(s) (n, r, V, C)."""
-        return 0.02 * torch.randn(config.n_future, config.rank, config.vocab_size, config.n_embd)
-
-    def unembed(self, h, unembed):
-        return widen(h)
-
-    def gold_log_probs(self, e, gold, unembed):
-        n, r = self.maps.shape[:2]
-        maps = self.maps.flatten(0, 1).unbind()  # not indexing: unbind's backward is one gradient
-        log_p = [gold_log_prob(e, maps[s * r + a], gold[:, s], len(e))
-                 for s in range(n) for a in range(r)]
-        return torch.stack(log_p, dim=-1).unflatten(-1, (n, r))
-
-
-class ChainHead(CPHead):
-    """A CP head whose factors also see the token before their own: a mixture of Markov chains.
-
-        h_a^(s) = M_a^(s) e + U (norm(W[x_{t+s-1}]) * G^(s) e),   s > 1                             (4)
-
-    It is not in the paper. * goes element by element, and norm is a LayerNorm without weights. In
-    the logits the term is a table of token pairs of rank C, whose C parts are weighted by what e
-    says. U starts at 0, where this is the CP head.
-    """
-
-    sees_drafts = True
-    extends, added = "cp", ("gate", "out")
-
-    def __init__(self, config):
-        super().__init__(config)
-        n, C = config.n_future, config.n_embd
-        self.gate = nn.Parameter(torch.randn(n - 1, C, C) / C**0.5)  # G^(s), s = 2..n
-        self.out = nn.Parameter(torch.zeros(C, C))  # U, which all offsets and components share
-
-    def gates(self, e):
-        """G^(s) e, s = 2..n: e (..., C) -> (..., n - 1, C)."""
-        return F.linear(e, self.gate.flatten(0, 1)).view(*e.shape[:-1], *self.gate.shape[:2])
-
-    def term(self, row, gate):
-        """The second term of (4): row (..., C) of W, the token's; gate (..., C), G^(s) e."""
-        return F.linear(F.layer_norm(row, row.shape[-1:]) * gate, self.out)
-
-    def vectors_along(self, e, gold, unembed):
-        term = self.term(F.embedding(gold[:, :-1], unembed), self.gates(e))  # (N, n - 1, C)
-        return self.vectors(e) + F.pad(term, (0, 0, 1, 0)).unsqueeze(2)  # 0 where s = 1
-
-    def start(self, e, unembed):
-        return self.vectors(e).unbind(1), self.gates(e).unbind(1), unembed
-
-    def rows(self, state, s, x):
-        h, gates, unembed = state
-        h_s = h[s - 1]  # (B, r, C)
-        if s > 1:
-            h_s = h_s + self.term(unembed.index_select(0, x), gates[s - 2]).unsqueeze(1)
-        return self.unembed(h_s, unembed).log_softmax(-1)
-
-
-class RecurrentHead(CPHead):
-    """A CP head whose components are recurrent: they see all tokens between t and their own.
-
-        h_a^(1) = M_a e
-        h_a^(s) = h_a^(s-1) + W3 gelu(W2 gelu(W1 [norm(h_a^(s-1)); norm(W[x_{t+s-1}])])),   s > 1      (5)
-
-    It is not in the paper; r = 1 is after NextLat (arXiv 2511.05963), and akin to ReDrafter
-    (2403.09919) and Hydra (2402.05109). One MLP serves all offsets and components. W3 starts at 0,
-    where every offset is the first one.
-    """
-
-    sees_drafts = True
-
-    def __init__(self, config):
-        super().__init__(config)
-        C = config.n_embd
-        self.fc1 = nn.Linear(2 * C, 2 * C, bias=False)
-        self.fc2 = nn.Linear(2 * C, 2 * C, bias=False)
-        self.fc3 = nn.Linear(2 * C, C, bias=False)
-        nn.init.zeros_(self.fc3.weight)
-
-    @staticmethod
-    def new_maps(config):
-        """M_a (1, r, C, C): the identity and noise."""
-        C = config.n_embd
-        return torch.eye(C) + 0.02 * torch.randn(1, config.rank, C, C)
-
-    def step(self, h, row):
-        """(5): h (..., r, C) of one offset, row (..., C) of W, the token's -> h of the next one."""
-        row = F.layer_norm(row, row.shape[-1:]).unsqueeze(-2).expand_as(h)
-        x = torch.cat((F.layer_norm(h, h.shape[-1:]), row), dim=-1)
-        return h + self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x)))))
-
-    def vectors_along(self, e, gold, unembed):
-        h = [self.vectors(e)[:, 0]]  # (N, r, C)
-        for row in F.embedding(gold[:, :-1], unembed).unbind(1):
-            h.append(self.step(h[-1], row))
-        return torch.stack(h, dim=1)
-
-    def start(self, e, unembed):
-        return {"h": self.vectors(e)[:, 0], "unembed": unembed}
-
-    def rows(self, state, s, x):
-        if s > 1:  # to be asked for in order: the state moves along
-            state["h"] = self.step(state["h"], state["unembed"].index_select(0, x))
-        return self.unembed(state["h"], state["unembed"]).log_softmax(-1)
-
-
-HEADS = {"cp": CPHead, "full": FullCPHead, "chain": ChainHead, "recurrent": RecurrentHead}
-
-
 class Conditionals:
     """The rows that drafts are drawn from: log P(x_s | x_1, ..., x_{s-1}, e), one after another, for
     the states e (B, C) of B texts.
@@ -555,7 +472,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():  # as GPT-2 scales residual projections
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-        self.head = HEADS[config.head](config).attach(self) if config.n_future > 1 else None
+        self.head = head_class(config.head)(config).attach(self) if config.n_future > 1 else None
 
     @staticmethod
     def _init_weights(module):
@@ -618,7 +535,7 @@ class GPT(nn.Module):
         idx (B, T); gold (B, T, n): gold[b, t, s - 1] is the token s places after idx[b, t].
             target "marginal": joint + balance_weight * balance
             target "lm_head":  next + joint_weight * joint + balance_weight * balance (and a loss of
-                               the head's own beside joint, if it has one: see masks.py)
+                               the head's own beside joint, if it has one: see heads/masks.py)
         joint_share < 1: the joint sees that share of the positions, drawn anew every time, at that
         share of its cost. The loss stays unbiased, and neighbouring windows share n - 1 of their
         tokens anyway.

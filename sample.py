@@ -5,10 +5,9 @@
     python sample.py --out_dir out/toy --show_drafts
 
 speculative (the default of a model with a head), plain and oracle draw from the same distribution,
-see decode.py, and so do captured and tree, see the files of these names.
+see decode.py, and so do the other modes, see the files of these names in decoders/.
 """
 
-import importlib
 import os
 import sys
 import time
@@ -18,12 +17,11 @@ import torch
 
 from common import (ArgumentParser, any_path, any_seed, check_meta, load_model, number, pick_device,
                     onednn, read_checkpoint, run_script, utf8)
-from decode import Coupled, Stats, generate, generate_cached, generate_speculative, make_sampler
-from model import BadInput
+from decode import Stats, generate, generate_cached, generate_speculative, make_sampler
+from model import BadInput, door, words
 from tokenizer import TextStream, encode, load_tokenizer
 
 MODES = {"speculative": generate_speculative, "plain": generate_cached, "oracle": generate}
-MORE_MODES = {"captured": "generate_speculative_captured", "tree": "generate_tree"}  # by file
 
 
 def load(out_dir, device="auto", dtype="auto"):
@@ -31,8 +29,7 @@ def load(out_dir, device="auto", dtype="auto"):
     path, device = Path(out_dir) / "ckpt.pt", pick_device(device)
     ckpt = read_checkpoint(path)
     if "trunk" in ckpt:  # a head on a model of transformers
-        from pretrained import load_checkpoint
-        model, enc = load_checkpoint(ckpt, path, device, dtype)
+        model, enc = door("trunk", "adapter").load_checkpoint(ckpt, path, device, dtype)
         model = model.to(device, model.dtype).eval()
         model.pack()
         return model, enc, ckpt
@@ -69,7 +66,7 @@ def prompt_ids(enc, text, chat=False):
     if hasattr(enc, "prompt_ids"):
         return enc.prompt_ids(text, chat)
     if chat:
-        raise BadInput("--chat needs a chat model of transformers, see pretrained.py.")
+        raise BadInput("--chat needs a chat model of transformers, see pretrained/.")
     if enc.eot_token is not None:
         return [enc.eot_token, *encode(enc, text)]
     return encode(enc, text or ("\n" if "\n" in enc.ids else enc.characters[0]))
@@ -116,9 +113,9 @@ def add_model_flags(parser):
 def parse_args():
     parser = ArgumentParser(__doc__)
     add_model_flags(parser)
-    parser.add_argument("--mode", choices=[*MODES, *MORE_MODES],
+    parser.add_argument("--mode", choices=[*MODES, *words("mode")],
                         help="decoder (speculative where there is a head, else plain); captured is the one "
-                             "for a GPU, tree one for large models at temperature 0")
+                             "for a GPU, draft_tree one for large models at temperature 0")
     parser.add_argument("--prompt", type=utf8, default="", help="beginning of the text (none)")
     parser.add_argument("--chat", action="store_true",
                         help="the prompt is a user's message, in the template of a pretrained model")
@@ -144,9 +141,7 @@ def is_terminal():
 
 
 def decoder(mode):
-    if mode in MORE_MODES:  # they import this file
-        return getattr(importlib.import_module(mode), MORE_MODES[mode])
-    return MODES[mode]
+    return MODES[mode] if mode in MODES else door("mode", mode).generate
 
 
 def write_sample(args, model, enc, mode, sampler, colour):
@@ -184,7 +179,7 @@ def main():
     with fast_kernels(model):
         for i in range(args.num_samples):
             if args.coupled and args.temperature:
-                sampler = Coupled(args.seed + i, *options, device=model.device)
+                sampler = door("mode", "coupled").Coupled(args.seed + i, *options, device=model.device)
             else:
                 sampler = make_sampler(*options, generator)
             samples.append(write_sample(args, model, enc, mode, sampler, colour))

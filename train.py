@@ -32,7 +32,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from common import (ArgumentParser, Batches, any_path, any_seed, bfloat16_is_faster, check_tokenizer,
                     check_writable, compiled, load_model, locked, number, padded, pick_device,
                     progress_bar, read_checkpoint, read_meta, replacing, run_script, stop_signals)
-from model import GPT, HEAD_FIELDS, HEADS, BadInput, GPTConfig
+from model import GPT, HEAD_FIELDS, BadInput, GPTConfig, door, head_class, words
 
 
 def flag(default, text, check=None):
@@ -66,7 +66,7 @@ class TrainConfig:
     n_embd: int = flag(192, "width of the trunk", count)
     dropout: float = flag(0.0, "dropout probability", number(float, 0, 0.99))
     bias: bool = flag(False, "biases in the trunk's Linears and LayerNorms")
-    head: str = flag("cp", "the head, a name in model.py's HEADS", tuple(HEADS))
+    head: str = flag("cp", "the head: cp, or a file in heads/", ("cp", *words("head")))
     n_future: int = flag(4, "n, tokens predicted at once; 1 is plain nanoGPT", count)
     rank: int = flag(4, "r, components of the head's mixture; 1 is independent heads", count)
     draft_vocab: int = flag(0, "K, the head drafts the K most frequent tokens alone, which needs "
@@ -303,8 +303,7 @@ class Run:
         self.cfg, self.model, self.meta, self.device = cfg, model.to(device).train(), meta, device
         self.model.teacher, self.loss = cfg.teacher, model.loss
         if cfg.teacher != "text" and "trunk" not in meta:
-            import pretrained
-            self.loss = partial(pretrained.loss_on_frozen_trunk, model)
+            self.loss = partial(door("trunk", "losses").loss_on_frozen_trunk, model)
         dtype = pick_dtype(cfg.dtype, device)
         half = dtype != torch.float32
         self.autocast = torch.autocast(device.type, dtype) if half else nullcontext()
@@ -410,8 +409,7 @@ class Run:
 def read_data(cfg, meta, split, device):
     """The batches of a split: windows of text, or the stored states of a pretrained trunk."""
     if "trunk" in meta:
-        import pretrained
-        return pretrained.States(cfg.data_dir, meta, cfg, split, device)
+        return door("trunk", "texts").States(cfg.data_dir, meta, cfg, split, device)
     return Windows(Path(cfg.data_dir) / f"{split}.bin", cfg, device)
 
 
@@ -427,18 +425,17 @@ def new_run(cfg, given):
                        "larger --n_future.")
     if cfg.freeze_trunk and not cfg.init_from and "trunk" not in meta:
         raise BadInput(f"--freeze_trunk needs a trunk that is trained, and {cfg.data_dir} holds text alone: "
-                       "name a checkpoint with --init_from, or the --data_dir of pretrained.py generate")
+                       "name a checkpoint with --init_from, or the --data_dir of pretrained.generate")
     if cfg.fresh_head and not cfg.init_from:
         raise BadInput("--fresh_head leaves the head of a checkpoint out; name the checkpoint with "
                        "--init_from.")
-    if cfg.teacher != "text" and (not frozen or cfg.target != "lm_head"
-                                  or HEADS[cfg.head].reads_trunk):
+    reads_trunk = head_class(cfg.head).reads_trunk
+    if cfg.teacher != "text" and (not frozen or cfg.target != "lm_head" or reads_trunk):
         raise BadInput(f"--teacher {cfg.teacher} lets a head learn from its trunk's own rows: it needs "
                        "--freeze_trunk, --target lm_head and a head that reads the trunk's last states "
-                       f"alone, which {cfg.head} does{' not' * HEADS[cfg.head].reads_trunk}.")
+                       f"alone, which {cfg.head} does{' not' * reads_trunk}.")
     if "trunk" in meta:
-        import pretrained  # here, as it needs transformers
-        cfg, model = pretrained.new_model(cfg, meta, device)
+        cfg, model = door("trunk", "adapter").new_model(cfg, meta, device)
     elif cfg.init_from:
         model = trunk_with_head(cfg, meta, given)
     else:
@@ -525,8 +522,7 @@ def resumed_run(out_dir, given):
         raise BadInput(f"The data in {cfg.data_dir} is not what {path} was trained on; --init_from "
                        "starts a new run.")
     if "trunk" in meta:
-        import pretrained
-        model = pretrained.load_checkpoint(ckpt, path, device, cfg.dtype)[0]
+        model = door("trunk", "adapter").load_checkpoint(ckpt, path, device, cfg.dtype)[0]
     else:
         model = load_model(ckpt, path)
     run = Run(cfg, model, meta, device, val=read_data(cfg, meta, "val", device))

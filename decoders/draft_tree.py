@@ -20,9 +20,10 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from batched import RowCache, check_head, check_rows, hidden_at
-from decode import (Coupled, Sampling, bad_unless_finite, check_accepted, draw_drafts, next_window, prefill,
-                    stream, verify)
+from decode import (Sampling, bad_unless_finite, check_accepted, draw_drafts, next_window, prefill, stream,
+                    verify)
+from decoders.batched import RowCache, check_head, check_rows, hidden_at
+from decoders.coupled import Coupled
 from model import BadInput
 
 BEAMS = 8  # paths that the search goes on with, after each token
@@ -221,7 +222,7 @@ def check_tree(model, n_nodes):
                        f"{n_nodes}")
 
 
-def generate_tree(model, prompt, max_new_tokens, n_nodes=8, *, sampler=None, **options):
+def generate(model, prompt, max_new_tokens, n_nodes=8, *, sampler=None, **options):
     """Speculative decoding with trees of n_nodes drafts, 1..n tokens per forward pass. Options: see
     `stream` of decode.py."""
     check_tree(model, n_nodes)

@@ -7,8 +7,8 @@ than a GPU to run it. So everything that a step reads, or leaves for the next on
 on the device, the number of tokens so far included: no part of a step waits for another, and one
 call replays them all. On a CPU there is nothing to record, and the same steps run one by one.
 
-generate_cached_captured and generate_speculative_captured take the arguments of generate_cached and
-generate_speculative in decode.py, and write texts of the same distribution, from other random
+generate_cached_captured and generate take the arguments of generate_cached and generate_speculative
+in decode.py, and write texts of the same distribution, from other random
 numbers. A text keeps to its sampler as it was at its beginning. A recording keeps to the code as it
 was: if you replace a function while Python runs, call model.recorded.clear().
 """
@@ -22,13 +22,11 @@ from typing import NamedTuple
 
 import torch
 
-from batched import RowCache, check_head, check_rows, plain_pass, speculative_pass
 from common import compiler_errors
 from decode import (Greedy, Sampling, check_accepted, draws_from_warp, next_window, prefill,
                     stream)
+from decoders.batched import RowCache, check_head, check_rows, plain_pass, speculative_pass
 from model import BadInput
-from pretrained import PackedLinear
-
 
 SMALLEST = 256  # places of a cache; a longer text gets twice as many
 
@@ -72,7 +70,7 @@ class Noise:
 class Kind(NamedTuple):
     """What the steps are."""
 
-    one_pass: callable  # plain_pass or speculative_pass of batched.py
+    one_pass: callable  # plain_pass or speculative_pass of decoders/batched.py
     most: int  # how many drafts they make
     compile: bool  # whether torch.compile joins their operations to fewer and larger ones
 
@@ -235,7 +233,7 @@ def check_captured(model, sampler, compile):
                        "random numbers or state they do not know; take generate_speculative, or --mode "
                        "speculative")
     check_rows(model)
-    if compile and any(isinstance(module, PackedLinear) for module in model.modules()):
+    if compile and any(hasattr(module, "packed") for module in model.modules()):
         raise BadInput("--compile knows nothing of packed layers, which a pretrained model has on a CPU; "
                        "leave it away")
     if compile:
@@ -251,8 +249,7 @@ def generate_cached_captured(model, prompt, max_new_tokens, *, sampler=None, com
     return stream(blocks, model, prompt, max_new_tokens, sampler=sampler, **options)
 
 
-def generate_speculative_captured(model, prompt, max_new_tokens, *, sampler=None, compile=False,
-                                  **options):
+def generate(model, prompt, max_new_tokens, *, sampler=None, compile=False, **options):
     """Self-speculative decoding (arXiv 2410.17765), 1..n tokens per step. Options: see
     `generate_cached_captured`."""
     sampler = Sampling() if sampler is None else sampler
@@ -262,4 +259,4 @@ def generate_speculative_captured(model, prompt, max_new_tokens, *, sampler=None
     return stream(blocks, model, prompt, max_new_tokens, sampler=sampler, **options)
 
 
-DECODERS = generate_cached_captured, generate_speculative_captured
+DECODERS = generate_cached_captured, generate

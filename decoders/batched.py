@@ -1,6 +1,6 @@
 """More than one text at once: texts of different lengths share drafts, pass and verification.
 
-    python batched.py --out_dir out/toy --batch_sizes 1 4 16
+    python -m decoders.batched --out_dir out/toy --batch_sizes 1 4 16
 
 generate_cached_batch and generate_speculative_batch do for B prompts what generate_cached and
 generate_speculative of decode.py do for one. Every row has its own length in the cache, and its own
@@ -21,8 +21,9 @@ import torch
 
 from bench_speculative import hardware, speedups, timed
 from common import ArgumentParser, number, run_script
-from decode import (Coupled, Sampling, Stats, bad_unless_finite, check_accepted, check_call, draft,
-                    draw_next, make_sampler, until_end, window_ids)
+from decode import (Sampling, Stats, bad_unless_finite, check_accepted, check_call, draft, draw_next,
+                    make_sampler, until_end, window_ids)
+from decoders.coupled import Coupled
 from model import BadInput, KVCache
 from sample import add_model_flags, fast_kernels, load, prompt_ids
 
@@ -85,7 +86,7 @@ class RowCache:
 
 def keys_and_values(cache):
     """The keys and values of one text, (2, nh, l, hs) of each layer: of a KVCache, or of a Cache of
-    pretrained.py."""
+    pretrained/."""
     if isinstance(cache, KVCache):
         return [kv[:, 0, :, : cache.length] for kv in cache.kv]
     return [torch.stack((layer.keys[0], layer.values[0])) for layer in cache.past.layers]
@@ -330,6 +331,11 @@ def generate_speculative_batch(model, prompts, max_new_tokens, *, samplers=None,
     """
     check_head(model)
     return Batch(model, prompts, max_new_tokens, samplers, stop_token, stats).write(speculative_step)
+
+
+def generate(model, prompt, max_new_tokens, *, sampler=None, **options):
+    """generate_speculative_batch of one prompt, in the form of decode.py's decoders."""
+    yield from generate_speculative_batch(model, [prompt], max_new_tokens, samplers=sampler, **options)[0]
 
 
 # -----------------------------------------------------------------------------

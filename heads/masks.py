@@ -1,8 +1,5 @@
-"""Masks that the trunk itself turns into drafts (arXiv 2507.11851), as a head of the registry.
-
-Importing this file adds the head to model.py's HEADS; common.py does. To understand the CP head,
-nobody needs it.
-"""
+"""Masks that the trunk itself turns into drafts (arXiv 2507.11851): what mask.py and mask_linear.py
+share."""
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -12,8 +9,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from baselines import need_lm_head
-from model import HEADS, CPHead, KVCache, widen
+from heads.gloeckle import need_lm_head
+from model import CPHead, KVCache, widen
 
 
 @cache
@@ -201,13 +198,3 @@ class MaskHead(CPHead):
         h, unembed = state
         h = h[s - 1] if s == 1 else self.vector(x, h[s - 1], unembed)
         return self.unembed(h, unembed).log_softmax(-1).unsqueeze(1)
-
-
-class LinearMaskHead(MaskHead):
-    """MaskHead in linear decoding. Training is the same."""
-
-    quadratic = False
-
-
-MASKS = {"mask": MaskHead, "mask_linear": LinearMaskHead}
-HEADS.update(MASKS)

@@ -1,6 +1,6 @@
 """How many tokens to draft at a step, with any head, and what it gains to choose that number.
 
-    python draft_length.py --out_dir out/toy
+    python -m decoders.draft_length --out_dir out/toy
 
 A policy is the drafter of generate_speculative. `Fixed`, `Confident` and `CLP` are lossless;
 `generate_unverified` is not, and says so. The script fits CLP to the model's own texts after every
@@ -202,7 +202,6 @@ def add_modes(bench, clp, args):
 def parse_args():
     parser = ArgumentParser(__doc__)
     add_model_flags(parser)
-    parser.set_defaults(peers=False)  # which bench_speculative.py has
     one, several = parser.add_argument, partial(parser.add_argument, nargs="+", metavar="X")
     chance, count = number(float, 0, 1, above=True), number(int, 1)
     several("--lengths", type=number(int, 0), default=[1, 3], help="numbers of drafts (1 3)")
