@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import download as dl
+import prepare_tinystories as dl
 from model import BadInput
 
 DATA = b"".join(b"%07d\n" % i for i in range(40_000))  # 320,000 bytes, no two places alike
@@ -193,7 +193,7 @@ def test_a_wrong_address_is_one_line(server, path, url):
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_kill_leaves_a_part_and_the_next_call_goes_on(server, path):
     server.cuts, server.stalls = [150_000], True
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import download; download.download({server.url!r}, {str(path)!r})"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare_tinystories as dl; dl.download({server.url!r}, {str(path)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     part = path.with_name("stories.txt.part")
     while not part.exists() or part.stat().st_size < 65_536:
