@@ -389,8 +389,8 @@ def batches(scale):
 def decoders(scale):
     """Other decoders on the same weights."""
     for text, head, r in (("toy", "cp", 8), ("stories", "chain", 4)):
-        flags = dict(rounds=5, max_new_tokens=64, peers=True, threads=1)
-        bench = Bench((large(scale, text, head=head, rank=r),), flags)
+        flags = dict(rounds=5, max_new_tokens=64, threads=1)
+        bench = Bench((large(scale, text, head=head, rank=r),), flags, script=PEERS)
         for temperature in (0.0, 1.0):
             yield Cell((text, label(head, r), temperature), (bench,))
 
@@ -410,7 +410,7 @@ def smollm2_speed(scale):
     """The README's head on SmolLM2, by kind of prompts, and two decoders of transformers; then a head
     for stories alone."""
     run = preset_on("smollm2")
-    bench = Bench((run,), dict(rounds=5, max_new_tokens=24, threads=2, peers=True))
+    bench = Bench((run,), dict(rounds=5, max_new_tokens=24, threads=2), script=PEERS)
     for kind in ("stories", "questions", "instructions", "code", "all"):
         yield Cell(("speculative", kind), (bench,))
     for mode in ("transformers", "transformers_prompt_lookup"):
@@ -798,6 +798,9 @@ class Training:
                 "trunk_parameters": trunk, "head_parameters": head} | specialties(ckpt, out)
 
 
+PEERS = "experiments/peers.py"  # the bench, beside other people's decoders
+
+
 class Bench:
     """bench_speculative.py on Trainings, of one trunk if there are several; for the nth time. Or another
     script that prints the same JSON."""
@@ -807,8 +810,8 @@ class Bench:
     def __init__(self, trainings, flags, nth=1, script="bench_speculative.py"):
         self.trainings, self.training, self.needs = trainings, trainings[0], list(trainings)
         self.text = self.training.text
-        kind, others = Path(script).stem.split("_")[0], len(trainings) - 1
-        parts = [f"and{others}"] * (others > 0) + ["peers"] * flags.get("peers", False)
+        kind, others = "bench" if script == PEERS else Path(script).stem.split("_")[0], len(trainings) - 1
+        parts = [f"and{others}"] * (others > 0) + ["peers"] * (script == PEERS)
         parts += ["compiled"] * flags.get("compile", False) + ["trees"] * ("tree" in flags)
         self.name = "-".join([kind, self.training.name, *parts, *([flags["dtype"]] if "dtype" in flags else [])])
         self.spec = {"script": script, "flags": flags, "training": self.training.spec}

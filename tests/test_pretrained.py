@@ -487,7 +487,7 @@ def test_the_scripts_know_a_pretrained_trunk(copy, capsys):
         assert call("sample", f"--out_dir out --max_new_tokens 20 --prompt hello {flags}") == (0, "")
     assert call("sample", "--out_dir out --max_new_tokens 20 --mode oracle --coupled --dtype float64") == (0, "")
     capsys.readouterr()
-    assert call("bench", "--out_dir out --max_new_tokens 8 --rounds 5 --threads 1 --dtype float32 --peers") == (0, "")
+    assert call("experiments.peers", "--out_dir out --max_new_tokens 8 --rounds 5 --threads 1 --dtype float32") == (0, "")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(result["card"]["first_difference"].values()) == {None}
     rows = {(row["mode"], row["temperature"]): row for row in result["rows"]}

@@ -1,4 +1,4 @@
-"""reproduce.py: the experiments at a small scale, what is not made twice, and that documents show what was measured."""
+"""experiments/reproduce.py: the experiments at a small scale, what is not made twice, and that documents show what was measured."""
 
 import itertools
 import json
@@ -16,25 +16,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
-from test_scripts import ROOT, run
+from test_scripts import ROOT
 
-import reproduce
 import train as trainer
+from experiments import reproduce
+from experiments.reproduce import EXPERIMENTS, SCALES
 from model import BadInput
-from reproduce import EXPERIMENTS, SCALES
+
+COMMAND = [sys.executable, "-m", "experiments.reproduce"]
+ELSEWHERE = {**os.environ, "PYTHONPATH": str(ROOT)}  # the environment of a process in another folder
 
 
-def launch(cwd, script, *args):
-    """Run a script of this repository in cwd, as a user does, in a process of its own."""
-    command = [sys.executable, ROOT / script, *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
+def launch(cwd, *args):
+    """Run the script in cwd, in a process of its own."""
+    return subprocess.run([*COMMAND, *map(str, args)], cwd=cwd, env=ELSEWHERE, capture_output=True, text=True,
+                          encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """A folder in which everything was run once, and the output."""
     cwd = tmp_path_factory.mktemp("reproduce")
-    result = launch(cwd, "reproduce.py", "all", "--scale", "smoke", "--jobs", 2)
+    result = launch(cwd, "all", "--scale", "smoke", "--jobs", 2)
     assert result.returncode == 0, result.stderr
     return cwd, result.stdout
 
@@ -78,16 +81,18 @@ def test_finished_runs_are_not_made_again(smoke, monkeypatch, capsys):
     def refused(message, *experiments):
         with monkeypatch.context() as patch:
             patch.chdir(cwd)
-            code, line = call("reproduce", (*experiments, "--scale", "smoke"))
+            code, line = call("experiments.reproduce", (*experiments, "--scale", "smoke"))
         assert code == 1 and message in line and line.count("\n") == 0
         assert "Traceback" not in capsys.readouterr().err
 
     (cwd / "out").rename(cwd / "gone")
     try:
-        run(cwd, "reproduce.py", "rank", "sizes", "--scale", "smoke")
+        with monkeypatch.context() as patch:
+            patch.chdir(cwd)
+            assert call("experiments.reproduce", "rank sizes --scale smoke") == (0, "")
         assert results(cwd) == before
         wider = before[path.name].replace('"n_embd": 16', '"n_embd": 32')
-        for text, message in (("{", "is no result of reproduce.py; move it away"),
+        for text, message in (("{", "is no result of experiments/reproduce.py; move it away"),
                               (wider, "is a run of other settings")):
             path.write_text(text)
             refused(message, "rank")
@@ -110,8 +115,8 @@ def test_an_interrupted_experiment_goes_on(tmp_path):
     """Ctrl-C after the first result: exit code 130, no process is left at work, and the same command
     makes the rest. A training that was interrupted goes on and ends as it would have, on a frozen
     trunk, too; one of other settings does not."""
-    command = [sys.executable, ROOT / "reproduce.py", "next_token", "--scale", "smoke"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    command = [*COMMAND, "next_token", "--scale", "smoke"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ELSEWHERE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not results(tmp_path) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
@@ -120,7 +125,7 @@ def test_an_interrupted_experiment_goes_on(tmp_path):
     assert process.wait(60) == 130 and "Traceback" not in process.stderr.read()
     wanted = {f"{run.name}.json" for cell in EXPERIMENTS["next_token"].cells(SCALES["smoke"]) for run in cell.runs}
     assert first and set(first) < wanted
-    assert launch(tmp_path, "reproduce.py", "next_token", "--scale", "smoke", "--jobs", 2).returncode == 0
+    assert launch(tmp_path, "next_token", "--scale", "smoke", "--jobs", 2).returncode == 0
     assert set(results(tmp_path)) == wanted and all(results(tmp_path)[name] == text for name, text in first.items())
 
 
@@ -153,15 +158,15 @@ def test_an_interrupted_training_goes_on(smoke, tmp_path, monkeypatch):
 
 def test_bad_input_is_one_line(tmp_path, smoke, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert call("reproduce", "ranks")[0] == 2
+    assert call("experiments.reproduce", "ranks")[0] == 2
     line = capsys.readouterr().err
     assert "invalid choice: 'ranks'" in line and line.count("\n") == 1
     for args, message, n_bars in (("rank --scale smoke --text a.txt", "leave --text away", 0),
                                   ("next_token --text no.txt", "no.txt: no such file or folder", 1)):
-        code, line = call("reproduce", args)
+        code, line = call("experiments.reproduce", args)
         assert code == 1 and message in line and line.count("\n") == 0
         assert capsys.readouterr().err.count("\n") == n_bars
-    assert call("reproduce", "smollm2 --scale smoke")[0] == 0
+    assert call("experiments.reproduce", "smollm2 --scale smoke")[0] == 0
     assert "smollm2: not at this scale" in capsys.readouterr().err
     monkeypatch.chdir(smoke[0])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
