@@ -1,4 +1,4 @@
-"""The heads of baselines.py: each is a joint distribution, its rows are the conditionals, and decoding with it is
+"""The baselines among the heads: each is a joint distribution, its rows are the conditionals, and decoding with it is
 exact, by the very tests of the CP head."""
 
 import itertools
@@ -6,16 +6,15 @@ import itertools
 import pytest
 import test_cp_head as shared
 import torch
-from test_cp_head import tiny_model
+from test_cp_head import BASELINES, tiny_model
 
-from baselines import BASELINES
 from decode import Greedy, generate, generate_speculative
-from model import GPT, HEADS, BadInput, GPTConfig
+from model import GPT, BadInput, GPTConfig, head_class
 
 baselines = pytest.mark.parametrize("head", BASELINES)
 with_targets = pytest.mark.parametrize("head, target", [
     (head, target) for head in BASELINES for target in ("marginal", "lm_head")
-    if target == "lm_head" or not HEADS[head].reads_trunk])
+    if target == "lm_head" or not head_class(head).reads_trunk])
 
 
 def log_T(head, e, edge):
@@ -43,7 +42,7 @@ def joint_by_paths(model, e):
     return table
 
 
-@pytest.mark.parametrize("head", ["hmm", "tree"])
+@pytest.mark.parametrize("head", ["hmm", "tree_circuit"])
 @pytest.mark.parametrize("rank", [2, 3])
 def test_moving_components_by_all_their_paths(head, rank):
     """Joint and conditionals against the sum over every path, with transitions that matter."""
@@ -69,7 +68,7 @@ def test_moving_components_by_all_their_paths(head, rank):
                 torch.testing.assert_close(along[i, s], expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("head", ["hmm", "tree"])
+@pytest.mark.parametrize("head", ["hmm", "tree_circuit"])
 @pytest.mark.parametrize("n", [2, 3, 5, 8])
 def test_moving_components_start_as_the_cp_head(head, n):
     """To 1e-6, with the weights of a CP head, for windows that do not halve evenly, too."""
@@ -82,10 +81,10 @@ def test_moving_components_start_as_the_cp_head(head, n):
     torch.testing.assert_close(*joints, rtol=0, atol=1e-6)
     rows = [m.head.log_conditionals(e, gold, W) for m in (model, cp)]
     torch.testing.assert_close(*rows, rtol=0, atol=1e-6)
-    fresh = HEADS[head](GPTConfig(vocab_size=5, n_embd=8, n_head=1, n_future=n, rank=2, head=head))
+    fresh = head_class(head)(GPTConfig(vocab_size=5, n_embd=8, n_head=1, n_future=n, rank=2, head=head))
     assert fresh.transitions.mix.max().item() < 1e-6  # and it can leave its start
     fresh.log_joint(torch.randn(6, 8), gold, torch.randn(5, 8)).sum().backward()
-    assert n == 2 and head == "tree" or fresh.transitions.mix.grad.abs().min() > 0
+    assert n == 2 and head == "tree_circuit" or fresh.transitions.mix.grad.abs().min() > 0
 
 
 @with_targets
@@ -128,7 +127,7 @@ def test_greedy_texts_are_the_oracles_past_the_block(head):
 
 def test_the_wide_head_begins_as_independent_heads_and_has_the_parameters_of_a_mixture():
     """It is compared with a mixture of equal size; only the router's rows and an odd half differ."""
-    wide, cp = (HEADS[head](GPTConfig(vocab_size=5, n_embd=8, n_head=1, n_future=3, rank=5, head=head))
+    wide, cp = (head_class(head)(GPTConfig(vocab_size=5, n_embd=8, n_head=1, n_future=3, rank=5, head=head))
                 for head in ("wide", "cp"))
     numbers = [sum(p.numel() for name, p in head.named_parameters() if "router" not in name) for head in (wide, cp)]
     assert numbers[0] == numbers[1]
@@ -178,7 +177,7 @@ def test_gloeckle_is_its_formula():
         x = layer(hidden[1:2, :5])[0, -1]
         norm = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() * model.head.maps[s]
         torch.testing.assert_close(log_p[s], (W @ norm).log_softmax(-1), rtol=0, atol=1e-12)
-    fresh = HEADS["gloeckle"](GPTConfig(vocab_size=5, n_embd=8, n_head=1, n_future=3, head="gloeckle", target="lm_head"))
+    fresh = head_class("gloeckle")(GPTConfig(vocab_size=5, n_embd=8, n_head=1, n_future=3, head="gloeckle", target="lm_head"))
     e = torch.nn.functional.layer_norm(torch.randn(2, 6, 8), (8,))
     torch.testing.assert_close(fresh.see(e).unflatten(-1, (3, 8)), e.unsqueeze(2).expand(-1, -1, 3, -1), atol=1e-4, rtol=0)
 

@@ -4,14 +4,14 @@ from functools import partial
 
 import pytest
 import torch
-from test_cp_head import (SMALL, VARIANTS, chi_square_model, counting_model, enumerated, expected_texts, tiny_model,
+from test_cp_head import (HEADS, MASKS, SMALL, VARIANTS, chi_square_model, counting_model, enumerated, expected_texts, tiny_model,
                           total_variation, variants)
 
-import batched
-from batched import generate_cached_batch, generate_speculative_batch, measure
-from decode import Coupled, Greedy, Sampling, Stats, generate, generate_cached, generate_speculative
-from masks import MASKS
-from model import HEADS, BadInput
+from decode import Greedy, Sampling, Stats, generate, generate_cached, generate_speculative
+from decoders import batched
+from decoders.batched import generate_cached_batch, generate_speculative_batch, measure
+from decoders.coupled import Coupled
+from model import BadInput, head_class
 
 DECODERS = (generate_cached_batch, generate_speculative_batch)
 decoders = pytest.mark.parametrize("decoder", DECODERS)
@@ -271,7 +271,7 @@ def test_bad_calls_are_refused():
             decoder(model, [[1], [2, 3]], 8, samplers=Greedy())
 
 
-@pytest.mark.parametrize("head", [head for head in HEADS if not HEADS[head].reads_trunk])
+@pytest.mark.parametrize("head", [head for head in HEADS if not head_class(head).reads_trunk])
 def test_both_decoders_are_measured_alike(head, monkeypatch):
     """By a clock that makes each plain round take 4 s and each speculative one 2 s, but for the first round, which does
     not count; and the greedy texts agree."""

@@ -8,17 +8,18 @@ from functools import partial
 
 import pytest
 import torch
-from test_cp_head import heads, tiny_model
+from test_cp_head import HEADS, heads, tiny_model
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-import baselines
-import bench_training
 import model as model_py
-from bench_speculative import Bench, Laps, check_same_target, distinct, print_card, print_table, to_transformers
+from bench_speculative import Bench, Laps, check_same_target, distinct, print_card, print_table
 from common import from_checkpoint
 from decode import Stats
-from model import HEADS, BadInput
+from experiments import bench_training
+from experiments.peers import add_peers, to_transformers
+from heads import full, medusa
+from model import BadInput, head_class
 from train import TrainConfig
 
 
@@ -155,9 +156,10 @@ def test_peers_have_our_weights(bias):
     peer, idx = to_transformers(model), torch.randint(9, (2, 10))
     with torch.no_grad():
         torch.testing.assert_close(peer(idx).logits, model(idx), rtol=0, atol=1e-12)
-    bench = Bench(model, [[1, 2] * 6, [3]], 20, 0, peers=True)  # up to the last position of the block
+    bench = Bench(model, [[1, 2] * 6, [3]], 20, 0)  # up to the last position of the block
+    add_peers(bench)
     assert list(bench.modes) == ["plain", "speculative", "no_cache", "transformers", "transformers_prompt_lookup"]
-    assert bench.peer_kernels in ("default", "without oneDNN")
+    assert bench.about["transformers_kernels"] in ("default", "without oneDNN")
     texts = {mode: bench.decode(mode, 0.0, 0) for mode in bench.modes}
     assert all(bench.first_difference(texts, mode) is None for mode in bench.modes)
     for mode in ("transformers", "transformers_prompt_lookup"):
@@ -173,10 +175,12 @@ def test_peers_have_our_weights(bias):
 def test_peers_are_refused_in_one_line(monkeypatch):
     """Without transformers, and for a target that no other decoder knows."""
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(BadInput, match="^--peers needs transformers: python -m pip install transformers$"):
+    with pytest.raises(BadInput, match="^This bench needs transformers: python -m pip install transformers$"):
         to_transformers(tiny_model(target="lm_head"))
-    with pytest.raises(BadInput, match="^--peers needs a model with target lm_head"):
+    with pytest.raises(BadInput, match="^The peers need a model with target lm_head"):
         to_transformers(tiny_model(target="marginal"))
+    with pytest.raises(BadInput, match="window does not move on, so --max_new_tokens must be at most 10"):
+        add_peers(Bench(tiny_model(target="lm_head", block_size=12), [[1], [1, 2]], 11, 0))
 
 
 # -----------------------------------------------------------------------------
@@ -205,7 +209,7 @@ def test_every_head_of_the_registry_makes_a_step(head):
         step()
     V, C = 64, 16  # 8 positions, 6 factors; forward and backward take 6 flops a weight
     assert counter.get_total_flops() > 6 * 8 * 6 * (C * V if head == "full" else C * V + C * C)
-    assert type(run.model.head) is HEADS[head]
+    assert type(run.model.head) is head_class(head)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -214,8 +218,8 @@ def test_all_logits_at_once_are_the_same_loss(head, monkeypatch):
     losses, grads = [], []
     for at_once in (False, True):
         if at_once:
-            monkeypatch.setattr(model_py, "gold_log_prob", bench_training.all_logits)
-            monkeypatch.setattr(baselines, "gold_log_prob", bench_training.all_logits)
+            for module in (model_py, full, medusa):
+                monkeypatch.setattr(module, "gold_log_prob", bench_training.all_logits)
         monkeypatch.setattr(model_py, "checkpoint", lambda *args, **options: pytest.fail("a chunk") if at_once else
                             checkpoint(*args, **options))
         model = tiny_model(head=head, target="lm_head").train()

@@ -8,14 +8,15 @@ from functools import partial
 import pytest
 import torch
 from test_batched import a_model, some_prompts
-from test_cp_head import (SMALL, VARIANTS, chi_square_model, chi_square_p_value, counting_model, enumerated,
+from test_cp_head import (HEADS, SMALL, VARIANTS, chi_square_model, chi_square_p_value, counting_model, enumerated,
                           expected_texts, tiny_model, total_variation, variants)
 
-import batched
-import captured
-from captured import FixedCache, Steps, generate_cached_captured, generate_speculative_captured
-from decode import Coupled, Greedy, Sampling, Stats, generate, generate_speculative
-from model import HEADS, BadInput
+from decode import Greedy, Sampling, Stats, generate, generate_speculative
+from decoders import batched, captured
+from decoders.captured import FixedCache, Steps, generate_cached_captured
+from decoders.captured import generate as generate_speculative_captured
+from decoders.coupled import Coupled
+from model import BadInput, head_class
 
 DECODERS = (generate_cached_captured, generate_speculative_captured)
 decoders = pytest.mark.parametrize("decoder", DECODERS)
@@ -44,7 +45,7 @@ def test_greedy_texts_are_the_oracles(seed, smallest, monkeypatch):
             assert list(write(3)) == expected[:3] and list(write(0)) == []
 
 
-@pytest.mark.parametrize("head", [head for head in HEADS if not HEADS[head].reads_trunk])
+@pytest.mark.parametrize("head", [head for head in HEADS if not head_class(head).reads_trunk])
 def test_steps_accept_what_they_do_one_by_one(head):
     """The same drafts: as many tokens per step, at every offset."""
     model, stats, expected = tiny_model(head=head, target="lm_head", block_size=40), Stats(), Stats()
@@ -140,7 +141,7 @@ def changed_tensors(model):
 
 def changed_head(model):
     model.config.n_future = 4
-    model.head = HEADS[model.config.head](model.config).to(model.device, model.dtype)
+    model.head = head_class(model.config.head)(model.config).to(model.device, model.dtype)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_cuda)])

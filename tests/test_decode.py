@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from test_cp_head import chi_square_p_value, heads, tiny_model
 
 import decode
-from decode import (Coupled, Greedy, Sampling, Stats, categorical, draft, generate, generate_cached,
+from decode import (Greedy, Sampling, Stats, categorical, draft, generate, generate_cached,
                     generate_speculative, keep_probability, make_sampler, verify, warp, window_start)
+from decoders.coupled import Coupled
 from model import BadInput
 
 DECODERS = (generate, generate_cached, generate_speculative)

@@ -11,8 +11,9 @@ from test_cp_head import chi_square_model, counting_model, enumerated, expected_
 from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
 from test_scripts import SMALL, run
 
-from decode import Coupled, Greedy, Sampling, Stats, draft, generate, generate_speculative
-from draft_length import CLP, Confident, Fixed, agreement, collect, fit, generate_unverified, repetition
+from decode import Greedy, Sampling, Stats, draft, generate, generate_speculative
+from decoders.coupled import Coupled
+from decoders.draft_length import CLP, Confident, Fixed, agreement, collect, fit, generate_unverified, repetition
 from model import BadInput
 
 
@@ -263,7 +264,7 @@ def test_the_script_end_to_end(tmp_path, monkeypatch, capsys):
     """All modes in one JSON object; the lossless ones write the text of plain decoding. What cannot be is one line."""
     run(tmp_path, "prepare_tinystories.py", "--toy", "--stories", 300)
     run(tmp_path, "train.py", "--preset", "toy", "--rank", 2, *SMALL)
-    out = run(tmp_path, "draft_length.py", "--rounds", 1, "--max_new_tokens", 8, "--fit_texts", 1, "--lengths", 2, 7,
+    out = run(tmp_path, "decoders.draft_length", "--rounds", 1, "--max_new_tokens", 8, "--fit_texts", 1, "--lengths", 2, 7,
               "--thresholds", 0.2, "--taus", 0.1)
     result = json.loads(out.splitlines()[-1])
     names = ["plain", "speculative", "fixed 2", "confident 0.2", "CLP", "LOSSY 0.1"]
@@ -274,11 +275,11 @@ def test_the_script_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     for flags, words in (("--taus 0", "above 0"), ("--out_dir no", "no checkpoint")):
-        code, message = call("draft_length", flags)
+        code, message = call("decoders.draft_length", flags)
         message += capsys.readouterr().err
         assert code and words in message and len(message.splitlines()) == 1
     path = tmp_path / "out/toy/ckpt.pt"
     ckpt = torch.load(path, weights_only=True)
     ckpt["meta"]["prompts"] = ckpt["meta"]["prompts"][:1]
     torch.save(ckpt, path)
-    assert "one prompt" in call("draft_length", "")[1]
+    assert "one prompt" in call("decoders.draft_length", "")[1]

@@ -6,14 +6,16 @@ from functools import partial
 import pytest
 import torch
 from test_batched import a_model, some_prompts
-from test_cp_head import SMALL, counting_model, enumerated, expected_texts, tiny_model, total_variation, variants
+from test_cp_head import HEADS, SMALL, counting_model, enumerated, expected_texts, tiny_model, total_variation, variants
 
-import tree
-from decode import Coupled, Greedy, Sampling, Stats, generate, generate_speculative
-from model import HEADS, BadInput
-from tree import TreeCache, draft_tree, generate_tree
+from decode import Greedy, Sampling, Stats, generate, generate_speculative
+from decoders import draft_tree as tree
+from decoders.coupled import Coupled
+from decoders.draft_tree import TreeCache, draft_tree
+from decoders.draft_tree import generate as generate_tree
+from model import BadInput, head_class
 
-LOOK_BACK = [head for head in HEADS if not HEADS[head].reads_trunk]
+LOOK_BACK = [head for head in HEADS if not head_class(head).reads_trunk]
 
 
 # -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The head of masks.py: its states are those of one causal pass over a prefix and its masks, its rows are the
+"""The heads of masks: its states are those of one causal pass over a prefix and its masks, its rows are the
 conditionals of a joint distribution, and both ways of decoding with it are exact."""
 
 import itertools
@@ -12,10 +12,11 @@ from test_cp_head import enumerated, expected_texts, tiny_model, total_variation
 from torch.nn import functional as F
 
 import decode
-from decode import Coupled, Greedy, Sampling, Stats, generate, generate_speculative
-from draft_length import collect
-from masks import Carrier, Text
-from model import GPT, BadInput, GPTConfig
+from decode import Greedy, Sampling, Stats, generate, generate_speculative
+from decoders.coupled import Coupled
+from decoders.draft_length import collect
+from heads.masks import Carrier, Text
+from model import GPT, BadInput, GPTConfig, door
 
 both_ways = pytest.mark.parametrize("quadratic", [True, False], ids=["quadratic", "linear"])
 
@@ -351,10 +352,9 @@ def test_each_step_is_one_pass_of_the_trunk():
 def test_bad_input():
     with pytest.raises(BadInput, match="needs --target lm_head"):
         tiny_model(head="mask")
-    pretrained = pytest.importorskip("pretrained")
     cfg = SimpleNamespace(head="mask", target="lm_head", init_from="", data_dir="data")
     with pytest.raises(BadInput, match="--head mask"):
-        pretrained.new_model(cfg, {"trunk": {"name": "a model"}}, torch.device("cpu"))
+        door("trunk", "adapter").new_model(cfg, {"trunk": {"name": "a model"}}, torch.device("cpu"))
 
 
 def test_the_states_that_clp_learns_from_are_those_of_each_prefix():

@@ -6,7 +6,7 @@ from test_cp_head import OURS, a_state, heads, tiny_model, variants
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import from_checkpoint
-from model import GPT, HEADS, BadInput, GPTConfig
+from model import GPT, BadInput, GPTConfig, head_class
 
 # -----------------------------------------------------------------------------
 # the trunk
@@ -188,7 +188,7 @@ def test_a_head_that_extends_another_keeps_what_both_have():
     headless = from_checkpoint(chain.to_checkpoint(), n_future=1, rank=1)
     assert headless.head is None and torch.equal(headless.lm_head.weight, chain.lm_head.weight)
     grown = from_checkpoint(headless.to_checkpoint(), n_future=3, head="chain")
-    assert type(grown.head) is HEADS["chain"] and torch.equal(grown.lm_head.weight, chain.lm_head.weight)
+    assert type(grown.head) is head_class("chain") and torch.equal(grown.lm_head.weight, chain.lm_head.weight)
 
 
 @pytest.mark.parametrize("changes", [dict(fresh_head=True), dict(fresh_head=True, head="cp"), dict(rank=3),
@@ -256,7 +256,7 @@ def test_loss_goes_through_logits_in_chunks(head):
 
     N, V, n, r = 300, 700, 3, 2  # 300 * 3 * 2 rows in chunks of 300
     torch.manual_seed(0)
-    module = HEADS[head](GPTConfig(vocab_size=V, n_embd=4, n_head=1, n_future=n, rank=r, head=head)).double()
+    module = head_class(head)(GPTConfig(vocab_size=V, n_embd=4, n_head=1, n_future=n, rank=r, head=head)).double()
     e, W = torch.randn(N, 4, dtype=torch.float64, requires_grad=True), torch.randn(V, 4, dtype=torch.float64)
     gold = torch.randint(V, (N, n))
     with Watch():

@@ -24,14 +24,15 @@ import torch
 import bench_speculative
 import common
 import model
-import plot
 import prepare_tinystories
 import tokenizer
 import train
+from experiments import plots
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
-SHORT = {"prepare": "prepare_tinystories", "bench": "bench_speculative", "training": "bench_training"}
+SHORT = {"prepare": "prepare_tinystories", "bench": "bench_speculative", "plot": "experiments.plots",
+         "training": "experiments.bench_training"}
 SMALL = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 --n_future 3 "
          "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu")
 FROM = "--preset toy --batch_size 4 --n_future 3 --max_iters 1 --eval_windows 4 --device cpu --init_from"
@@ -159,7 +160,7 @@ BAD = [
     ("train", "--n_embd 10 --n_head 3", "n_embd 10 is not divisible by n_head 3"),
     ("train", "--freeze_trunk --n_future 1", "n_future = 1 has none"),
     ("train", "--preset pretrained", "There is no data in data/own; write some: python prepare_tinystories.py --data_dir "
-                                     "data/own ..., or for a model of transformers: python pretrained.py generate"),
+                                     "data/own ..., or for a model of transformers: python -m pretrained.generate"),
     ("train", "--preset pretrained --data_dir data/toy", "--freeze_trunk needs a trunk that is trained"),
     ("train", "--data_dir latin1.txt", "latin1.txt is a file; name a folder"),
     ("train", "--out_dir latin1.txt", "latin1.txt is a file; name a folder"),
@@ -257,11 +258,11 @@ BAD = [
     ("bench", "--out_dir out/hostile", "is not a checkpoint"),
     ("bench", "--rounds 4", "--rounds: must be at least 5"),
     ("bench", "--max_new_tokens 1", "--max_new_tokens: must be at least 2"),
-    ("bench", "--plot out", "out: the name of a picture must end in"),
-    ("bench", "--plot /proc/x/y.png", "/proc/x"),
     ("bench", "--out_dir out/wordless", "is not a meta file"),
     ("bench", "--out_dir out/nan", "try --dtype float32"),
     ("plot", "out/toy --output out.gif", "out.gif: the name of a picture must end in"),
+    ("plot", "bench out.json --output out", "out: the name of a picture must end in"),
+    ("plot", "out/toy --output /proc/x/y.png", "/proc/x"),
     ("plot", "nowhere --output x.png", "nowhere: No such file"),
     ("bench", "--threads 0", "--threads: must be at least 1"),
 ]
@@ -275,7 +276,7 @@ def contents(home):
 def test_bad_input_gets_one_line(script, args, line, home, monkeypatch, capsys):
     """One line that says what is wrong, a non-zero exit, no traceback, and every file is as it
     was."""
-    if "--plot /" in args or script == "plot" and "nowhere" in args:
+    if script == "plot" and ("/proc" in args or "nowhere" in args):
         pytest.importorskip("matplotlib")
     monkeypatch.chdir(home)
     (home / "data/large").exists() or make_large_vocabulary(home)
@@ -424,8 +425,8 @@ BUGS = [("train", SMALL, "model.CPHead.log_joint"), ("train", SMALL, "model.GPT.
         ("sample", "", "decode.verify"), ("sample", "", "decode.residual"), ("sample", "", "decode.warp"),
         ("sample", "--temperature 0", "decode.keep_equal"), ("sample", "", "sample.load_tokenizer"),
         ("bench", "", "decode.verify"), ("bench", "", "model.Conditionals.row"),
-        ("bench", "--plot x.png", "bench_speculative.draw_bench"), ("plot", "out/toy --output x.png", "plot.draw_runs"),
-        ("training", "--ranks 1 --futures 2 --vocab_sizes 64", "bench_training.benchmark"),
+        ("plot", "out/toy --output x.png", "experiments.plots.draw_runs"),
+        ("training", "--ranks 1 --futures 2 --vocab_sizes 64", "experiments.bench_training.benchmark"),
         ("training", f"--row {json.dumps([vars(train.TrainConfig()), 64, 'cpu', False], separators=(',', ':'))}",
          "model.CPHead.log_joint"),
         ("prepare", "--toy --stories 9 --data_dir data/bug", "tokenizer.segments"),
@@ -440,7 +441,7 @@ def test_a_bug_keeps_its_traceback(script, args, where, home, tmp_path, monkeypa
         shutil.copytree(home / folder, tmp_path / folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(where, bug)
-    if script == "plot" or "--plot" in args:
+    if script == "plot":
         pytest.importorskip("matplotlib")
     if script == "bench":
         monkeypatch.setattr(bench_speculative.Bench, "best_threads", lambda self: 1)
@@ -500,13 +501,11 @@ def test_a_folder_that_cannot_be_written_to_shows_before_the_work(home, monkeypa
 
     monkeypatch.chdir(home)
     monkeypatch.setattr(common, "check_writable", readonly)
-    monkeypatch.setattr(plot, "new_figure", lambda *args: None)  # also where there is no matplotlib
-    monkeypatch.setattr(plot, "check_writable", readonly)
+    monkeypatch.setattr(plots, "new_figure", lambda *args: None)  # also where there is no matplotlib
+    monkeypatch.setattr(plots, "check_writable", readonly)
     monkeypatch.setattr(train, "optimizer_step", bug)
     monkeypatch.setattr(prepare_tinystories, "toy_story", bug)
-    monkeypatch.setattr(bench_speculative.Bench, "rows", bug)
-    for script, args in (("train", SMALL), ("prepare", "--toy"), ("bench", "--plot x.png"),
-                         ("plot", "out/toy --output x.png")):
+    for script, args in (("train", SMALL), ("prepare", "--toy"), ("plot", "out/toy --output x.png")):
         code, message = call(script, args)
         assert code == 1 and message.endswith("Read-only file system")
 

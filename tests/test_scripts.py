@@ -26,6 +26,7 @@ from decode import Greedy, generate_cached
 from tokenizer import EOT, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("heads", "decoders", "pretrained", "experiments", "course")
 TEXT = 'Once upon a time, Lily saw 12 red balls.\n"Look!" she said. They didn\'t stop.\n\n  The end_of it all.\n'
 
 
@@ -33,7 +34,7 @@ def run(cwd, script, *args):
     """The stdout of a script that must succeed, in this process: importing torch takes seconds."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
         patch.chdir(cwd)
-        assert call(Path(script).stem, args) == (0, ""), out.getvalue()
+        assert call(script.removesuffix(".py"), args) == (0, ""), out.getvalue()
     return out.getvalue()
 
 
@@ -135,7 +136,7 @@ def test_samples_in_all_modes(trained):
     """All decoders write the same greedy text; a seed repeats a sample; one token is no
     step."""
     texts = {}
-    for mode in ("speculative", "plain", "oracle", "captured", "tree"):
+    for mode in ("speculative", "plain", "oracle", "captured", "draft_tree", "batched", "coupled"):
         out = run(trained, "sample.py", "--mode", mode, "--temperature", 0, "--prompt", "Lily went",
                   "--max_new_tokens", 40, "--dtype", "float64")
         texts[mode], summary = out.rsplit("\n\n", 1)
@@ -229,7 +230,7 @@ def test_bench_ends_with_one_json_object(trained):
 
 
 def test_batches_are_measured_and_end_with_one_json_object(trained):
-    lines = run(trained, "batched.py", "--batch_sizes", 1, 10, "--max_new_tokens", 8, "--rounds", 5,
+    lines = run(trained, "decoders.batched", "--batch_sizes", 1, 10, "--max_new_tokens", 8, "--rounds", 5,
                 "--device", "cpu", "--dtype", "float64").splitlines()
     rows = json.loads(lines[-1])["rows"]
     assert [(row["batch_size"], row["temperature"]) for row in rows] == [(1, 0.0), (10, 0.0), (1, 1.0), (10, 1.0)]
@@ -299,14 +300,16 @@ def documents():
     return {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
 
 
-@pytest.mark.parametrize("script", ["prepare_tinystories", "train", "sample", "bench_speculative", "bench_training",
-                                    "plot", "batched", "pretrained", "reproduce"])
+@pytest.mark.parametrize("script", ["prepare_tinystories", "train", "sample", "bench_speculative", "decoders.batched",
+                                    "pretrained.generate", "experiments.bench_training", "experiments.plots",
+                                    "experiments.peers", "experiments.reproduce"])
 def test_help_knows_every_flag_that_the_documents_use(script, monkeypatch, capsys):
-    commands = re.findall(rf"python {script}\.py([^\n&`|]*)", "\n".join(documents().values()))
+    command = f"-m {script}" if "." in script else f"{script}.py"
+    commands = re.findall(rf"python {re.escape(command)}\b([^\n&`|]*)", "\n".join(documents().values()))
     flags = set(re.findall(r"--\w+", " ".join(commands)))
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit) as end:  # the file as Python runs it: importing torch takes seconds
-        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / f"{script.replace('.', '/')}.py"), run_name="__main__")
     assert end.value.code == 0 and flags and flags <= set(re.findall(r"--\w+", capsys.readouterr().out))
 
 
@@ -314,17 +317,18 @@ def test_what_the_documents_name_exists():
     """Every `function` of `file.py` in a document is in that file, and every file and link leads
     somewhere. Guards documents that drift away from the code; their text may say what it wants."""
     names = {}
-    for path in ROOT.glob("*.py"):
+    for path in [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))]:
         tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        names[path.name] = {node.name for node in tree if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    everything = set().union(*names.values()) | {"Greedy", "HEADS", "PRESETS", "TrainConfig"}
+        found = {node.name for node in tree if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        names[path.relative_to(ROOT).as_posix()] = found
+    everything = set().union(*names.values()) | {"PRESETS", "TrainConfig"}
     for document, text in documents().items():
-        for name, file in re.findall(r"`([\w.]+)` (?:in|of) `(\w+\.py)`", text):
-            assert name.split(".")[-1] in names[file] | {"HEADS", "PRESETS"}, (document, name, file)
+        for name, file in re.findall(r"`([\w.]+)` (?:in|of) `([\w/]+\.py)`", text):
+            assert name.split(".")[-1] in names[file] | {"PRESETS"}, (document, name, file)
         for name in re.findall(r"`([\w.]+)\(\)`", text):
             assert name.split(".")[-1] in everything, (document, name)
-        for file in re.findall(r"`(\w+\.py)`", text):
-            assert file in names or (ROOT / "tests" / file).exists(), (document, file)
+        for file in re.findall(r"`([\w/]+\.py)`", text):
+            assert file in names or (ROOT / file).exists() or (ROOT / "tests" / file).exists(), (document, file)
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
             folder = ROOT if document == "README.md" else ROOT / "docs"
             assert link.startswith("http") or (folder / link).exists(), (document, link)
