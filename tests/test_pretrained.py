@@ -19,7 +19,8 @@ import sample
 import train
 from decode import Greedy, Stats, generate, generate_cached, generate_speculative
 from decoders.batched import RowCache, generate_cached_batch, generate_speculative_batch
-from decoders.captured import generate_cached_captured, generate_speculative_captured
+from decoders.captured import generate as generate_captured
+from decoders.captured import generate_cached_captured
 from decoders.coupled import Coupled
 from decoders.draft_tree import generate as generate_tree
 from model import BadInput
@@ -288,7 +289,7 @@ def test_several_texts_at_once_are_those_of_the_oracle(kind, head):
     assert stats.tokens_per_step > 1
 
 
-ONE_TEXT = (generate_cached_captured, generate_speculative_captured, generate_tree)
+ONE_TEXT = (generate_cached_captured, generate_captured, generate_tree)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
