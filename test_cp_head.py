@@ -11,8 +11,8 @@ kinds of proof:
 
 The first two must also REJECT decoders that are wrong on purpose, as real projects and papers were.
 
-The tests run over all heads but the baselines: a head of your own is checked as soon as it has its
-line there.
+The tests run over all heads but the baselines: a head of your own is checked as soon as its
+file is there.
 """
 
 import itertools

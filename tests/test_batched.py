@@ -280,3 +280,9 @@ def test_both_decoders_are_measured_alike(head, monkeypatch):
     row = measure(tiny_model(head=head, target="lm_head"), [[1], [2, 3]], 10, 0.0, 5, 0)
     assert row["speedup"] == 2.0 and row["speedup_range"] == [2.0, 2.0] and row["same_texts"]
     assert (row["plain"], row["speculative"], row["batch_size"]) == (5.0, 10.0, 2) and row["tokens_per_step"] > 1
+
+
+def test_one_prompt_is_written_as_by_other_decoders():
+    model, stats, other = a_model(0), Stats(), Stats()
+    text = list(batched.generate(model, [1, 2], 20, sampler=Greedy(), stats=stats))
+    assert text == list(generate_speculative(model, [1, 2], 20, sampler=Greedy(), stats=other)) and stats == other

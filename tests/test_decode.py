@@ -13,6 +13,7 @@ from test_cp_head import chi_square_p_value, heads, tiny_model
 import decode
 from decode import (Greedy, Sampling, Stats, categorical, draft, generate, generate_cached,
                     generate_speculative, keep_probability, make_sampler, verify, warp, window_start)
+from decoders import coupled
 from decoders.coupled import Coupled
 from model import BadInput
 
@@ -259,3 +260,14 @@ def test_laps_name_the_parts_of_every_step_in_order():
     counts, moves = Counter(laps), laps.count("trunk") - laps.count("target")
     assert moves > 0 and counts["draft"] == counts["verify"] == stats.steps == counts["target"] - 1
     assert counts["rest"] == stats.steps + 1 + moves
+
+
+def test_the_mode_coupled_takes_its_seed_from_a_generator():
+    """And all else from the sampler: its text is that of a Coupled with this seed, in any decoder."""
+    model, options, seed = tiny_model(), dict(temperature=0.7, top_k=4), torch.Generator().manual_seed(5)
+    drawn = torch.randint(2**32, (), generator=torch.Generator().manual_seed(5)).item()
+    expected = list(generate_cached(model, [1, 2], 12, sampler=Coupled(drawn, **options)))
+    found = [list(coupled.generate(model, [1, 2], 12, sampler=sampler)) for sampler in
+             (Sampling(**options, generator=seed), Sampling(**options, generator=seed), Coupled(drawn, **options), Greedy())]
+    assert found[0] == found[2] == expected != found[1]
+    assert found[3] == list(generate(model, [1, 2], 12, sampler=Greedy()))

@@ -316,7 +316,7 @@ def test_help_knows_every_flag_that_the_documents_use(script, monkeypatch, capsy
 def test_what_the_documents_name_exists():
     """Every `function` of `file.py` in a document is in that file, and every file and link leads
     somewhere. Guards documents that drift away from the code; their text may say what it wants."""
-    names = {}
+    names = {"heads/yours.py": {"Head"}}  # a reader's own
     for path in [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))]:
         tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         found = {node.name for node in tree if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
