@@ -1,5 +1,5 @@
-"""One way: who imports whom. The core stands at the top and names no folder; of the folders, each imports the core and
-those to its left. And the door opens to files that are there, and to nothing else."""
+"""One way: who imports whom. The core stands at the top and names no folder; of the folders, each
+imports the core and those to its left. And the door opens to files that are there, and to nothing else."""
 
 import ast
 import os
@@ -24,7 +24,8 @@ def our_files():
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("no git here, or no repository")
-    return {path: (ROOT / path).read_text(encoding="utf-8") for path in listed.stdout.split() if (ROOT / path).exists()}
+    paths = [path for path in listed.stdout.split() if (ROOT / path).exists()]
+    return {path: (ROOT / path).read_text(encoding="utf-8") for path in paths}
 
 
 def module_of(path):
@@ -99,16 +100,20 @@ WRONG = {  # made-up sources: what is wrong in them
     "by import_module": ({"train.py": "import importlib\nimportlib.import_module('heads.chain')\n"},
                          "train imports heads.chain"),
     "by its bare name": ({"common.py": "from importlib import import_module\n"
-                                       "import_module('pretrained.texts')\n"}, "common imports pretrained.texts"),
-    "by __import__": ({"common.py": "__import__('pretrained.texts')\n"}, "common imports pretrained.texts"),
-    "a head that imports a decoder": ({"heads/own.py": "import decoders.batched\n"}, "heads.own imports decoders.batched"),
+                                       "import_module('pretrained.texts')\n"},
+                         "common imports pretrained.texts"),
+    "by __import__": ({"common.py": "__import__('pretrained.texts')\n"},
+                      "common imports pretrained.texts"),
+    "a head that imports a decoder": ({"heads/own.py": "import decoders.batched\n"},
+                                      "heads.own imports decoders.batched"),
     "relatively": ({"heads/own.py": "from ..decoders import batched\n"}, "heads.own imports decoders"),
     "a folder to the right": ({"pretrained/own.py": "from experiments.plots import save\n"},
                               "pretrained.own imports experiments.plots"),
     "model imports the tokenizer": ({"model.py": "from tokenizer import EOT\n"}, "model imports tokenizer"),
     "model imports common": ({"model.py": "import common\n"}, "model imports common"),
     "decode imports train": ({"decode.py": "import train\n"}, "decode imports train"),
-    "a file that imports a test": ({"heads/own.py": "import test_cp_head\n"}, "heads.own imports test_cp_head"),
+    "a file that imports a test": ({"heads/own.py": "import test_cp_head\n"},
+                                   "heads.own imports test_cp_head"),
     "a circle in a folder": ({"heads/a.py": "from heads import b\n", "heads/b.py": "from heads.c import f\n",
                               "heads/c.py": "from .a import f\n"}, "a circle: heads.a, heads.b, heads.c"),
     "a new file at the top": ({"extra.py": ""}, "extra is neither the core nor in a folder"),
@@ -118,9 +123,10 @@ WRONG = {  # made-up sources: what is wrong in them
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_arrow_is_found(name):
     files, line = WRONG[name]
-    others = dict.fromkeys([*(f"{module}.py" for module in CORE), *(f"{folder}/__init__.py" for folder in FOLDERS),
-                            "heads/chain.py", "decoders/batched.py", "pretrained/texts.py", "experiments/plots.py",
-                            "test_cp_head.py"], "")
+    core = [f"{module}.py" for module in CORE]
+    packages = [f"{folder}/__init__.py" for folder in FOLDERS]
+    others = dict.fromkeys([*core, *packages, "heads/chain.py", "decoders/batched.py", "pretrained/texts.py",
+                            "experiments/plots.py", "test_cp_head.py"], "")
     assert wrong_arrows(others) == []
     assert line in "; ".join(wrong_arrows(others | files))
 
@@ -142,8 +148,8 @@ def test_words_are_files():
         assert callable(door("mode", word).generate)
 
 
-@pytest.mark.parametrize("word", ["", "os", "../model", "..model", "chain.py", "heads.chain", "__init__", "circuits", "masks",
-                                  "cp", "CHAIN", "chain\n", None, 3, ["chain"]])
+@pytest.mark.parametrize("word", ["", "os", "../model", "..model", "chain.py", "heads.chain", "__init__",
+                                  "circuits", "masks", "cp", "CHAIN", "chain\n", None, 3, ["chain"]])
 def test_the_door_is_shut(word):
     """To what a checkpoint might ask for: nothing is imported."""
     before = set(sys.modules)
@@ -162,11 +168,11 @@ def test_a_head_of_ones_own_is_a_file(tmp_path, monkeypatch):
 
 
 def test_the_core_needs_no_folder(tmp_path):
-    """With the core's files alone, train.py makes a model with the CP head and sample.py decodes with it."""
+    """With its files alone, train.py makes a model with the CP head and sample.py decodes with it."""
     for module in CORE:
         (tmp_path / f"{module}.py").write_bytes((ROOT / f"{module}.py").read_bytes())
-    small = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 --n_future 3 "
-             "--max_iters 2 --eval_windows 4 --device cpu").split()
+    small = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 "
+             "--n_future 3 --max_iters 2 --eval_windows 4 --device cpu").split()
     for script, args in (("prepare_tinystories", ["--toy", "--stories", "50"]), ("train", small),
                          ("sample", ["--max_new_tokens", "5"])):
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
