@@ -1,5 +1,5 @@
-"""The graders of course/exercises.md. Each is run on the answer in course/exercises.py (skipped while that is still to be
-written), on a reference, which is the repository's own function where there is one, and on wrong answers, which it
+"""The graders of course/exercises.md. Each is run on the answer in course/exercises.py (skipped while that is still
+to be written), on a reference, which is the repository's own function where there is one, and on wrong answers, which it
 must reject.
 
 Nothing here is random from run to run, but what an answer itself draws.

@@ -127,7 +127,8 @@ def test_bench_bars_are_the_speedups_and_bounds():
     assert all(str(CARD[key]) in figure.get_suptitle() for key in ("hardware", "device", "dtype", "n_future", "head"))
 
 
-@pytest.mark.parametrize("encoding,end", [("utf-8", "\n"), ("utf-8", "\n\n  \r\n"), ("utf-16", "\n"), ("utf-8-sig", "")])
+@pytest.mark.parametrize("encoding,end", [("utf-8", "\n"), ("utf-8", "\n\n  \r\n"), ("utf-16", "\n"),
+                                          ("utf-8-sig", "")])
 def test_a_bench_is_read_from_what_it_printed(tmp_path, encoding, end):
     """As a shell writes it, PowerShell's UTF-16 and blank lines at the end included."""
     (tmp_path / "0.txt").write_text("a table\n" + json.dumps({"card": CARD, "rows": ROWS}) + end, encoding=encoding)
@@ -184,7 +185,8 @@ def test_matplotlib_missing_is_one_line(tmp_path, monkeypatch):
     assert not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("args", [["run"] * (len(plots.PALETTE) + 1), ["bench"], ["bench", "a", "b"], ["bench", "a", "--x", "iter"]])
+@pytest.mark.parametrize("args", [["run"] * (len(plots.PALETTE) + 1), ["bench"], ["bench", "a", "b"],
+                                  ["bench", "a", "--x", "iter"]])
 def test_flags_that_do_not_go_together_are_refused(args, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plots.py", *args, "--output", "x.png"])
     with pytest.raises(SystemExit, match="2"):

@@ -467,7 +467,8 @@ def test_prompts_of_ones_own(home, cwd, capsys):
     assert common.read_meta("one")["kinds"] == ["sums"] and len(common.read_meta("one")["lengths"]) == 6
     Path("more").mkdir()
     shutil.copy("sums.txt", "more/sums.txt")
-    assert "a second file of the kind sums" in call("pretrained.generate", f"{args} --prompts sums.txt more/sums.txt")[1]
+    twice = f"{args} --prompts sums.txt more/sums.txt"
+    assert "a second file of the kind sums" in call("pretrained.generate", twice)[1]
     Path("sums.txt").write_text("one\n", encoding="utf-8")
     assert "fewer than two" in call("pretrained.generate", f"{args} --prompts sums.txt")[1]
     Path("sums.txt").write_bytes(b"\xff\xfe\n")
@@ -488,7 +489,8 @@ def test_the_scripts_know_a_pretrained_trunk(copy, capsys):
         assert call("sample", f"--out_dir out --max_new_tokens 20 --prompt hello {flags}") == (0, "")
     assert call("sample", "--out_dir out --max_new_tokens 20 --mode oracle --coupled --dtype float64") == (0, "")
     capsys.readouterr()
-    assert call("experiments.peers", "--out_dir out --max_new_tokens 8 --rounds 5 --threads 1 --dtype float32") == (0, "")
+    flags = "--out_dir out --max_new_tokens 8 --rounds 5 --threads 1 --dtype float32"
+    assert call("experiments.peers", flags) == (0, "")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(result["card"]["first_difference"].values()) == {None}
     rows = {(row["mode"], row["temperature"]): row for row in result["rows"]}

@@ -1,4 +1,5 @@
-"""experiments/reproduce.py: the experiments at a small scale, what is not made twice, and that documents show what was measured."""
+"""experiments/reproduce.py: the experiments at a small scale, what is not made twice, and that documents show what
+was measured."""
 
 import itertools
 import json
