@@ -1117,7 +1117,7 @@ def draw(experiment, rows, found):
         if of_names:
             axis.tick_params(axis="x", rotation=60, labelsize=8)
             bottom, top = axis.get_ylim()  # room for the legend
-            axis.set_ylim(top=top + 0.1 * len(lines) * (top - bottom))
+            axis.set_ylim(top=top + 0.14 * len(lines) * (top - bottom))
         if any(label for label, _ in lines):
             axis.legend(fontsize=8, loc="upper right" if is_curve else "best")
     figure.suptitle(experiment.title, fontsize=10)
