@@ -34,7 +34,8 @@ ROOT = Path(__file__).parent.parent
 SHORT = {"prepare": "prepare_tinystories", "bench": "bench_speculative", "plot": "experiments.plots",
          "training": "experiments.bench_training"}
 SMALL = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 --n_future 3 "
-         "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu")
+         "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu "
+         "--dtype float32")  # auto is a trial, which ends either way on a busy machine
 FROM = "--preset toy --batch_size 4 --n_future 3 --max_iters 1 --eval_windows 4 --device cpu --init_from"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
