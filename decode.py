@@ -1,15 +1,15 @@
-"""Three decoders with one distribution: the oracle, plain decoding, exact self-speculation.
+"""Three decoders with one distribution: exact self-speculation, plain decoding, the oracle.
 
-    generate              no cache, no speculation; obviously right. All else is tested against it.
-    generate_cached       the same with a KV cache: one token per forward pass.
-    generate_speculative  drafts n - 1 tokens from the model's head, and verifies them with one
-                          forward pass of n tokens (arXiv 2410.17765, 2403.10444).
+    generate         drafts n - 1 tokens from the model's head, and verifies them with one forward
+                     pass of n tokens (arXiv 2410.17765, 2403.10444)
+    generate_plain   one token per forward pass, with a KV cache
+    generate_oracle  no cache, no speculation; obviously right. All else is tested against it.
 
-All three yield token ids one by one, at batch size 1. A sampler says how: `Sampling` draws,
-`Greedy` takes the argmax; decoders/coupled.py has another one. Every sampler has the same two methods,
-draw and verify.
+All three yield token ids one by one, for one text. A sampler says how: `Sampling` draws, `Greedy`
+takes the argmax.
 
-Reading order: `draft`, `verify`, `speculative_step`. The accept rule is `verify` and what it calls.
+Read `verify`, `speculative_step`, `speculative_blocks`. A window is drafted by `CPHead.draft` of
+model.py. The accept rule is `verify` alone.
 """
 
 from dataclasses import dataclass, field
@@ -47,84 +47,71 @@ def warp(logits, temperature=1.0, top_k=None, top_p=None):
     return p
 
 
-def uniform(shape, dtype, device, generator):
-    """Random numbers in [0, 1): from a torch.Generator, from torch's own if it is None, or from
-    what has them ready, the Noise of decoders/captured.py."""
-    if hasattr(generator, "take"):
-        return generator.take(shape)
-    return torch.rand(shape, generator=generator, dtype=dtype, device=device)
-
-
-def categorical(p, generator, wide=torch.float64):
+def categorical(p, uniform=torch.rand, wide=torch.float64):
     """One token from each row of probabilities, which need no normalisation: (..., V) -> (...).
 
-    Inverse transform sampling, without a sync. wide is the type of the sums: float64 (except on mps,
-    which has none), so that rounding neither quantises the tail nor lets a token of probability 0
-    through.
+    Inverse transform sampling, without a sync. uniform gives random numbers in [0, 1), as torch.rand
+    does. wide is the type of the sums: float64 (except on mps, which has none), so that rounding
+    neither quantises the tail nor lets a token of probability 0 through.
     """
     wide = torch.float32 if p.device.type == "mps" else wide
     cdf = p.cumsum(-1, dtype=wide)
-    u = uniform((*p.shape[:-1], 1), wide, p.device, generator)
+    u = uniform((*p.shape[:-1], 1), dtype=wide, device=p.device)
     # the first token whose cdf is above u; without the last cdf, even a row of NaN gives one of 0..V-1
     return torch.searchsorted(cdf[..., :-1].contiguous(), u * cdf[..., -1:], right=True).squeeze(-1)
 
 
-def bernoulli(p, generator):
+def bernoulli(p, uniform=torch.rand):
     """True with probability p, elementwise; False where p is NaN, 0 / 0."""
-    return uniform(p.shape, p.dtype, p.device, generator) < p
+    return uniform(p.shape, dtype=p.dtype, device=p.device) < p
 
 
 # -----------------------------------------------------------------------------
 # verification: exact for any q, as long as q is what the drafts were drawn from
 
 
-def verify(p, q, drafted, generator):
+def verify(p, q, drafted, uniform=torch.rand):
     """Accept a prefix of the drafts and draw the token after it, so that every token follows p.
 
-    This is block verification (arXiv 2403.10444).
-
-    drafted (..., k) were drawn from the first k rows of q; p, q (..., k + 1, V) are the target's and
-    the draft's rows for the same places, of one text or of several. The last row of q is 0: it is
-    the place after the drafts, where nothing was drafted. Returns how many drafts are accepted
-    (..., 1), which is BAD where p or q is not finite, and the token after them (..., 1).
+    This is block verification (arXiv 2403.10444). drafted (..., k) were drawn from the rows q
+    (..., k, V); p (..., k + 1, V) are the target's rows for the same places and the one after them,
+    of one text or of several. Returns how many drafts are accepted (..., 1), and the token after
+    them (..., 1). NaN in p or q accepts nothing in particular: whoever reads the tokens must look.
 
     i or more drafts are kept with probability keep[i]:
 
         keep = [1]
         for p_i, q_i, y_i in zip(p, q, drafted):
-            keep.append(min(1, keep[-1] * p_i[y_i] / q_i[y_i]))                                     (3)
+            keep.append(min(1, keep[-1] * p_i[y_i] / q_i[y_i]))                                     (4)
 
     After i kept drafts, token x comes out of the next draft and is kept with probability min(keep_i
     p(x), q(x)). What that lacks of keep_i p(x) is the residual, max(keep_i p(x) - q(x), 0), so the
     token is drawn from the residual where no further draft is kept. That must happen with
-    probability m_i, the residual's sum. It does if of all places whose coin shows heads, with
-    probability m_i / (m_i + 1 - keep_i), the last one counts. docs/exactness.md has the proof.
+    probability m_i, the residual's sum. So every place i tosses a coin that shows heads with
+    probability m_i / (m_i + 1 - keep_i), and the last place with heads wins: its i drafts are
+    accepted. docs/exactness.md has the proof.
     """
-    keep = keep_probability(p, q, drafted)  # (..., k + 1, 1), the loop above in closed form
-    rest = residual(keep, p, q)  # (..., k + 1, V)
-    m = rest.sum(-1, keepdim=True)  # (..., k + 1, 1), NaN where p or q is
-    heads = bernoulli(m / (m + 1 - keep), generator)  # the first one changes nothing
-    n_heads = heads.cumsum(-2)
-    n_accepted = (n_heads < n_heads[..., -1:, :]).sum(-2)  # (..., 1): places before the last heads
-    rest, p = (x.take_along_dim(n_accepted.unsqueeze(-1), -2) for x in (rest, p))  # (..., 1, V)
-    rest = rest.add(p, alpha=1e-30)  # the next token's; a row that rounding left empty becomes p
-    return bad_unless_finite(n_accepted, m), categorical(rest, generator)
+    keep = keep_probability(p, q, drafted)  # (..., k + 1), the loop above in closed form
+    rest = residual(keep.unsqueeze(-1), p, F.pad(q, (0, 0, 0, 1)))  # (..., k + 1, V); q = 0: no draft
+    m = rest.sum(-1)  # (..., k + 1)
+    coins = bernoulli(m / (m + 1 - keep), uniform)
+    n_accepted = coins.cumsum(-1).argmax(-1, keepdim=True)  # (..., 1), the last heads, or 0
+    rest = rest.add(p, alpha=1e-30)  # a row that rounding left empty becomes p
+    rest = rest.take_along_dim(n_accepted.unsqueeze(-1), -2)  # (..., 1, V)
+    return n_accepted, categorical(rest, uniform)
 
 
 def keep_probability(p, q, drafted):
-    """keep_i of (3), i = 0..k, without a loop: p, q (..., k + 1, V), drafted (..., k) -> (..., k + 1, 1).
+    """keep_i of (4), i = 0..k, without a loop: -> (..., k + 1).
 
     log keep is a walk from 0 with steps log p / q, which is held down at 0: so it is the walk minus
     its running maximum. A draft that p likes better than q does makes up for the one before it.
     """
     y = drafted.unsqueeze(-1)
-    steps = (p[..., :-1, :].gather(-1, y) / q[..., :-1, :].gather(-1, y)).log()  # (..., k, 1)
-    # p(y) = 0: never kept. Not -inf, of which tril on mps and torch 2.6 makes NaN
-    steps = steps.nan_to_num(-1e30, posinf=-1e30, neginf=-1e30)
-    walk = F.pad(steps, (0, 0, 1, 0)).cumsum(-2)  # (..., k + 1, 1), from 0
-    walks = walk.mT.expand(*walk.shape[:-1], -1)  # (..., k + 1, k + 1), the same in each row
-    highest = walks.tril().amax(-1, keepdim=True)  # tril's zeros are the start
-    return (walk - highest).exp()
+    ratio = (p[..., :-1, :].gather(-1, y) / q.gather(-1, y)).squeeze(-1)  # (..., k)
+    ratio = ratio.nan_to_num(0.0, posinf=0.0)  # q(y) = 0: it was never drawn, and is never kept
+    path = F.pad(ratio.log().cumsum(-1), (1, 0))  # (..., k + 1), from 0
+    return (path - path.cummax(-1).values).exp()
 
 
 def residual(keep, p, q):
@@ -133,7 +120,8 @@ def residual(keep, p, q):
 
 
 # -----------------------------------------------------------------------------
-# samplers: two methods, draw and verify
+# samplers: draw and verify. `plain` says that draw takes rows as they are, so that a whole window
+# may be drawn at once, by `pick`; every other sampler's drafts are drawn one after another.
 
 
 class Sampling:
@@ -152,16 +140,22 @@ class Sampling:
         if top_p is not None and not 0 < top_p <= 1:
             raise BadInput(f"top_p must be above 0 and at most 1, not {top_p}")
         self.warp = partial(warp, temperature=temperature, top_k=top_k, top_p=top_p)
-        self.generator = generator
+        self.generator, self.uniform = generator, partial(torch.rand, generator=generator)
+        nothing_cut = temperature == 1 and top_k is None and top_p in (None, 1)
+        self.plain = type(self) is Sampling and nothing_cut  # a subclass may draw otherwise
+
+    def pick(self, p):
+        """A token from each row of probabilities p (..., V) -> (...)."""
+        return categorical(p, self.uniform)
 
     def draw(self, logits):
         """A token for each row of logits (..., V): tokens (...), and the rows they came from."""
         p = self.warp(logits)
-        return categorical(p, self.generator), p
+        return self.pick(p), p
 
     def verify(self, logits, q, drafted):
-        """logits (..., k + 1, V) of the target, q of the draft, drafted (..., k): see `verify`."""
-        return verify(self.warp(logits), q, drafted, self.generator)
+        """logits (..., k + 1, V) of the target, q (..., k, V), drafted (..., k): see `verify`."""
+        return verify(self.warp(logits), q, drafted, self.uniform)
 
 
 class Greedy:
@@ -170,10 +164,11 @@ class Greedy:
     `verify` would do the same to one-hot rows, more slowly.
     """
 
+    plain = False
     generator = None  # nothing is random
 
     def draw(self, logits):
-        return logits.argmax(-1), logits
+        return logits.argmax(-1), None  # its `verify` asks for no rows
 
     def verify(self, logits, q, drafted):
         return keep_equal(logits.argmax(-1), drafted)
@@ -183,17 +178,6 @@ def keep_equal(tokens, drafted):
     """Keep the drafts (..., k) up to the first that is not the target's own token, of (..., k + 1)."""
     n_accepted = (tokens[..., :-1] == drafted).cumprod(-1).sum(-1, keepdim=True)
     return n_accepted, tokens.gather(-1, n_accepted)
-
-
-def takes_any_row(sampler):
-    """Whether a sampler draws by what a row says alone, and so from a row of some tokens, too: Greedy
-    and Sampling do. Others may know tokens by their place among all."""
-    return type(sampler) is Greedy or type(sampler) is Sampling and draws_from_warp(sampler)
-
-
-def draws_from_warp(sampler):
-    """Whether a sampler's `warp` is the one of this file with settings, and not one of its own."""
-    return getattr(getattr(sampler, "warp", None), "func", None) is warp
 
 
 def make_sampler(temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -206,82 +190,38 @@ def make_sampler(temperature=1.0, top_k=None, top_p=None, generator=None):
 # the speculative step
 
 
-def draft(model, e, token, n_drafts, sampler, stops=None):
-    """Draw x_2, ..., x_{k+1} from the head's joint at e, given x_1 = token; k = n_drafts.
-
-    Each x_s is drawn from its row q_s = P(x_s | x_1..x_{s-1}, e), the exact conditional of equation
-    (1). token (B,) and e (B, C) are of B texts; e is the hidden state of the token before x_1.
-    Returns x_1..x_{k+1} (B, k + 1) and q (B, k + 1, n_token), see `verify`. x_s is the last draft
-    if stops(log q_s (B, n_token or K) up to a constant, [x_1, ..., x_s]).
-    """
-    nothing = e.new_zeros(len(e), 1, model.config.n_token)  # q's row for the place after the drafts
-    if model.head.rank == 1 and not model.head.sees_drafts and stops is None:
-        # independent heads: one draw for all of them, which is measurably faster
-        logits = model.head.logits(e, model.lm_head.weight, slice(1, n_drafts + 1))  # (B, k, 1, V)
-        drafted, q = draw_drafts(model, logits[:, :, 0], sampler)  # (B, k), (B, k, n_token)
-        return torch.cat((token.unsqueeze(1), drafted), 1), torch.cat((q, nothing), 1)
-    conditionals, x, q = model.conditionals(e), [token], []
-    for _ in range(n_drafts):
-        row = conditionals.row(x[-1])[:, : model.config.n_token]  # (B, n_token or K)
-        x_s, q_s = draw_drafts(model, row, sampler)  # (B,), (B, n_token)
-        x.append(x_s)
-        q.append(q_s.unsqueeze(1))
-        if stops is not None and stops(row, x):
-            break
-    return torch.stack(x, 1), torch.cat((*q, nothing), 1)
-
-
-def draw_drafts(model, rows, sampler):
-    """Draw from rows of logits of the tokens that can be drafted (..., V or K): tokens (...), and q
-    (..., n_token) that they came from."""
-    head, n_token = model.head, model.config.n_token
-    if head.draft_ids is None or not takes_any_row(sampler):
-        return sampler.draw(head.all_tokens(rows, n_token))
-    places, q = sampler.draw(rows)  # of K tokens it takes a tenth of the time
-    whole = q.new_zeros(*q.shape[:-1], n_token)
-    return head.tokens_at(places), whole.index_copy_(-1, head.draft_ids, q)
-
-
-def speculative_step(model, cache, before, token, n_drafts, sampler, lap=lambda part: None,
-                     drafter=None):
+def speculative_step(model, cache, e, token, n_drafts, sampler, draft):
     """One forward pass of the trunk, 1..n_drafts + 1 new tokens.
 
-    The state: token (1,), the last one that was emitted, which the trunk has not seen yet; cache,
-    everything before it; before (T, C), the hidden states of the last of it, which the head has not
-    seen yet. Returns both for the next step, the new tokens, a list, and the number of drafts.
-    lap(part) is called at the end of each part, "rest" being what came before the step.
+    The state: token x_1 (1,), the last one that was emitted, which the trunk has not seen yet;
+    cache, everything before it; e (1, C), the hidden state of the token before it. Returns e and
+    token of the next step, the new tokens, a list, and the number of drafts.
     """
-    lap("rest")
+    x, q = token.unsqueeze(1), e.new_zeros(1, 0, model.config.n_token)  # at a block's end no draft
+    if n_drafts:
+        drafted, q = draft(model.split(e)[1], token, n_drafts, sampler, model.unembed)  # (1, k), (1, k, V)
+        x = torch.cat((x, drafted), 1)  # (1, k + 1)
     length = cache.length
-    e = model.head.see(before, cache)[-1:]  # (1, C), of the token before x_1
-    x, q = (drafter or draft)(model, e, token, n_drafts, sampler)  # (1, k + 1), (1, k + 1, n_token)
-    lap("draft")
-    hidden = model.hidden(x, cache)[0]  # (k + 1, C), of x_1..x_{k+1}
-    lap("trunk")
-    logits = model.target_logits(hidden)  # (k + 1, n_token), of what follows each of them
-    lap("target")
-    n_accepted, token = sampler.verify(logits, q[0], x[0, 1:])
-    lap("verify")
-    n_accepted = bad_unless_finite(n_accepted, logits)
-    k, *new = torch.cat((n_accepted, x[0, 1:], token)).tolist()  # the one time that a step waits
-    check_accepted(k)
+    hidden = model.hidden(x, cache)  # (1, k + 1, C), of x_1..x_{k+1}
+    logits = model.target_logits(hidden)  # (1, k + 1, n_token), of what follows each of them
+    n_accepted, token = sampler.verify(logits, q, x[:, 1:])  # (1, 1), (1, 1)
+    # the one time that a step waits for the device
+    k, finite, *new = torch.cat((n_accepted, all_finite(logits, q), x[:, 1:], token), 1)[0].tolist()
+    check_finite(finite)
     new = [*new[:k], new[-1]]
     cache.length = length + len(new)  # x_1 and the accepted drafts; the others are rolled back
-    return hidden[: k + 1], token, new, x.size(1) - 1  # row 0 is x_1's, row k the last token's
+    return hidden[:, k], token[0], new, x.size(1) - 1  # place 0 is x_1's, place k the last token's
 
 
-BAD = -1  # what stands for the number of accepted drafts where a number is NaN or infinite
+def all_finite(logits, q=None):
+    """Whether a text's numbers (B, T, V) are all finite: (B, 1), without waiting for a GPU."""
+    total = logits.sum((1, 2)) if q is None else logits.sum((1, 2)) + q.sum((1, 2))
+    return total.isfinite().long().unsqueeze(1)
 
 
-def bad_unless_finite(n_accepted, x):
-    """n_accepted (..., 1), or BAD for a text with a NaN or infinite number in x (..., k + 1, V): else
-    it would be drawn from all the same. Without waiting for a GPU; see `check_accepted`."""
-    return torch.where(x.sum((-2, -1)).isfinite().unsqueeze(-1), n_accepted, BAD)
-
-
-def check_accepted(n_accepted):
-    """BadInput if a number of accepted drafts is BAD."""
-    if n_accepted == BAD:
+def check_finite(finite):
+    """BadInput where `all_finite` says no: else tokens would be drawn from NaN all the same."""
+    if not finite:
         raise BadInput("the model gives NaN or infinite logits: its weights are damaged, or overflow in "
                        "half precision; try --dtype float32")
 
@@ -290,42 +230,45 @@ def check_accepted(n_accepted):
 # the decoders
 
 
-def generate(model, prompt, max_new_tokens, **options):
+def generate(model, prompt, max_new_tokens, *, draft=None, **options):
+    """Self-speculative decoding, 1..n tokens per forward pass. Options: see `stream`.
+
+    draft: what drafts in the place of `CPHead.draft`, of the same signature.
+    """
+    if model.head is None:
+        raise BadInput("n_future = 1: there is no head to draft from; use generate_plain")
+    blocks = partial(speculative_blocks, draft=draft or model.head.draft)
+    return stream(blocks, model, prompt, max_new_tokens, **options)
+
+
+def generate_plain(model, prompt, max_new_tokens, **options):
+    """Plain decoding with a KV cache, one token per forward pass. Options: see `stream`."""
+    return stream(plain_blocks, model, prompt, max_new_tokens, **options)
+
+
+def generate_oracle(model, prompt, max_new_tokens, **options):
     """The oracle: one forward pass over the whole window for every token. Options: see `stream`."""
     return stream(oracle_blocks, model, prompt, max_new_tokens, **options)
 
 
-def generate_cached(model, prompt, max_new_tokens, **options):
-    """Plain decoding with a KV cache, one token per forward pass. Options: see `stream`."""
-    return stream(cached_blocks, model, prompt, max_new_tokens, **options)
-
-
-def generate_speculative(model, prompt, max_new_tokens, lap=lambda part: None, drafter=None,
-                         **options):
-    """Self-speculative decoding, 1..n tokens per forward pass. Options: see `stream`.
-
-    lap: see `speculative_step`; the prefill has parts trunk and target. drafter: decoders/draft_length.py.
-    """
-    if model.head is None:
-        raise BadInput("n_future = 1: there is no head to draft from; use generate_cached")
-    blocks = partial(speculative_blocks, lap=lap, drafter=drafter)
-    return stream(blocks, model, prompt, max_new_tokens, **options)
-
-
-@torch.inference_mode()
 def stream(blocks, model, prompt, max_new_tokens, *, sampler=None, stop_token=None, stats=None):
     """What all decoders share: yields up to max_new_tokens ids that continue prompt, a list of ids.
 
-    sampler: `Sampling` (the default, at temperature 1), `Greedy` or another. stop_token: the id that
-    ends the text; it is yielded. stats: a Stats to count in.
+    sampler: `Sampling` (the default, at temperature 1), `Greedy` or one of your own. stop_token: the
+    id that ends the text; it is yielded. stats: a Stats to count in. BadInput for a model in
+    training mode and for a prompt that is no list of the model's ids, at the call.
 
     blocks(model, tokens, sampler) yields (new tokens, number of drafts or None for the prefill) for
     ever. `until_end` is the one place where text ends, so no decoder can overshoot or miss a stop
     token inside a block.
     """
     check_call(model, prompt)
-    sampler = Sampling() if sampler is None else sampler
-    steps, left = blocks(model, list(prompt), sampler), max_new_tokens
+    return yield_tokens(blocks(model, list(prompt), sampler or Sampling()), max_new_tokens, stop_token,
+                        stats)
+
+
+@torch.inference_mode()
+def yield_tokens(steps, left, stop_token, stats):
     while left > 0:
         new, n_drafts = next(steps)
         block, left = until_end(new, left, stop_token)
@@ -341,68 +284,56 @@ def check_call(model, prompt):
     n_token = model.config.n_token
     is_list = isinstance(prompt, (list, tuple)) and len(prompt)
     if not is_list or not all(isinstance(x, int) and 0 <= x < n_token for x in prompt):
-        raise BadInput(f"a prompt must be a non-empty list of ids below {n_token}; "
-                       "decoders/batched.py takes a list of prompts")
+        raise BadInput(f"a prompt must be a non-empty list of ids below {n_token}")
 
 
 def until_end(new, left, stop_token):
-    """Those of a step's new tokens that are in the text, which has room for `left`, and the room
-    after them."""
+    """The part of a step's new tokens that belongs to the text, and how many may follow it."""
     block = new[:left]
     if stop_token in block:
         return block[: block.index(stop_token) + 1], 0
     return block, left - len(block)
 
 
-def oracle_blocks(model, tokens, sampler):
+def speculative_blocks(model, tokens, sampler, draft):
+    cache, block_size = model.new_cache(), model.config.block_size
+    hidden = model.hidden(window_ids(tokens, model), cache)
+    token, e = draw_next(model, hidden, sampler, tokens), hidden[:, -1]
+    yield tokens[-1:], None
     while True:
-        hidden = model.hidden(window_ids(tokens, model))[0]
-        token = draw_next(model, hidden[-1:], sampler)
-        tokens.append(token.item())
-        yield tokens[-1:], 0
+        if cache.length == block_size:  # start over with the next window but its pending token
+            cache.length = 0
+            e = model.hidden(window_ids(tokens, model)[:, :-1], cache)[:, -1]
+        n_drafts = min(model.config.n_future - 1, block_size - cache.length - 1)
+        e, token, new, n_drafts = speculative_step(model, cache, e, token, n_drafts, sampler, draft)
+        tokens += new
+        yield new, n_drafts
 
 
-def cached_blocks(model, tokens, sampler):
+def plain_blocks(model, tokens, sampler):
     cache, new, n_drafts = model.new_cache(), window_ids(tokens, model), None
     while True:
-        hidden = model.hidden(new, cache)[0]
-        token = draw_next(model, hidden[-1:], sampler)
-        tokens.append(token.item())
+        token = draw_next(model, model.hidden(new, cache), sampler, tokens)
         yield tokens[-1:], n_drafts
         new, n_drafts = token.unsqueeze(0), 0
         if cache.length == model.config.block_size:  # it is full: start over with the next window
             cache.length, new = 0, window_ids(tokens, model)
 
 
-def speculative_blocks(model, tokens, sampler, lap, drafter=None):
-    model = model.head.carrier(model)
-    cache, block_size = model.new_cache(), model.config.block_size
-    lap("rest")
-    hidden = model.hidden(window_ids(tokens, model), cache)[0]
-    lap("trunk")
-    token = draw_next(model, hidden[-1:], sampler)  # (1,)
-    lap("target")
-    tokens.append(token.item())
-    yield tokens[-1:], None
+def oracle_blocks(model, tokens, sampler):
     while True:
-        if cache.length == block_size:  # start over with the next window but its pending token
-            cache.length = 0
-            lap("rest")
-            hidden = model.hidden(window_ids(tokens, model)[:, :-1], cache)[0]
-            lap("trunk")
-        n_drafts = getattr(cache, "n_drafts", model.config.n_future - 1)
-        n_drafts = min(n_drafts, block_size - cache.length - 1)
-        hidden, token, new, n_drafts = speculative_step(
-            model, cache, hidden, token, n_drafts, sampler, lap, drafter)
-        tokens += new
-        yield new, n_drafts
+        draw_next(model, model.hidden(window_ids(tokens, model)), sampler, tokens)
+        yield tokens[-1:], 0
 
 
-def draw_next(model, hidden, sampler):
-    """One token (1,) from the target, given the last hidden state (1, C)."""
-    logits = model.target_logits(hidden)
-    check_accepted(bad_unless_finite(logits.new_zeros(1), logits))
-    return sampler.draw(logits)[0]
+def draw_next(model, hidden, sampler, tokens):
+    """Add the token after the last of the hidden states (1, T, C) to the list of tokens: -> (1,)."""
+    logits = model.target_logits(hidden[:, -1:])  # (1, 1, n_token)
+    token = sampler.draw(logits[:, 0])[0]
+    finite, x = torch.cat((all_finite(logits)[0], token)).tolist()
+    check_finite(finite)
+    tokens.append(x)
+    return token
 
 
 def window_start(t, block_size):
@@ -420,23 +351,6 @@ def window_ids(tokens, model):
     """The tokens that the prediction of the next one sees, as a batch of one, (1, T)."""
     start = window_start(len(tokens), model.config.block_size)
     return torch.tensor([tokens[start:]], device=model.device)
-
-
-def prefill(model, tokens, sampler):
-    """The cache and the hidden states (T, C) of the window of tokens, and the token (1,) after it,
-    which is added to them."""
-    cache = model.new_cache()
-    hidden = model.hidden(window_ids(tokens, model), cache)[0]
-    token = draw_next(model, hidden[-1:], sampler)
-    tokens.append(token.item())
-    return cache, hidden, token
-
-
-def next_window(model, tokens):
-    """The cache and the hidden states (T, C) of the window of all tokens but the last, which is
-    pending."""
-    cache = model.new_cache()
-    return cache, model.hidden(window_ids(tokens, model)[:, :-1], cache)[0]
 
 
 # -----------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""What the heads share whose component moves along the window: probabilistic circuits (MTPC, arXiv
+"""Mixtures whose component moves along the window: what hmm.py and tree_circuit.py share (MTPC, arXiv
 2511.11346)."""
 
 import torch
 import torch.nn as nn
 
-from model import widen
+from model import CPHead, widen
 
 
 class Transitions(nn.Module):
@@ -12,7 +12,7 @@ class Transitions(nn.Module):
 
         T = (1 - l) I + l softmax(A e),    l = min(|p|, 1)
 
-    p starts at almost 0, where T is the identity (MTPC, arXiv 2511.11346, found that it needs this).
+    p starts at almost 0, where T is the identity (MTPC found that it needs this).
     """
 
     def __init__(self, m, rank, n_embd):
@@ -22,13 +22,59 @@ class Transitions(nn.Module):
         self.mix = nn.Parameter(torch.full((m, 1, 1), 1e-7))
 
     def forward(self, e):
-        """log T: e (..., C) -> (..., m, r, r), of component a (row) and the next one."""
+        """log T: e (..., C) -> m times (..., r, r), of component a (row) and the next one."""
         S = widen(self.rows(e)).unflatten(-1, (-1, self.rank, self.rank)).softmax(-1)
         mix = self.mix.abs().clamp_max(1)
         identity = torch.eye(self.rank, dtype=S.dtype, device=S.device)
-        return ((1 - mix) * identity + mix * S).log()
+        return ((1 - mix) * identity + mix * S).log().unbind(-3)
 
 
 def move(log_b, log_T):
     """log sum_a b_a T(a, a'): log_b (..., r), log_T (..., r, r) -> (..., r)."""
     return torch.logsumexp(log_b.unsqueeze(-1) + log_T, dim=-2)
+
+
+class Circuit(CPHead):
+    """A head says how components go on, given log w (B, r), the transitions log T, and the tokens'
+    log P_a^(s)(x_s), seen (B, k, r):
+
+        prefix(log_w, log_T, seen)     log P(x_1, ..., x_k and the component of x_{k+1} is a) (B, r)
+        path(log_w, log_T, seen, k, pick)
+                                       components of the k places after x_1, drawn given x_1 (B, k)
+    """
+
+    def prefixes(self, log_w, log_T, seen):
+        """`prefix` of the first 1, 2, ..., k tokens: (B, k, r)."""
+        return torch.stack([self.prefix(log_w, log_T, seen[:, :k])
+                            for k in range(1, seen.size(1) + 1)], dim=1)
+
+    def log_joint(self, e, gold, unembed):
+        seen = self.gold_log_probs(e, gold, unembed)
+        return self.prefixes(self.log_weights(e), self.transitions(e), seen).logsumexp(-1)
+
+    def rows(self, e, tokens, unembed):
+        log_P = self.logits(self.vectors_along(e, tokens, unembed), unembed).log_softmax(-1)
+        seen = self.along(log_P[:, :-1], tokens)  # (N, k, r)
+        log_b = self.prefixes(self.log_weights(e), self.transitions(e), seen).log_softmax(-1)
+        return torch.logsumexp(log_b.unsqueeze(-1) + log_P[:, 1:], dim=2)
+
+    def draft(self, e, x1, n_drafts, sampler, unembed):
+        """The path of components first, r numbers at a time; then all tokens at once, or one by one
+        where the sampler warps rows."""
+        P = self.logits(self.vectors(e, slice(n_drafts + 1)), unembed).softmax(-1)  # (B, k + 1, r, V)
+        log_w, log_T = self.log_weights(e), self.transitions(e)
+        seen, P = self.log_along(P[:, :1], x1.unsqueeze(1)), P[:, 1:]  # (B, 1, r)
+        if sampler.plain:
+            a = self.path(log_w, log_T, seen, n_drafts, sampler.pick)  # (B, k)
+            x = sampler.pick(P.take_along_dim(a[..., None, None], 2).squeeze(2))  # (B, k)
+            seen = torch.cat((seen, self.log_along(P, x)[:, :-1]), 1)  # (B, k, r)
+            b = self.prefixes(log_w, log_T, seen).softmax(-1)
+            return x, (b.unsqueeze(2) @ P).squeeze(2)
+        x, q = [], []
+        for P_s in P.unbind(1):  # (B, r, V)
+            b = self.prefix(log_w, log_T, seen).softmax(-1)
+            x_s, q_s = sampler.draw(torch.bmm(b.unsqueeze(1), P_s).squeeze(1).log())
+            seen = torch.cat((seen, self.log_along(P_s, x_s).unsqueeze(1)), 1)
+            x.append(x_s)
+            q.append(q_s)
+        return torch.stack(x, 1), None if q[0] is None else torch.stack(q, 1)

@@ -1,4 +1,4 @@
-"""A baseline: independent heads with the parameters of a mixture."""
+"""Independent heads with the parameters of a mixture: is it the rank that helps, or the size?"""
 
 from dataclasses import replace
 
@@ -10,9 +10,7 @@ from model import CPHead
 
 
 class Head(CPHead):
-    """Independent heads with the parameters of a mixture: is it the rank that helps, or the size?
-
-        h^(s) = M^(s) e + B^(s) gelu(A^(s) e)
+    """h^(s) = M^(s) e + B^(s) gelu(A^(s) e)
 
     One component, whatever --rank r says: r gives the MLP its width (r - 1) C / 2, so A^(s) and
     B^(s) have as many parameters as the CP head's other r - 1 maps. B starts at 0, where this is the
