@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import functools
 import hashlib
 import json
 import math
@@ -12,7 +11,6 @@ import secrets
 import signal
 import sys
 import threading
-import time
 import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
@@ -21,11 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout  # comes with torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from model import GPT, BadInput, GPTConfig, door, head_class, words
-from tokenizer import gpt2_tokenizer, load_tokenizer, read_characters
+from model import BadInput, GPTConfig, new_model
 
 # -----------------------------------------------------------------------------
 # a user's mistake gets one line, not a traceback
@@ -110,17 +106,6 @@ def progress_bar(**options):
     if sys.stderr is None:
         options["disable"] = True
     return tqdm(mininterval=1.0, **options)
-
-
-def import_transformers(what, packages="transformers"):
-    """The module transformers, without its progress bars; BadInput where what needs it in vain."""
-    try:
-        import transformers
-    except ImportError:
-        raise BadInput(f"{what} needs transformers: python -m pip install {packages}") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
 
 
 # -----------------------------------------------------------------------------
@@ -234,25 +219,6 @@ def pick_device(name):
         raise BadInput(f"--device {name} cannot be used here ({why}); try cpu") from None
 
 
-@functools.cache
-def bfloat16_is_faster(device):
-    """Whether a trial finds products in bfloat16 faster: on GPUs that have it, and on CPUs with AMX."""
-    if device.type == "mps":
-        return False
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, W = torch.ones(128, 512, dtype=dtype), torch.ones(2048, 512, dtype=dtype)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            F.linear(x, W)
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
-
-
 @contextmanager
 def onednn(enabled):
     """Within the block, torch's CPU kernels are not oneDNN's unless enabled."""
@@ -291,77 +257,34 @@ def stop_signals(patient=False):
             signal.signal(s, handler)
 
 
-def compiled(function, device):
-    """torch.compile(function), which will have its gradients taken, after a trial: are they right?
-
-    On a CPU, torch 2.6 compiles a wrong gradient of an embedding where an id comes more than once.
-    """
-    W, idx = torch.ones(8, 16, device=device, requires_grad=True), torch.zeros(64, dtype=torch.long)
-    with compiler_errors():
-        torch.compile(lambda W, idx: F.embedding(idx, W).sum())(W, idx.to(device)).backward()
-    if W.grad[0, 0] != 64:
-        raise BadInput(f"--compile gives wrong gradients here (torch {torch.__version__}). Take a newer "
-                       "torch, or train without --compile.")
-    return torch.compile(function)
-
-
-@contextmanager
-def compiler_errors():
-    """Within the block, torch.compile compiles something small; BadInput where it cannot."""
-    try:
-        yield
-    except Exception as e:  # of a compiler, a linker, Triton: torch raises many kinds
-        raise BadInput(f"--compile does not work here ({type(e).__name__}); it needs a C++ compiler, "
-                       "on a GPU also Triton. Leave --compile away.") from None
-
-
 # -----------------------------------------------------------------------------
 # checkpoints and data
 
 
 def from_checkpoint(ckpt, fresh_head=False, **changes):
-    """The GPT of a checkpoint dict, ours or one of nanoGPT's train.py, loaded strictly.
+    """The model of a checkpoint dict, ours or one of nanoGPT's train.py, loaded strictly.
 
-    changes: fields of GPTConfig that differ from the checkpoint's (n_future, rank, head,
-    target, dropout, n_token). Where they ask for another head, or with fresh_head, the old one
-    is left out and a fresh one is put on the trunk; see `head_state`. BadInput where the file
-    does not fit.
+    changes: fields of GPTConfig that differ from the checkpoint's (n_future, rank, head, target,
+    dropout, n_token). Where they ask for another head, or with fresh_head, the old one is left out
+    and a fresh one is put on the trunk. BadInput where the file does not fit.
     """
     known = {f.name for f in fields(GPTConfig)}
     old = {name: value for name, value in ckpt["model_args"].items() if name in known}
-    model = GPT(GPTConfig(**{**old, **changes}))
+    old = {"head": "cp", "n_future": 1, "rank": 1} | old  # nanoGPT's has no head
+    config = GPTConfig(**{**old, **changes})
+    model = new_model(config)
     # nanoGPT saves a compiled model's names with a prefix, and once saved the causal mask
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in ckpt["model"].items()
              if not name.endswith(".attn.bias")}
-    trunk = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    head = {name: tensor for name, tensor in state.items() if name not in trunk}
+    if fresh_head or any(old[name] != getattr(config, name) for name in ("head", "n_future", "rank")):
+        fresh = model.state_dict()
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+        state |= {name: tensor for name, tensor in fresh.items() if name.startswith("head.")}
     try:
-        model.load_state_dict(trunk | head_state(model, old, head, fresh_head))
+        model.load_state_dict(state)
     except RuntimeError as e:  # torch's list of what is missing, superfluous or of another shape
         raise BadInput(" ".join(str(e).split())[:300]) from None
     return model
-
-
-def head_state(model, old, head, fresh_head):
-    """The head's tensors for a model: the checkpoint's, fresh ones, or both.
-
-    old, head: the checkpoint's settings and head. Of a head that extends it, or that it extends,
-    what both have is kept; of any other kind, n, rank or draft vocabulary, nothing.
-    """
-    config, state = model.config, model.state_dict()
-    fresh = {name: tensor for name, tensor in state.items() if name.startswith("head.")}
-    kind = old.get("head", "cp")
-    sizes = dict(n_future=1, rank=1, draft_vocab=0)
-    if fresh_head or any(old.get(name, least) != getattr(config, name) for name, least in sizes.items()):
-        return fresh
-    if kind == config.head:
-        return head
-    for name, base in ((config.head, kind), (kind, config.head)):
-        if name in words("head") and head_class(name).extends == base:
-            added = {f"head.{part}" for part in head_class(name).added}
-            kept = {part: tensor for part, tensor in head.items() if part not in added}
-            return kept | {part: tensor for part, tensor in fresh.items() if part in added}
-    return fresh
 
 
 def load_model(ckpt, path, fresh_head=False, **changes):
@@ -405,6 +328,8 @@ def read_checkpoint(path):
 
 def check_meta(meta, where):
     """BadInput unless meta is what prepare_tinystories.py writes, as far as it is used."""
+    if isinstance(meta, dict) and isinstance(meta.get("read_by"), str):
+        raise BadInput(f"{where} is for another script: python -m {meta['read_by']}")
     try:
         tokens = {token.encode("latin-1") for token in meta["tokenizer"]["tokens"]}
         pattern = meta["tokenizer"]["pattern"]  # None: characters, without an <|endoftext|>
@@ -424,26 +349,16 @@ HASHED = 2**27  # bytes of a .bin file that is read and compared with its hash; 
 
 
 def read_meta(data_dir):
-    """data_dir/meta.json, if train.bin and val.bin are the files that it speaks of.
-
-    A folder without one, but with both .bin files, is nanoGPT's: see `nanogpt_meta`. With a .lock it
-    is ours, and its writing was interrupted.
-    """
+    """data_dir/meta.json, if train.bin and val.bin are the files that it speaks of."""
     path = Path(data_dir) / "meta.json"
     check_folder(path.parent)
     again = f"python prepare_tinystories.py --data_dir {data_dir} ..."
     if not path.exists():
-        bins = [path.with_name(f"{name}.bin").exists() for name in ("train", "val")]
-        if all(bins) and not path.with_name(".lock").exists():
-            return nanogpt_meta(path.parent)
-        raise BadInput(f"There is no data in {data_dir}; write some: {again}, or for a model of "
-                       f"transformers: python -m pretrained.generate --data_dir {data_dir} ...")
+        raise BadInput(f"There is no data in {data_dir}; write some: {again}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         meta = None
-    if isinstance(meta, dict) and "trunk" in meta:
-        return door("trunk", "texts").check_texts(path.parent, meta)
     check_meta(meta, path)
     for name in ("train", "val"):
         file, split = path.with_name(f"{name}.bin"), meta["splits"][name]
@@ -478,31 +393,6 @@ class Batches:
         starts = np.linspace(0, self.n_starts - 1, n).astype(int)
         for i in range(0, n, self.batch_size):
             yield self.at(starts[i : i + self.batch_size])
-
-
-def nanogpt_meta(folder):
-    """What meta.json would say of a data folder of nanoGPT, whose meta.pkl has the characters.
-
-    Without a meta.pkl the tokens are GPT-2's. The prompts are eight pieces of val.bin.
-    """
-    path = folder / "meta.pkl"
-    description = read_characters(path) if path.exists() else gpt2_tokenizer()
-    enc, splits, n_prompt = load_tokenizer(description), {}, 16
-    for name in ("train", "val"):
-        file = folder / f"{name}.bin"
-        size = file.stat().st_size
-        good = size >= 2 * n_prompt and size % 2 == 0
-        ids = np.memmap(file, dtype=np.uint16, mode="r") if good else []
-        if not good or (size <= HASHED and ids.max() >= enc.n_vocab):
-            raise BadInput(f"{file} is no data of nanoGPT, {n_prompt} or more ids of {description['name']}, "
-                           "two bytes each; write it anew.")
-        splits[name] = {"tokens": len(ids)}
-    lengths = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)])
-    print(f"{folder}: nanoGPT's data, {enc.n_vocab:,} tokens of {description['name']}")
-    starts = np.linspace(0, len(ids) - n_prompt, 8).astype(int)
-    prompts = [enc.decode(ids[i : i + n_prompt].tolist()) for i in starts]
-    return {"vocab_size": enc.n_vocab, "tokenizer": description, "splits": splits,
-            "bytes_per_token": float(lengths[ids[: 2**20]].mean()), "prompts": prompts}
 
 
 def check_tokenizer(ckpt, meta, path):

@@ -5,7 +5,7 @@
     python sample.py --out_dir out/toy --show_drafts
 
 speculative (the default of a model with a head), plain and oracle draw from the same distribution,
-see decode.py, and so do the other modes, see the files of these names in decoders/.
+see decode.py. So do the other modes; a file of the mode's name says how.
 """
 
 import os
@@ -17,21 +17,19 @@ import torch
 
 from common import (ArgumentParser, any_path, any_seed, check_meta, load_model, number, pick_device,
                     onednn, read_checkpoint, run_script, utf8)
-from decode import Stats, generate, generate_cached, generate_speculative, make_sampler
+from decode import Stats, generate, generate_oracle, generate_plain, make_sampler
 from model import BadInput, door, words
-from tokenizer import TextStream, encode, load_tokenizer
+from tokenizer import TextStream, load_tokenizer
 
-MODES = {"speculative": generate_speculative, "plain": generate_cached, "oracle": generate}
+MODES = {"speculative": generate, "plain": generate_plain, "oracle": generate_oracle}
 
 
 def load(out_dir, device="auto", dtype="auto"):
     """(model, tokenizer, checkpoint) of out_dir/ckpt.pt, the model in evaluation mode."""
     path, device = Path(out_dir) / "ckpt.pt", pick_device(device)
     ckpt = read_checkpoint(path)
-    if "trunk" in ckpt:  # a head on a model of transformers
-        model, enc = door("trunk", "adapter").load_checkpoint(ckpt, path, device, dtype)
-        model = model.to(device, model.dtype).eval()
-        model.pack()
+    if "trunk" in ckpt:  # a head on a model from elsewhere
+        model, enc = door("trunk", ckpt["trunk"]["door"]).load(ckpt, path, device, dtype)
         return model, enc, ckpt
     dtype = "float32" if dtype == "auto" else dtype
     if device.type == "mps" and dtype == "float64":
@@ -46,9 +44,9 @@ def load(out_dir, device="auto", dtype="auto"):
                        f"{enc.n_vocab}; train anew.")
     model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
     if device.type == "cpu" and dtype == "float32":  # stored by columns: faster for a few rows
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight.data = module.weight.data.T.contiguous().T
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.data = p.data.flatten(0, -2).T.contiguous().T.view(p.shape)
     return model, enc, ckpt
 
 
@@ -56,20 +54,6 @@ def fast_kernels(model):
     """A context in which passes of a few rows are fastest: in float32 on a CPU, without oneDNN, but for
     packed layers, which are its own all the same."""
     return onednn(not (model.device.type == "cpu" and model.dtype == torch.float32))
-
-
-def prompt_ids(enc, text, chat=False):
-    """A text begins after an <|endoftext|>, as in training, or where there is none with a newline.
-
-    A tokenizer of transformers has its own rules. chat: it is the answer to text that begins.
-    """
-    if hasattr(enc, "prompt_ids"):
-        return enc.prompt_ids(text, chat)
-    if chat:
-        raise BadInput("--chat needs a chat model of transformers, see pretrained/.")
-    if enc.eot_token is not None:
-        return [enc.eot_token, *encode(enc, text)]
-    return encode(enc, text or ("\n" if "\n" in enc.ids else enc.characters[0]))
 
 
 # -----------------------------------------------------------------------------
@@ -92,7 +76,8 @@ def legend(n_drafts, colour):
     if n_drafts:
         names |= {"corrected": "rejected draft corrected", "bonus": "bonus token after the drafts"}
     names["plain"] = "no draft there"
-    return "   ".join(paint(name if colour else f"{name} ", origin, colour) for origin, name in names.items())
+    return "   ".join(paint(name if colour else f"{name} ", origin, colour)
+                      for origin, name in names.items())
 
 
 # -----------------------------------------------------------------------------
@@ -106,7 +91,7 @@ def add_model_flags(parser):
     parser.add_argument("--dtype", default="auto",
                         choices=["auto", "float32", "bfloat16", "float16", "float64"],
                         help="of the weights; probabilities are float32 or wider. auto is float32, or "
-                             "for a pretrained model bfloat16 where a trial finds it faster (auto)")
+                             "what a model from elsewhere is fastest in (auto)")
     parser.add_argument("--seed", type=any_seed, default=1337, help="seed of the draws (1337)")
 
 
@@ -114,11 +99,9 @@ def parse_args():
     parser = ArgumentParser(__doc__)
     add_model_flags(parser)
     parser.add_argument("--mode", choices=[*MODES, *words("mode")],
-                        help="decoder (speculative where there is a head, else plain); captured is the one "
-                             "for a GPU, draft_tree one for large models at temperature 0")
-    parser.add_argument("--prompt", type=utf8, default="", help="beginning of the text (none)")
-    parser.add_argument("--chat", action="store_true",
-                        help="the prompt is a user's message, in the template of a pretrained model")
+                        help="decoder (speculative where there is a head, else plain)")
+    parser.add_argument("--prompt", type=utf8, default="",
+                        help="beginning of the text, or what a chat model is to answer (none)")
     parser.add_argument("--num_samples", type=number(int, 1), default=1, help="texts to write (1)")
     parser.add_argument("--max_new_tokens", type=number(int, 0), default=256,
                         help="longest text in tokens (256)")
@@ -127,9 +110,6 @@ def parse_args():
     parser.add_argument("--top_k", type=number(int, 1), help="draw from the k most probable tokens")
     parser.add_argument("--top_p", type=number(float, 1e-6, 1),
                         help="draw from the smallest set of tokens that has this probability")
-    parser.add_argument("--coupled", action="store_true",
-                        help="tie the random numbers to the place in the text: speculative, plain and "
-                             "oracle write the same text, of the same distribution, and keep fewer drafts")
     parser.add_argument("--show_drafts", action="store_true",
                         help="colour each token by where it came from; in a pipe, or with NO_COLOR, "
                              "mark it")
@@ -140,17 +120,12 @@ def is_terminal():
     return sys.stdout is not None and sys.stdout.isatty()
 
 
-def decoder(mode):
-    return MODES[mode] if mode in MODES else door("mode", mode).generate
-
-
-def write_sample(args, model, enc, mode, sampler, colour):
+def write_sample(args, decoder, model, enc, sampler, colour):
     """Print one text; returns what the decoder did."""
     stats, stream = Stats(), TextStream(enc, printable=is_terminal())
-    prompt = prompt_ids(enc, args.prompt, args.chat)
-    print(args.prompt, end="\n\n" if args.chat else "", flush=True)
-    tokens = decoder(mode)(model, prompt, args.max_new_tokens, sampler=sampler,
-                           stop_token=enc.eot_token, stats=stats)
+    tokens = decoder(model, enc.prompt_ids(args.prompt), args.max_new_tokens, sampler=sampler,
+                     stop_token=enc.eot_token, stats=stats)
+    print(args.prompt, end=enc.gap, flush=True)
     for i, token in enumerate(tokens):
         text = stream.push(token) if token != enc.eot_token else stream.end()
         if args.show_drafts:
@@ -171,18 +146,15 @@ def main():
     if drafts and not model.head:
         raise BadInput(f"{args.out_dir} has n_future = 1: there is no head to draft from; take --mode "
                        "plain.")
+    decoder = MODES[mode] if mode in MODES else door("mode", mode).generate
     colour = is_terminal() and not os.environ.get("NO_COLOR")  # https://no-color.org
     if args.show_drafts:
         print(legend(model.config.n_future - 1 if drafts else 0, colour) + "\n")
-    generator = torch.Generator(model.device).manual_seed(args.seed)
-    samples, start = [], time.perf_counter()
+    sampler = make_sampler(*options, torch.Generator(model.device).manual_seed(args.seed))
+    start = time.perf_counter()
     with fast_kernels(model):
-        for i in range(args.num_samples):
-            if args.coupled and args.temperature:
-                sampler = door("mode", "coupled").Coupled(args.seed + i, *options, device=model.device)
-            else:
-                sampler = make_sampler(*options, generator)
-            samples.append(write_sample(args, model, enc, mode, sampler, colour))
+        samples = [write_sample(args, decoder, model, enc, sampler, colour)
+                   for _ in range(args.num_samples)]
     seconds = time.perf_counter() - start
     n_tokens, steps = sum(len(s.origins) for s in samples), sum(s.steps for s in samples)
     per_step = f" {sum(s.tokens for s in samples) / steps:.2f} per step," if steps else ""

@@ -5,12 +5,10 @@
 
 The dict {name, pattern, tokens} stands in meta.json and in every checkpoint, so neither needs a
 file beside it. For another tokenizer, write another function that returns such a dict, and give it a
-line in TOKENIZERS, from which --tokenizer chooses. nanoGPT's character data has no pattern: it is
-read by `Characters`.
+line in TOKENIZERS, from which --tokenizer chooses.
 """
 
 import codecs
-import pickle
 import re
 import threading
 from collections import Counter
@@ -75,59 +73,38 @@ def gpt2_tokenizer(documents=(), vocab_size=0, timeout=60):
     return {"name": "gpt2", "pattern": enc._pat_str, "tokens": tokens}
 
 
-def read_characters(path):
-    """The description of the tokenizer in a meta.pkl of nanoGPT: {"itos": {0: "a", 1: ...}, ...}."""
-    class Plain(pickle.Unpickler):  # dicts, lists, strings, numbers: a pickle of more could run code
-        def find_class(self, module, name):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-    try:
-        with open(path, "rb") as file:
-            itos = Plain(file).load()["itos"]
-        characters = [itos[i] for i in range(len(itos))]
-        tokens = [character.encode().decode("latin-1") for character in characters]
-        if not 0 < len(tokens) == len(set(tokens)):
-            raise ValueError("its characters are none, or not different ones")
-    except (OSError, MemoryError):
-        raise
-    except Exception as e:  # pickle raises many kinds for a file that is none
-        raise BadInput(f"{path} is not the meta.pkl of a character vocabulary, or it is damaged ({e}); "
-                       "nothing in it was run.") from None
-    return {"name": f"characters{len(tokens)}", "pattern": None, "tokens": tokens}
-
-
 TOKENIZERS = {"pieces": build_tokenizer, "gpt2": gpt2_tokenizer}
 
 
-def load_tokenizer(description):
-    """The tiktoken.Encoding of a description {name, pattern, tokens}; tokens are byte strings
-    written as latin-1.
+class Tokenizer(tiktoken.Encoding):
+    """A tiktoken.Encoding, and what the scripts ask of any tokenizer. One of your own has these, too:
 
-    Ids are the places in that list; <|endoftext|> comes last and is `eot_token`. All 256 bytes must
-    be among the tokens, so that any text can be encoded: else BadInput. Without a pattern, the tokens
-    are characters, and there is no <|endoftext|>: see `Characters`.
+        prompt_ids(text)   the ids that a text begins with
+        pieces()           a function from the next token to the text that it completes, and from None
+                           to what is left at the end
+        gap, answer_end    what stands between a prompt and its text; the token that ends an answer, or
+                           None for texts that go on
     """
-    name, pattern = description["name"], description["pattern"]
-    if pattern is None:
-        return Characters(name, [token.encode("latin-1").decode() for token in description["tokens"]])
-    ranks = {token.encode("latin-1"): i for i, token in enumerate(description["tokens"])}
-    if not all(bytes([b]) in ranks for b in range(256)):
-        raise BadInput(f"the tokenizer {name} lacks some of the 256 single bytes, so it cannot encode "
-                       "every text")
-    try:
-        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                                 special_tokens={EOT: len(ranks)})
-    except Exception as e:  # for a wrong pattern tiktoken raises many kinds
-        raise BadInput(f"the tokenizer {name} cannot be read ({type(e).__name__}: {e})") from None
+
+    gap, answer_end = "", None
+
+    def prompt_ids(self, text):
+        return [self.eot_token, *encode(self, text)]  # texts begin after one, as in training
+
+    def pieces(self):
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back half a character
+
+        def piece(token):
+            end = token is None
+            return decoder.decode(b"" if end else self.decode_single_token_bytes(token), final=end)
+
+        return piece
 
 
 class Characters:
-    """A tokenizer of single characters, of nanoGPT: what is used here of a tiktoken.Encoding.
+    """A tokenizer of single characters, as nanoGPT has: it knows no others, and no <|endoftext|>."""
 
-    It knows no other characters than its own, and has no <|endoftext|>.
-    """
-
-    eot_token = None
+    gap, answer_end, eot_token = "", None, None
 
     def __init__(self, name, characters):
         self.name, self.characters, self.n_vocab = name, characters, len(characters)
@@ -139,11 +116,36 @@ class Characters:
             raise BadInput(f"the model knows {self.n_vocab} characters, and {unknown[0]!r} is none of them")
         return [self.ids[character] for character in text]
 
-    def decode_single_token_bytes(self, token):
-        return self.characters[token].encode()
-
     def decode(self, tokens):
         return "".join(self.characters[token] for token in tokens)
+
+    def prompt_ids(self, text):
+        return encode(self, text or ("\n" if "\n" in self.ids else self.characters[0]))
+
+    def pieces(self):
+        return lambda token: "" if token is None else self.characters[token]
+
+
+def load_tokenizer(description):
+    """The Tokenizer of a description {name, pattern, tokens}; tokens are byte strings written as
+    latin-1.
+
+    Ids are the places in that list; <|endoftext|> comes last and is `eot_token`. All 256 bytes must
+    be among the tokens, so that any text can be encoded: else BadInput. Without a pattern, the tokens
+    are characters: see `Characters`.
+    """
+    name, pattern = description["name"], description["pattern"]
+    if pattern is None:
+        return Characters(name, [token.encode("latin-1").decode() for token in description["tokens"]])
+    ranks = {token.encode("latin-1"): i for i, token in enumerate(description["tokens"])}
+    if not all(bytes([b]) in ranks for b in range(256)):
+        raise BadInput(f"the tokenizer {name} lacks some of the 256 single bytes, so it cannot encode "
+                       "every text")
+    try:
+        return Tokenizer(name, pat_str=pattern, mergeable_ranks=ranks,
+                         special_tokens={EOT: len(ranks)})
+    except Exception as e:  # for a wrong pattern tiktoken raises many kinds
+        raise BadInput(f"the tokenizer {name} cannot be read ({type(e).__name__}: {e})") from None
 
 
 def encode(enc, text):
@@ -162,28 +164,22 @@ def segments(text):
 
 
 class TextStream:
-    """Token ids in, text out: holds back the bytes of a character until it is complete.
+    """Token ids in, text out, as far as it is complete.
 
     With printable, control characters other than newline and tab come out as visible escapes
     (\\x1b): a model of bytes may write any of them, and a terminal would obey.
     """
 
     def __init__(self, enc, printable=False):
-        self.printable = printable
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        if hasattr(enc, "text_pieces"):  # a tokenizer of transformers does it all
-            self.text = enc.text_pieces()
-        else:
-            self.text = lambda token: self.decoder.decode(enc.decode_single_token_bytes(token))
+        self.piece, self.printable = enc.pieces(), printable
 
     def push(self, token):
-        return self._shown(self.text(token))
-
-    def end(self):
-        return self._shown(self.decoder.decode(b"", final=True))
-
-    def _shown(self, text):
+        """The text that a token completes; what is left for None, at the end."""
+        text = self.piece(token)
         if not self.printable:
             return text
         control = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
         return re.sub(control, lambda match: f"\\x{ord(match[0]):02x}", text)
+
+    def end(self):
+        return self.push(None)

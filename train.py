@@ -21,18 +21,17 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.parallel import DistributedDataParallel
 
-from common import (ArgumentParser, Batches, any_path, any_seed, bfloat16_is_faster, check_tokenizer,
-                    check_writable, compiled, load_model, locked, number, padded, pick_device,
-                    progress_bar, read_checkpoint, read_meta, replacing, run_script, stop_signals)
-from model import GPT, HEAD_FIELDS, BadInput, GPTConfig, door, head_class, words
+from common import (ArgumentParser, Batches, any_path, any_seed, check_tokenizer, check_writable,
+                    load_model, locked, number, padded, pick_device, progress_bar, read_checkpoint,
+                    read_meta, replacing, run_script, stop_signals)
+from model import BadInput, GPTConfig, new_model, words
 
 
 def flag(default, text, check=None):
@@ -48,13 +47,12 @@ class TrainConfig:
     """The settings of a run. The defaults are the preset laptop."""
 
     # where
-    data_dir: str = flag("data/text", "folder that prepare_tinystories.py wrote, or nanoGPT's", any_path)
+    data_dir: str = flag("data/text", "folder that prepare_tinystories.py wrote", any_path)
     out_dir: str = flag("out/laptop", "folder for the checkpoint and the log", any_path)
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto takes cuda, then mps, then cpu")
-    dtype: str = flag("auto", "auto is bfloat16 (else float16) on cuda, else float32, and on a CPU train.py takes "
-                      "bfloat16 where a trial finds it faster",
+    dtype: str = flag("auto", "auto is bfloat16 (else float16) on cuda, else float32",
                       ("auto", "float32", "bfloat16", "float16"))
-    compile: bool = flag(False, "torch.compile the loss (needs a C++ compiler)")
+    compile: bool = flag(False, "torch.compile the model (needs a C++ compiler)")
     seed: int = flag(1337, "seed of the initial weights, the batches and dropout", any_seed)
     init_from: str = flag("", "checkpoint to start from, ours or nanoGPT's", any_path)
     fresh_head: bool = flag(False, "leave the head of init_from out, to compare heads on one trunk")
@@ -66,20 +64,15 @@ class TrainConfig:
     n_embd: int = flag(192, "width of the trunk", count)
     dropout: float = flag(0.0, "dropout probability", number(float, 0, 0.99))
     bias: bool = flag(False, "biases in the trunk's Linears and LayerNorms")
-    head: str = flag("cp", "the head: cp, or a file in heads/", ("cp", *words("head")))
+    head: str = flag("cp", "the head: cp, the paper's, or the name of another one's file", ("cp", *words("head")))
     n_future: int = flag(4, "n, tokens predicted at once; 1 is plain nanoGPT", count)
     rank: int = flag(4, "r, components of the head's mixture; 1 is independent heads", count)
-    draft_vocab: int = flag(0, "K, the head drafts the K most frequent tokens alone, which needs "
-                            "--freeze_trunk; 0 is all", number(int, 0, 10**6))
     target: str = flag("lm_head", "p(next token): lm_head, the trunk's, or marginal, the head's",
                        ("marginal", "lm_head"))
     # loss and optimizer
     joint_weight: float = flag(0.5, "weight of the joint loss if target is lm_head", amount)
     balance_weight: float = flag(0.05, "weight of the load-balancing loss", amount)
     joint_share: float = flag(0.25, "share of the positions that a step trains the joint on", share)
-    teacher: str = flag("text", "what a head on a frozen trunk learns from: the text alone, or the trunk's "
-                        "rows (kl; lk for acceptance; nextlat, its states, too)",
-                        ("text", "kl", "lk", "nextlat"))
     batch_size: int = flag(8, "windows per forward pass", count)
     grad_accum: int = flag(1, "forward passes per step", count)
     lr: float = flag(2e-3, "peak learning rate", amount)
@@ -107,11 +100,6 @@ PRESETS = {
         target="marginal", joint_share=0.125, batch_size=64, grad_accum=4, lr=1e-3, max_iters=20000,
         eval_interval=1000,
     ),
-    "pretrained": TrainConfig(
-        data_dir="data/own", out_dir="out/own", freeze_trunk=True, head="recurrent", n_future=6, rank=1,
-        teacher="kl", draft_vocab=4096, batch_size=128, lr=2e-3, min_lr=1e-5, max_iters=9000,
-        eval_interval=500, eval_windows=2048,
-    ),
 }
 
 
@@ -122,11 +110,10 @@ PRESETS = {
 def train(run):
     """Train run to its end, or until a signal: the step that it interrupts is saved."""
     cfg = run.cfg
-    loss_function = compiled(run.loss, run.device) if cfg.compile else run.loss
     bar = progress_bar(total=cfg.max_iters, initial=run.iter_num, disable=RANK > 0)
     with stop_signals(patient=RANKS > 1) as signals, bar:
         while run.progress < 1:
-            loss, parts = optimizer_step(run, loss_function)
+            loss, parts = optimizer_step(run)
             run.count_step()
             run.seconds, stop = agree(run.seconds, signals)
             if run.iter_num % cfg.log_interval == 0 and RANK == 0:
@@ -147,18 +134,19 @@ def train(run):
             bar.update()
 
 
-def optimizer_step(run, loss_function):
+def optimizer_step(run):
     """One step on cfg.grad_accum batches; returns the last one's loss and its parts."""
     cfg, optimizer, scaler = run.cfg, run.optimizer, run.scaler
+    weights = {name: getattr(cfg, name) for name in ("joint_weight", "balance_weight", "joint_share")}
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(run.progress, cfg)
-    for _ in range(cfg.grad_accum):
-        batch = next(run.batches)  # idx (B, T), gold (B, T, n); of stored states see `States.at`
-        with run.autocast:
-            weights = cfg.joint_weight, cfg.balance_weight, cfg.joint_share
-            loss, parts = loss_function(*batch, *weights)
-        scaler.scale(loss / cfg.grad_accum).backward()
-    average_gradients(run.model)
+    for i in range(cfg.grad_accum):
+        batch = next(run.batches)  # idx (B, T), gold (B, T, n)
+        last = i == cfg.grad_accum - 1  # only then do several processes average their gradients
+        with nullcontext() if last or RANKS == 1 else run.net.no_sync():
+            with run.autocast:
+                loss, parts = run.net(*batch, **weights)
+            scaler.scale(loss / cfg.grad_accum).backward()
     if cfg.grad_clip:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip)
@@ -183,7 +171,7 @@ def evaluate(run):
     totals, n_windows = {}, 0
     for batch in run.val.fixed(run.cfg.eval_windows):
         with run.autocast:
-            parts = run.model.loss(*batch)[1]
+            parts = run.model(*batch)[1]
         for name, part in parts.items():
             totals[name] = totals.get(name, 0) + part.cpu().double() * len(batch[0])
         n_windows += len(batch[0])
@@ -213,16 +201,6 @@ def rank_0_first():
         yield
 
 
-def average_gradients(model):
-    """Every gradient becomes its mean over the ranks. Torch's DistributedDataParallel would not do:
-    it sees calls of forward, and training calls GPT.loss."""
-    if RANKS > 1:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = parameters_to_vector(grads)
-        dist.all_reduce(flat)
-        vector_to_parameters(flat / RANKS, grads)
-
-
 def agree(seconds, signals):
     """The most seconds of any rank, and whether any has got a signal: all end at the same step."""
     both = torch.tensor([seconds, len(signals)], dtype=torch.float64)
@@ -237,14 +215,6 @@ def of_all_ranks(x):
     if RANKS > 1:
         dist.all_gather_object(found, x)
     return found
-
-
-def check_same_start(run):
-    """BadInput unless all ranks begin with one model: each computes its weights or reads them for
-    itself, and takes the same steps from then on."""
-    start = [run.iter_num, *(p.detach().double().sum().item() for p in run.model.parameters())]
-    if any(other != start for other in of_all_ranks(start)):
-        raise BadInput("The processes begin with different weights; give them all the same files.")
 
 
 @contextmanager
@@ -287,38 +257,111 @@ class Windows(Batches):
             tokens = tokens.to(self.device)
         return tokens[:, : self.T], tokens[:, 1:].unfold(1, self.n, 1)
 
-    def counts(self, vocab_size):
-        """How often each token comes in the text."""
-        return np.bincount(self.data, minlength=vocab_size)
-
 
 # -----------------------------------------------------------------------------
 # the state of a run
 
+CHANGEABLE = ("data_dir", "out_dir", "device", "max_iters", "max_seconds", "eval_interval",
+              "eval_windows", "log_interval")  # what --resume may be given; the rest is saved
+SAVED = ("train_config", "meta", "optimizer", "scaler", "random", "random_of_others", "iter_num",
+         "seconds", "log")
+
 
 class Run:
-    """All that changes while training, and what a checkpoint holds for --resume to go on from."""
+    """All that changes while training, and what a checkpoint holds for --resume to go on from.
 
-    def __init__(self, cfg, model, meta, device, batches=None, val=None):
-        self.cfg, self.model, self.meta, self.device = cfg, model.to(device).train(), meta, device
-        self.model.teacher, self.loss = cfg.teacher, model.loss
-        if cfg.teacher != "text" and "trunk" not in meta:
-            self.loss = partial(door("trunk", "losses").loss_on_frozen_trunk, model)
-        dtype = pick_dtype(cfg.dtype, device)
-        half = dtype != torch.float32
-        self.autocast = torch.autocast(device.type, dtype) if half else nullcontext()
-        if cfg.freeze_trunk:
-            for name, p in model.named_parameters():
-                p.requires_grad_(name.startswith("head."))
-        self.optimizer = build_optimizer(model, cfg, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.windows = torch.Generator().manual_seed(cfg.seed)  # draws the training windows
-        self.batches = batches or read_data(cfg, meta, "train", device).random(
+    Another script's run overrides the four methods that say what it is made of: read_meta, read_data,
+    build and load.
+    """
+
+    Config, presets, script = TrainConfig, PRESETS, "train.py"
+
+    def __init__(self, cfg, given, ckpt=None):
+        """A run from its beginning, or from a checkpoint that `resumed` has looked at. given: the flags
+        that the user gave, as a dict."""
+        self.device, self.given = pick_device(cfg.device), given
+        torch.manual_seed(cfg.seed)
+        self.cfg, self.meta = cfg, self.read_meta(cfg, ckpt)
+        self.model = self.load(ckpt) if ckpt else self.build()  # build may fill self.cfg in
+        self.model.to(self.device).train()
+        self.prepare()
+        self.val, self.batches = self.read_data("val"), self.read_data("train").random(
             self.windows, RANK, RANKS)
-        self.val = val
         self.iter_num, self.seconds, self.log = 0, 0.0, []
-        self.is_new = True  # until its first checkpoint
+        self.is_new = ckpt is None  # until its first checkpoint
         self.start = self.clock = None  # after the first step: (iter_num, seconds), and the time
+        if ckpt:
+            self.restore(ckpt)
+        elif RANK > 0:
+            torch.manual_seed(cfg.seed + RANK)  # dropout and joint_share of its own
+
+    def prepare(self):
+        """What the loop needs beside model and data."""
+        cfg, dtype = self.cfg, pick_dtype(self.cfg.dtype, self.device)
+        half = dtype != torch.float32
+        self.autocast = torch.autocast(self.device.type, dtype) if half else nullcontext()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.windows = torch.Generator().manual_seed(cfg.seed)  # draws the training windows
+        if cfg.freeze_trunk:
+            for name, p in self.model.named_parameters():
+                p.requires_grad_(name.startswith("head."))
+        self.optimizer = build_optimizer(self.model, cfg, self.device)
+        self.net = compiled(self.model, self.device) if cfg.compile else self.model
+
+    # what it is made of
+
+    def read_meta(self, cfg, ckpt):
+        """What data_dir says of its data; BadInput where a checkpoint was trained on other data."""
+        meta = read_meta(cfg.data_dir)
+        if ckpt:
+            path = Path(cfg.out_dir) / "ckpt.pt"
+            check_tokenizer(ckpt, meta, path)
+            if ckpt["meta"]["splits"] != meta["splits"]:
+                raise BadInput(f"The data in {cfg.data_dir} is not what {path} was trained on; "
+                               "--init_from starts a new run.")
+        return meta
+
+    def read_data(self, split):
+        """The batches of "train" or "val"."""
+        return Windows(Path(self.cfg.data_dir) / f"{split}.bin", self.cfg, self.device)
+
+    def build(self):
+        """The model of a new run: a fresh one, or the trunk of --init_from."""
+        cfg, n_token = self.cfg, self.meta["vocab_size"]
+        if cfg.freeze_trunk and cfg.n_future == 1:
+            raise BadInput("--freeze_trunk trains the head alone, and n_future = 1 has none; take a "
+                           "larger --n_future.")
+        for name in ("freeze_trunk", "fresh_head"):
+            if getattr(cfg, name) and not cfg.init_from:
+                raise BadInput(f"--{name} needs a trunk that is trained: name its checkpoint with "
+                               "--init_from.")
+        shared = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)}
+        config = GPTConfig(**shared, vocab_size=padded(n_token), n_token=n_token)
+        if not cfg.init_from:
+            return new_model(config)
+        ckpt = read_checkpoint(cfg.init_from)
+        check_tokenizer(ckpt, self.meta, cfg.init_from)
+        changes = ("head", "n_future", "rank", "target", "dropout", "n_token")
+        model = load_model(ckpt, cfg.init_from, cfg.fresh_head,
+                           **{name: getattr(config, name) for name in changes})
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "bias"):
+            own = getattr(model.config, name)
+            if self.given.get(name, own) != own:
+                raise BadInput(f"--init_from {cfg.init_from} has {name} = {own}, not {self.given[name]}; "
+                               f"leave {as_flag(name, self.given[name])} away.")
+        kept = not cfg.fresh_head and all(ckpt["model_args"].get(name) == getattr(config, name)
+                                          for name in ("head", "n_future", "rank"))
+        print(f"from {cfg.init_from}: the trunk {'and its head' if kept else 'with a fresh head'}")
+        # what is built is what gets saved
+        built = {name: value for name, value in asdict(model.config).items() if hasattr(cfg, name)}
+        self.cfg = replace(cfg, **built)
+        return model
+
+    def load(self, ckpt):
+        """The model of a checkpoint that is gone on with."""
+        return load_model(ckpt, Path(self.cfg.out_dir) / "ckpt.pt")
+
+    # progress
 
     @property
     def progress(self):
@@ -355,6 +398,8 @@ class Run:
                 f"Training has diverged: the loss or the weights are {value} at step {self.iter_num}. "
                 f"Start again with a lower --lr; what {self.cfg.out_dir} holds is as it was.")
 
+    # checkpoints
+
     def save(self):
         """Write ckpt.pt and log.jsonl. What another run left there is kept, as ckpt.old.pt.
 
@@ -378,9 +423,25 @@ class Run:
         with replacing(path.with_name("log.jsonl")) as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in self.log)
 
+    @classmethod
+    def resumed(cls, out_dir, given):
+        """The Run that out_dir/ckpt.pt holds, with its settings but for flags that may differ."""
+        path = Path(out_dir) / "ckpt.pt"
+        ckpt = read_checkpoint(path)
+        known = asdict(cls.Config()).keys()
+        if any(name not in ckpt for name in SAVED) or ckpt["train_config"].keys() != known:
+            raise BadInput(f"{path} holds no state of training to go on from; --init_from {path} starts "
+                           "a new run with its weights.")
+        old = cls.Config(**ckpt["train_config"])
+        for name, value in given.items():
+            if name not in CHANGEABLE and value != getattr(old, name):
+                raise BadInput(f"--resume goes on with {name} = {getattr(old, name)}, not {value}; leave "
+                               f"{as_flag(name, value)} away, or start a new run without --resume.")
+        kept = {name: value for name, value in given.items() if name in CHANGEABLE}
+        return cls(replace(old, **{**kept, "out_dir": out_dir}), given, ckpt)
+
     def restore(self, ckpt):
         """Take over all that `save` wrote but the model, which is loaded by then."""
-        self.is_new = False
         try:
             self.optimizer.load_state_dict(ckpt["optimizer"])
         except (KeyError, TypeError, ValueError) as e:  # of other groups or shapes
@@ -389,7 +450,7 @@ class Run:
         if ckpt["scaler"]:
             self.scaler.load_state_dict(ckpt["scaler"])
         self.iter_num, self.seconds, self.log = ckpt["iter_num"], ckpt["seconds"], ckpt["log"]
-        states = [ckpt["random"], *ckpt.get("random_of_others", [])]
+        states = [ckpt["random"], *ckpt["random_of_others"]]
         if len(states) != RANKS:
             raise BadInput(f"--resume goes on with as many processes as before, {len(states)}, not "
                            f"{RANKS}; see torchrun's --nproc_per_node.")
@@ -406,165 +467,6 @@ class Run:
         return states
 
 
-def read_data(cfg, meta, split, device):
-    """The batches of a split: windows of text, or the stored states of a pretrained trunk."""
-    if "trunk" in meta:
-        return door("trunk", "texts").States(cfg.data_dir, meta, cfg, split, device)
-    return Windows(Path(cfg.data_dir) / f"{split}.bin", cfg, device)
-
-
-def new_run(cfg, given):
-    """A Run from its beginning. given: the flags that the user gave, as a dict."""
-    torch.manual_seed(cfg.seed)
-    device, meta = pick_device(cfg.device), read_meta(cfg.data_dir)
-    frozen = cfg.freeze_trunk or "trunk" in meta
-    if RANKS > 1 and cfg.dtype == "auto" and device.type == "cpu":
-        cfg = replace(cfg, dtype="float32")  # a trial in each process may end differently
-    if frozen and cfg.n_future == 1:
-        raise BadInput("--freeze_trunk trains the head alone, and n_future = 1 has none; take a "
-                       "larger --n_future.")
-    if cfg.freeze_trunk and not cfg.init_from and "trunk" not in meta:
-        raise BadInput(f"--freeze_trunk needs a trunk that is trained, and {cfg.data_dir} holds text alone: "
-                       "name a checkpoint with --init_from, or the --data_dir of pretrained.generate")
-    if cfg.fresh_head and not cfg.init_from:
-        raise BadInput("--fresh_head leaves the head of a checkpoint out; name the checkpoint with "
-                       "--init_from.")
-    reads_trunk = head_class(cfg.head).reads_trunk
-    if cfg.teacher != "text" and (not frozen or cfg.target != "lm_head" or reads_trunk):
-        raise BadInput(f"--teacher {cfg.teacher} lets a head learn from its trunk's own rows: it needs "
-                       "--freeze_trunk, --target lm_head and a head that reads the trunk's last states "
-                       f"alone, which {cfg.head} does{' not' * reads_trunk}.")
-    if "trunk" in meta:
-        cfg, model = door("trunk", "adapter").new_model(cfg, meta, device)
-    elif cfg.init_from:
-        model = trunk_with_head(cfg, meta, given)
-    else:
-        model = GPT(model_config(cfg, meta["vocab_size"]))
-    # --init_from brings its own block_size, n_layer, ...: what is built is what gets saved
-    built = {name: value for name, value in asdict(model.config).items() if hasattr(cfg, name)}
-    cfg = replace(cfg, **built)
-    if cfg.teacher == "nextlat" and (model.head.rank > 1 or cfg.head == "full"):
-        raise BadInput("--teacher nextlat is for one component, whose states are the trunk's: add "
-                       "--rank 1, and take another --head than full")
-    if cfg.teacher != "text" and "trunk" not in meta and cfg.block_size < cfg.n_future:
-        raise BadInput(f"--teacher {cfg.teacher} needs a --block_size of at least n_future, "
-                       f"{cfg.n_future}")
-    if cfg.draft_vocab and not cfg.freeze_trunk:
-        raise BadInput("--draft_vocab keeps rows of the trunk's embedding, which must not change: add "
-                       "--freeze_trunk")
-    if cfg.draft_vocab and not model.head.draft_ids.any():  # not those of --init_from
-        choose_drafts(model, cfg, meta)
-    run = Run(cfg, model, meta, device, val=read_data(cfg, meta, "val", device))
-    if cfg.dtype == "auto" and device.type == "cpu":
-        run = Run(replace(cfg, dtype=faster_dtype(run)), model, meta, device, val=run.val)
-    if RANK > 0:
-        torch.manual_seed(cfg.seed + RANK)  # dropout and joint_share of its own
-    return run
-
-
-def faster_dtype(run):
-    """bfloat16 on a CPU where a trial of the loss and its gradients finds it 1.25 times as fast, as it
-    is with AMX for wide enough models; else float32."""
-    if not bfloat16_is_faster(run.device):
-        return "float32"
-    cfg, seconds = run.cfg, {"float32": [], "bfloat16": []}
-    batch = run.val.at([0] * cfg.batch_size)
-    with torch.random.fork_rng([]):  # dropout and joint_share draw, and must not draw less later on
-        for _ in range(4):
-            for name, own in seconds.items():
-                start = time.perf_counter()
-                with torch.autocast("cpu", torch.bfloat16, enabled=name == "bfloat16"):
-                    loss, _ = run.loss(*batch, cfg.joint_weight, cfg.balance_weight, cfg.joint_share)
-                loss.backward()
-                own.append(time.perf_counter() - start)
-    run.model.zero_grad(set_to_none=True)
-    return "bfloat16" if 1.25 * min(seconds["bfloat16"]) < min(seconds["float32"]) else "float32"
-
-
-def choose_drafts(model, cfg, meta):
-    """The head drafts the cfg.draft_vocab most frequent tokens of the training text alone."""
-    counts = read_data(cfg, meta, "train", torch.device("cpu")).counts(model.config.n_token)
-    ids = np.argsort(-counts, kind="stable")[: cfg.draft_vocab]
-    model.head.choose_drafts(torch.from_numpy(ids.copy()), model.lm_head.weight.detach())
-    share = counts[ids].sum() / counts.sum()
-    print(f"drafts {cfg.draft_vocab:,} of {model.config.n_token:,} tokens, {share:.1%} of the text")
-
-
-CHANGEABLE = ("data_dir", "out_dir", "device", "max_iters", "max_seconds", "eval_interval",
-              "eval_windows", "log_interval")  # what --resume may be given; the rest is saved
-SAVED = ("train_config", "meta", "optimizer", "scaler", "random", "iter_num", "seconds", "log")
-
-
-def resumed_run(out_dir, given):
-    """The Run that out_dir/ckpt.pt holds, with its settings but for flags that may differ."""
-    path = Path(out_dir) / "ckpt.pt"
-    ckpt = read_checkpoint(path)
-    known = asdict(TrainConfig()).keys()
-    if any(name not in ckpt for name in SAVED) or ckpt["train_config"].keys() != known:
-        raise BadInput(f"{path} holds no state of training to go on from; --init_from {path} starts "
-                       "a new run with its weights.")
-    old = TrainConfig(**ckpt["train_config"])
-    if "trunk" not in ckpt["meta"] and "random_of_others" not in ckpt:
-        old = replace(old, teacher="text")  # an older train.py ignored it on a trunk of ours
-    for name, value in given.items():
-        if name not in CHANGEABLE and value != getattr(old, name):
-            raise BadInput(f"--resume goes on with {name} = {getattr(old, name)}, not {value}; leave "
-                           f"{as_flag(name, value)} away, or start a new run without --resume.")
-    kept = {name: value for name, value in given.items() if name in CHANGEABLE}
-    cfg = replace(old, **{**kept, "out_dir": out_dir})
-    device, meta = pick_device(cfg.device), read_meta(cfg.data_dir)
-    if "trunk" in meta or "trunk" in ckpt["meta"]:
-        same = ckpt["meta"] == meta
-    else:
-        check_tokenizer(ckpt, meta, path)
-        same = ckpt["meta"]["splits"] == meta["splits"]
-    if not same:
-        raise BadInput(f"The data in {cfg.data_dir} is not what {path} was trained on; --init_from "
-                       "starts a new run.")
-    if "trunk" in meta:
-        model = door("trunk", "adapter").load_checkpoint(ckpt, path, device, cfg.dtype)[0]
-    else:
-        model = load_model(ckpt, path)
-    run = Run(cfg, model, meta, device, val=read_data(cfg, meta, "val", device))
-    run.restore(ckpt)
-    return run
-
-
-def as_flag(name, value):
-    """What the user typed to set a field of TrainConfig to a value."""
-    return f"--no-{name}" if value is False else f"--{name}"
-
-
-# -----------------------------------------------------------------------------
-# the model and the optimizer
-
-
-def model_config(cfg, n_token):
-    """The GPTConfig of a fresh model: the fields that cfg shares with it, and the vocabulary."""
-    shared = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)}
-    return GPTConfig(**shared, vocab_size=padded(n_token), n_token=n_token)
-
-
-def trunk_with_head(cfg, meta, given):
-    """The trunk of --init_from with the head that cfg asks for."""
-    ckpt = read_checkpoint(cfg.init_from)
-    check_tokenizer(ckpt, meta, cfg.init_from)
-    head = {name: getattr(cfg, name) for name in (*HEAD_FIELDS, "target", "dropout")}
-    n_token = meta["vocab_size"]
-    GPTConfig(**head, vocab_size=padded(n_token), n_token=n_token)  # first, what is wrong with the flags
-    model = load_model(ckpt, cfg.init_from, cfg.fresh_head, **head, n_token=n_token)
-    for name in ("block_size", "n_layer", "n_head", "n_embd", "bias"):
-        own = getattr(model.config, name)
-        if given.get(name, own) != own:
-            raise BadInput(f"--init_from {cfg.init_from} has {name} = {own}, not {given[name]}; leave "
-                           f"{as_flag(name, given[name])} away.")
-    old = ckpt["model"]
-    kept = [name.removeprefix("head.") for name, tensor in model.state_dict().items()
-            if name.startswith("head.") and name in old and torch.equal(tensor, old[name])]
-    print(f"from {cfg.init_from}: the trunk and, of the head, {', '.join(kept) or 'nothing'}")
-    return model
-
-
 def build_optimizer(model, cfg, device):
     """AdamW; it decays the trunk's matrices, and nothing of the head: 0 is no neutral map."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -577,10 +479,25 @@ def build_optimizer(model, cfg, device):
 
 
 def pick_dtype(name, device):
+    """The torch.dtype of a --dtype flag."""
     if name == "auto":
-        bf16 = device.type == "cuda" and bfloat16_is_faster(device)
-        name = "bfloat16" if bf16 else "float16" if device.type == "cuda" else "float32"
+        cuda = device.type == "cuda"
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if bf16 else "float16" if cuda else "float32"
     return getattr(torch, name)
+
+
+def compiled(model, device):
+    """torch.compile(model), after a trial of its own: BadInput where nothing can be compiled."""
+    if device.type == "cpu" and torch.__version__.startswith("2.6"):
+        raise BadInput("--compile gives wrong gradients on a CPU in torch 2.6. Take a newer torch, or "
+                       "train without --compile.")
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except Exception as e:  # of a compiler, a linker, Triton: torch raises many kinds
+        raise BadInput(f"--compile does not work here ({type(e).__name__}); it needs a C++ compiler, "
+                       "on a GPU also Triton. Leave --compile away.") from None
+    return torch.compile(model)
 
 
 # -----------------------------------------------------------------------------
@@ -591,9 +508,10 @@ def describe(run):
     """What is trained, on what, in one line."""
     cfg, (trunk, head) = run.cfg, run.model.n_params()
     dtype = str(pick_dtype(cfg.dtype, run.device)).removeprefix("torch.")
-    kind = f", r = {run.model.head.rank}, head {cfg.head}, target {cfg.target}" if run.model.head else ""
+    config = run.model.config
+    kind = f", r = {run.model.head.rank}, head {config.head}, target {config.target}" if head else ""
     return (f"device {run.device}, {dtype}; trunk {trunk / 1e6:.2f}M and head {head / 1e6:.2f}M "
-            f"parameters; {run.tokens_per_step:,} tokens per step; n = {cfg.n_future}{kind}")
+            f"parameters; {run.tokens_per_step:,} tokens per step; n = {config.n_future}{kind}")
 
 
 def report(val, meta):
@@ -615,14 +533,19 @@ def report(val, meta):
         line(f"  offset {s}", loss, "given the true tokens before it in the window" if s == 2 else "")
     usage = " ".join(f"{w:.3f}" for w in val["usage"])
     print(f"component usage       {usage}   balance {val['balance']:.3f}")
-    if "accept" in val:
+    if "accept" in val:  # of a head that learns from its trunk's rows
         print("a draft is accepted   " + " ".join(f"{share:.3f}" for share in val["accept"]) +
               f"   at temperature 1, by offset; {val['per_step']:.2f} tokens per step")
 
 
-def add_flags(parser, names=None):
-    """Fields of TrainConfig as flags, all or those in names; one that is not given has no entry."""
-    for f in fields(TrainConfig):
+def as_flag(name, value):
+    """What the user typed to set a field of TrainConfig to a value."""
+    return f"--no-{name}" if value is False else f"--{name}"
+
+
+def add_flags(parser, Config, names=None):
+    """Fields of a config as flags, all or those in names; one that is not given has no entry."""
+    for f in fields(Config):
         if names and f.name not in names:
             continue
         check, text = f.metadata["check"], f"{f.metadata['help']} ({f.default})"
@@ -631,34 +554,36 @@ def add_flags(parser, names=None):
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
 
 
-def parse_args():
-    """--preset, --resume, and every field of TrainConfig as a flag that overrides the preset's."""
-    text = f"{__doc__}\nThe defaults below are the preset laptop's. In the others differ:\n"
-    for name, preset in PRESETS.items():
+def parse_args(Run, description):
+    """--preset, --resume, and every field of Run.Config as a flag that overrides the preset's."""
+    first = next(iter(Run.presets))
+    text = f"{description}\nThe defaults below are those of TrainConfig. In the presets differ:\n"
+    for name, preset in Run.presets.items():
         other = [f"{f.name}={getattr(preset, f.name)}" for f in fields(preset)
                  if getattr(preset, f.name) != f.default]
         text += f"{name}: {' '.join(other)}\n" if other else ""
     parser = ArgumentParser(text)
-    parser.add_argument("--preset", choices=PRESETS, default="laptop",
-                        help="where the defaults come from (laptop)")
+    parser.add_argument("--preset", choices=Run.presets, default=first,
+                        help=f"where the defaults come from ({first})")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the checkpoint in out_dir and its settings; of the flags, "
                              f"only {', '.join(CHANGEABLE)} may differ")
-    add_flags(parser)
+    add_flags(parser, Run.Config)
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
-    given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if f.name in args}
-    cfg = replace(PRESETS[args.preset], **given)
+def main(Run=Run, description=__doc__):
+    args = parse_args(Run, description)
+    given = {f.name: getattr(args, f.name) for f in fields(Run.Config) if f.name in args}
+    cfg = replace(Run.presets[args.preset], **given)
     torch.set_flush_denormal(True)  # x86 is slow at numbers below 1e-38, as of a lost component
     with locked(cfg.out_dir) if RANK == 0 else nullcontext(), peers(cfg.out_dir):
         with rank_0_first():
             if RANK == 0:
                 check_writable(Path(cfg.out_dir) / "ckpt.pt")  # which may be a link to another disk
-            run = resumed_run(cfg.out_dir, given) if args.resume else new_run(cfg, given)
-        check_same_start(run)
+            run = Run.resumed(cfg.out_dir, given) if args.resume else Run(cfg, given)
+        if RANKS > 1:  # all begin with rank 0's weights, and gradients are means over the ranks
+            run.net = DistributedDataParallel(run.net)
         first = run.iter_num
         print(describe(run))
         train(run)
@@ -666,7 +591,7 @@ def main():
             if RANK == 0:
                 ranks = f"torchrun --standalone --nproc_per_node={RANKS}"
                 print(f"\nstopped after step {run.iter_num}, which is saved; to go on: "
-                      f"{'python' if RANKS == 1 else ranks} train.py --resume "
+                      f"{'python' if RANKS == 1 else ranks} {run.script} --resume "
                       f"--out_dir {cfg.out_dir}", file=sys.stderr)
             sys.exit(130)
     if RANK > 0:
