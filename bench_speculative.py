@@ -1,8 +1,6 @@
 """How much faster is speculative decoding than the fastest plain decoding of the same model?
 
     python bench_speculative.py --out_dir out/toy
-    python bench_speculative.py --out_dir out/a --beside out/b       beside another head, same trunk
-    python bench_speculative.py --out_dir out/toy --captured         beside steps that a GPU replays
 
 Plain and speculative decoding continue the same prompts for the same number of tokens (no stop
 token), in turn, round after round; speeds are medians over the rounds, and a speed-up is the median
@@ -19,6 +17,7 @@ import platform
 import statistics
 import time
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -26,10 +25,12 @@ from pathlib import Path
 
 import torch
 
-from common import ArgumentParser, any_path, number, run_script
-from decode import Stats, generate_cached, generate_speculative, make_sampler, window_ids
-from model import HEAD_FIELDS, BadInput, door
-from sample import add_model_flags, fast_kernels, load, prompt_ids
+from common import ArgumentParser, number, run_script
+from decode import Stats, generate, generate_plain, make_sampler, window_ids
+from model import BadInput
+from sample import add_model_flags, fast_kernels, load
+
+HEAD_FIELDS = ("head", "n_future", "rank")  # of a config: which head it is
 
 # -----------------------------------------------------------------------------
 # clocks
@@ -50,8 +51,7 @@ def timed(function, device):
 
 
 class Laps:
-    """A lap function for `speculative_step`: adds up the device's own time by part, without waiting
-    for the device.
+    """Adds up the device's own time by part of a step, without waiting for the device.
 
     On CUDA a moment is an event in the device's queue, else it is a time. The clocks cost a step
     some microseconds.
@@ -60,12 +60,32 @@ class Laps:
     def __init__(self, device):
         self.device, self.moments = device, []
 
-    def __call__(self, part):
+    def lap(self, part):
+        """What came since the last lap belongs to this part."""
         moment = time.perf_counter()
         if self.device.type == "cuda":
             moment = torch.cuda.Event(enable_timing=True)
             moment.record()
         self.moments.append((part, moment))
+
+    @contextmanager
+    def around(self, model, sampler):
+        """Within the block, the four calls that a step is made of are timed."""
+        calls = [(model.head, "draft", "draft"), (model, "hidden", "trunk"),
+                 (model, "target_logits", "target"), (sampler, "verify", "verify")]
+        for owner, name, part in calls:
+            setattr(owner, name, partial(self.call, getattr(owner, name), part))
+        try:
+            yield
+        finally:
+            for owner, name, _ in calls:
+                delattr(owner, name)  # the class's own shows again
+
+    def call(self, function, part, *args, **options):
+        self.lap("rest")
+        result = function(*args, **options)
+        self.lap(part)
+        return result
 
     def seconds(self):
         """{part: seconds}; on CUDA the queue must have come past them."""
@@ -107,66 +127,27 @@ class Mode:
         return (self.kernels or partial(fast_kernels, self.model))()
 
 
-def check_same_target(model, other, out_dir):
-    """BadInput unless both models write the same texts: then their heads compare."""
-    if model.config.target != "lm_head":
-        raise BadInput("--beside needs a model with target lm_head: with another, the head itself says "
-                       "what gets written.")
-    ours, theirs = model.state_dict(), other.state_dict()
-    trunk = [name for name in ours if not name.startswith("head.")]
-    config = replace(other.config, **{name: getattr(model.config, name) for name in (*HEAD_FIELDS, "dropout")})
-    if other.head is None or config != model.config or not all(
-            torch.equal(ours[name].to_dense(), theirs[name].to_dense()) for name in trunk):
-        raise BadInput(f"--beside: {out_dir} is not another head on the very trunk of --out_dir, with "
-                       "target lm_head.")
-
-
 class Bench:
-    """prompts: lists of ids, or by kind a dict of such lists; stop_token ends a text. beside: other
-    heads on the model's trunk, a dict of names and models. modes: by name, to which one may add; about:
-    what `describe` is to say of these."""
+    """prompts: lists of ids, or by kind a dict of such lists; stop_token ends a text. modes: by name, to
+    which one may add; about: what `describe` is to say of these."""
 
-    def __init__(self, model, prompts, n_tokens, seed, beside=None, stop_token=None):
+    def __init__(self, model, prompts, n_tokens, seed, stop_token=None):
         self.model, self.device = model, model.device
         self.kinds = prompts if isinstance(prompts, dict) else {"all": prompts}
         self.prompts = [prompt for kind in self.kinds.values() for prompt in kind]
         self.n_tokens, self.seed, self.stop_token = n_tokens, seed, stop_token
-        self.models = {"speculative": model}
-        self.models |= {f"speculative, {name}": other for name, other in (beside or {}).items()}
-        self.modes = {"plain": Mode(generate_cached, model)}
-        self.modes |= {name: Mode(generate_speculative, own, True) for name, own in self.models.items()}
+        self.modes = {"plain": Mode(generate_plain, model), "speculative": Mode(generate, model, True)}
         self.about = {}
         if model.config.target == "marginal":  # plain decoding pays for r heads: what is the trunk's part?
             lm_head_only = copy.copy(model)
             lm_head_only.config = replace(model.config, target="lm_head")
-            self.modes["lm_head_only"] = Mode(generate_cached, lm_head_only)
+            self.modes["lm_head_only"] = Mode(generate_plain, lm_head_only)
 
-    def add_trees(self, sizes):
-        """Draft trees of some sizes, by the heads that are measured already."""
-        trees = door("mode", "draft_tree")
-        for n_nodes, (name, model) in itertools.product(sizes, self.models.items()):
-            trees.check_tree(model, n_nodes)
-            decoder = partial(trees.generate, n_nodes=n_nodes)
-            self.modes[f"{name}, tree of {n_nodes}"] = Mode(decoder, model, True, has_parts=False)
-
-    def add_captured(self, compile):
-        """Both decoders in steps of fixed shapes, which are compared with each other."""
-        captured = door("mode", "captured")
-        for model in self.models.values():
-            captured.check_head(model)
-            captured.check_captured(model, make_sampler(), compile)
-        how, (plain, speculative) = "compiled" if compile else "captured", captured.DECODERS
-        base = f"plain, {how}"
-        self.modes[base] = Mode(partial(plain, compile=compile), self.model)
-        for name, model in self.models.items():
-            decoder = partial(speculative, compile=compile)
-            self.modes[f"{name}, {how}"] = Mode(decoder, model, True, base=base, has_parts=False)
-
-    def decode(self, name, temperature, seed, prompts=None, **options):
-        """Continue the prompts, or all of them; returns the texts."""
+    def decode(self, name, temperature, seed, prompts=None, laps=None, **options):
+        """Continue the prompts, or all of them; returns the texts. laps time the parts of the steps."""
         mode, options = self.modes[name], {"stop_token": self.stop_token, **options}
         sampler = make_sampler(temperature, generator=torch.Generator(self.device).manual_seed(seed))
-        with mode.context():
+        with mode.context(), laps.around(mode.model, sampler) if laps else nullcontext():
             return [list(mode.function(mode.model, prompt, self.n_tokens, sampler=sampler, **options))
                     for prompt in prompts or self.prompts]
 
@@ -202,15 +183,15 @@ class Bench:
 
     def measure(self, name, kind, temperature, seed, found, stats):
         """Let a mode continue the prompts of a kind, and add what it took to its round."""
-        mode, laps, steps = self.modes[name], Laps(self.device), stats.steps
-        options = {"stats": stats, **({"lap": laps} if mode.speculative and mode.has_parts else {})}
-        decode = partial(self.decode, name, temperature, seed, self.kinds[kind], **options)
+        mode, steps = self.modes[name], stats.steps
+        laps = Laps(self.device) if mode.speculative and mode.has_parts else None
+        decode = partial(self.decode, name, temperature, seed, self.kinds[kind], laps, stats=stats)
         seconds, texts = timed(decode, self.device)
         tokens = sum(map(len, texts))
         found["seconds"] += seconds
         found["tokens"] += tokens
         found["texts"] += texts
-        found["parts"] += laps.seconds()
+        found["parts"] += laps.seconds() if laps else Counter()
         # the prefill of each prompt yields a token, and counts as no step
         found["kinds"][kind] = {"seconds": seconds, "tokens": tokens, "steps": stats.steps - steps,
                                 "prompts": len(texts)}
@@ -360,7 +341,7 @@ def print_differences(differences):
 # -----------------------------------------------------------------------------
 
 
-def parse_args(description):
+def parse_args(description, add_flags):
     parser = ArgumentParser(description)
     add_model_flags(parser)
     parser.add_argument("--rounds", type=number(int, 5), default=7,
@@ -370,42 +351,27 @@ def parse_args(description):
                              "the block, or half of it; at most 256)")
     parser.add_argument("--threads", type=number(int, 1, 1024),
                         help="CPU threads (the number that is best for plain decoding)")
-    parser.add_argument("--beside", metavar="OUT_DIR", nargs="+", type=any_path, default=[],
-                        help="also time the heads of other checkpoints, trained on the same frozen trunk")
-    parser.add_argument("--tree", type=number(int, 1, 1024), nargs="+", default=[], metavar="NODES",
-                        help="also time trees of so many drafts: see decoders/draft_tree.py")
-    parser.add_argument("--captured", action="store_true",
-                        help="also time both decoders in steps of fixed shapes, which a GPU replays")
-    parser.add_argument("--compile", action="store_true",
-                        help="the same, in steps that torch.compile has compiled, some 15 s for each "
-                             "decoder, temperature and size of the cache (needs a C++ compiler)")
+    if add_flags is not None:
+        add_flags(parser)
     return parser.parse_args()
 
 
-def main(description=__doc__, add_modes=None):
-    """Measure. add_modes(bench) may add other modes before."""
-    args = parse_args(description)
+def main(description=__doc__, add_flags=None, add_modes=None):
+    """Measure. Another script may add flags to the parser, and modes: add_modes(bench, args)."""
+    args = parse_args(description, add_flags)
     torch.set_flush_denormal(True)  # probabilities below 1e-38 are 0; x86 would be slow at them
     model, enc, ckpt = load(args.out_dir, args.device, args.dtype)
     if model.head is None:
         raise BadInput(f"{args.out_dir} has n_future = 1: there is no head to draft from, so nothing to "
                        "compare.")
-    beside = {out_dir: load(out_dir, args.device, args.dtype)[0] for out_dir in args.beside}
-    for out_dir, other in beside.items():
-        check_same_target(model, other, out_dir)
     meta, prompts = ckpt["meta"], {}
-    chat = meta.get("chat", False)
     for kind, text in zip(meta.get("kinds", ["all"] * len(meta["prompts"])), meta["prompts"]):
-        prompts.setdefault(kind, []).append(prompt_ids(enc, text, chat))
+        prompts.setdefault(kind, []).append(enc.prompt_ids(text))
     room = model.config.block_size - max(len(prompt) for kind in prompts.values() for prompt in kind)
     n_tokens = args.max_new_tokens or min(256, max(room, model.config.block_size // 2, 2))
-    stop_token = enc.eot_token if chat else None
-    bench = Bench(model, prompts, n_tokens, args.seed, beside, stop_token)
+    bench = Bench(model, prompts, n_tokens, args.seed, enc.answer_end)
     if add_modes is not None:
-        add_modes(bench)
-    bench.add_trees(args.tree)
-    for compile in [False] * args.captured + [True] * args.compile:
-        bench.add_captured(compile)
+        add_modes(bench, args)
     torch.set_num_threads(args.threads or bench.best_threads())
     card = describe(bench, args)
     print_card(card, bench)
