@@ -16,7 +16,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,17 +26,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from bench_speculative import hardware, timed
-from common import ArgumentParser, pick_device, run_script
-from heads import medusa
-from model import GPT, ROOT, BadInput, widen
-from train import Run, TrainConfig, add_flags, count, model_config, optimizer_step, pick_dtype
+from common import ArgumentParser, Batches, padded, pick_device, run_script
+from heads import full, medusa
+from model import ROOT, BadInput, GPTConfig, new_model, widen
+from train import Run, TrainConfig, add_flags, count, optimizer_step, pick_dtype
 
 FLAGS = ("device", "dtype", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias", "head", "target",
          "joint_share", "batch_size", "grad_accum")
 PEAK = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}  # bfloat16, dense, says NVIDIA
 
 
-def nanogpt_loss(model, idx, gold, *unused):
+def nanogpt_loss(model, idx, gold, **unused):
     """nanoGPT's algorithm, without dropout: q, k, v turned one by one, all logits at once."""
     B, T = idx.shape
     tr, n_head = model.transformer, model.config.n_head
@@ -51,19 +51,53 @@ def nanogpt_loss(model, idx, gold, *unused):
     return loss, {}
 
 
-def all_logits(x, weight, y, n_positions):
+def all_logits(h, weight, y):
     """`gold_log_prob` of model.py with the logits of all rows, which the backward pass keeps."""
-    return -F.cross_entropy(widen(F.linear(x, weight)), y, reduction="none")
+    shape = h.shape[:-1]
+    logits = widen(F.linear(h.flatten(0, -2), weight))
+    return -F.cross_entropy(logits, y.expand(shape).flatten(), reduction="none").view(shape)
 
 
-def stepper(cfg, vocab_size, device, nanogpt=False):
+class OneBatch(Batches):
+    """The same windows of random tokens, for ever."""
+
+    def __init__(self, cfg, vocab_size, device):
+        text = torch.randint(vocab_size, (cfg.batch_size, cfg.block_size + cfg.n_future), device=device)
+        self.batch = text[:, : cfg.block_size], text[:, 1:].unfold(1, cfg.n_future, 1)
+
+    def random(self, generator, rank=0, ranks=1):
+        return itertools.repeat(self.batch)
+
+
+class RandomRun(Run):
+    """A run without data."""
+
+    def __init__(self, cfg, vocab_size):
+        self.vocab_size = vocab_size
+        super().__init__(cfg, {})
+
+    def read_meta(self, cfg, ckpt):
+        return {}
+
+    def read_data(self, split):
+        return OneBatch(self.cfg, self.vocab_size, self.device)
+
+    def build(self):
+        return new_model(model_config(self.cfg, self.vocab_size))
+
+
+def model_config(cfg, vocab_size):
+    """The GPTConfig of a fresh model."""
+    shared = {f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)}
+    return GPTConfig(**shared, vocab_size=padded(vocab_size), n_token=vocab_size)
+
+
+def stepper(cfg, vocab_size, nanogpt=False):
     """(Run, a function that does one step of train.py's loop on random tokens)."""
-    torch.manual_seed(cfg.seed)
-    gpt = GPT(model_config(cfg, vocab_size))
-    text = torch.randint(vocab_size, (cfg.batch_size, cfg.block_size + cfg.n_future), device=device)
-    batches = itertools.repeat((text[:, : cfg.block_size], text[:, 1:].unfold(1, cfg.n_future, 1)))
-    run = Run(cfg, gpt, {}, device, batches=batches)
-    return run, partial(optimizer_step, run, partial(nanogpt_loss, gpt) if nanogpt else gpt.loss)
+    run = RandomRun(cfg, vocab_size)
+    if nanogpt:
+        run.net = partial(nanogpt_loss, run.model)
+    return run, partial(optimizer_step, run)
 
 
 def peak_bytes(device):
@@ -76,26 +110,26 @@ def peak_bytes(device):
     return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
 
 
-def measure(cfg, vocab_size, device_name, nanogpt, at_once=False, rounds=5):
+def measure(cfg, vocab_size, nanogpt, at_once=False, rounds=5):
     """One row, a dict; to be called in a fresh process. at_once: with `all_logits`.
 
     seconds of a step; ratio, to a step with n = 1; bytes at the peak, of weights, gradients,
     AdamW's state and all that a step holds, beyond what PyTorch itself takes; flops that a step's
     matrix products take, those included that the backward pass computes again.
     """
-    device = torch.device(device_name)
+    device = torch.device(cfg.device)
     if at_once:
-        model.gold_log_prob = medusa.gold_log_prob = all_logits
+        model.gold_log_prob = full.gold_log_prob = medusa.gold_log_prob = all_logits
     tiny = replace(cfg, n_layer=1, n_head=1, n_embd=8, block_size=8, batch_size=1, grad_accum=1)
-    stepper(tiny, 64, device, nanogpt)[1]()  # loads what PyTorch loads at its first use
+    stepper(tiny, 64, nanogpt)[1]()  # loads what PyTorch loads at its first use
     before = peak_bytes(device)
-    run, step = stepper(cfg, vocab_size, device, nanogpt)
+    run, step = stepper(cfg, vocab_size, nanogpt)
     for _ in range(3):  # AdamW's state exists from the second step on
         step()
     peak = peak_bytes(device)
     with FlopCounterMode(display=False) as counter:
         step()
-    _, plain = stepper(replace(cfg, n_future=1, rank=1), vocab_size, device)
+    _, plain = stepper(replace(cfg, n_future=1, rank=1), vocab_size)
     plain()
     pairs = [(timed(plain, device)[0], timed(step, device)[0]) for _ in range(rounds)]
     trunk, head = run.model.n_params()
@@ -133,7 +167,7 @@ def benchmark(cfg, cells):
     """Print a row for each (V, n, r, nanogpt, at_once) of cells, and one JSON object with all."""
     for V, n, r, *_ in cells:
         with torch.device("meta"):  # BadInput now, not in the other process
-            GPT(model_config(replace(cfg, n_future=n, rank=r), V))
+            new_model(model_config(replace(cfg, n_future=n, rank=r), V))
     device = pick_device(cfg.device)
     dtype, name = str(pick_dtype(cfg.dtype, device)).removeprefix("torch."), hardware(device)
     peak = next((most for gpu, most in PEAK.items() if gpu in name and dtype == "bfloat16"), None)
@@ -147,8 +181,8 @@ def benchmark(cfg, cells):
     print(" " * 9 + columns + "  of peak" * bool(peak))
     rows = []
     for V, n, r, nanogpt, at_once in cells:
-        cell = replace(cfg, n_future=n, rank=r)
-        row = measure_apart(asdict(cell), V, str(device), nanogpt, at_once)
+        cell = replace(cfg, n_future=n, rank=r, device=str(device))
+        row = measure_apart(asdict(cell), V, nanogpt, at_once)
         start = f"{'nanoGPT' if nanogpt else 'at once' if at_once else 'ours':8} {V:6} {n:3} {r:3}"
         if row is None:
             print(f"{start}  not enough memory")
@@ -166,7 +200,7 @@ def benchmark(cfg, cells):
 
 def main():
     parser = ArgumentParser(__doc__)
-    add_flags(parser, FLAGS)
+    add_flags(parser, TrainConfig, FLAGS)
     for flag, values, text in (("--vocab_sizes", [4096, 50257], "vocabularies"),
                                ("--futures", [4, 8], "values of n"), ("--ranks", [1, 2, 4, 8, 16], "ranks")):
         parser.add_argument(flag, nargs="+", type=count, default=values,
