@@ -24,11 +24,9 @@ import torch
 from torch.nn import functional as F
 
 import decode
-from common import from_checkpoint
-from decode import (Greedy, Sampling, Stats, generate, generate_cached, generate_speculative, make_sampler,
-                    verify, warp, window_start)
-from decoders.coupled import Coupled
-from model import GPT, GPTConfig, balance_loss, head_class, joint_log_probs, words
+from decode import (Greedy, Sampling, Stats, generate, generate_oracle, generate_plain, make_sampler, verify, warp,
+                    window_start)
+from model import GPT, GPTConfig, balance_loss, head_class, joint_log_probs, new_model, words
 
 # -----------------------------------------------------------------------------
 # models and equation (1), written out
@@ -38,7 +36,7 @@ def tiny_model(seed=0, scale=2.0, **config):
     """A random float64 model whose distributions are sharp enough to tell right from wrong."""
     torch.manual_seed(seed)
     defaults = dict(block_size=8, vocab_size=5, n_layer=2, n_head=2, n_embd=8, n_future=3, rank=2)
-    model = GPT(GPTConfig(**{**defaults, **config})).double().eval()
+    model = new_model(GPTConfig(**{**defaults, **config})).double().eval()
     for p in model.parameters():
         p.data += 0.02 * scale * torch.randn_like(p)
         if p.dim() > 1:
@@ -47,12 +45,11 @@ def tiny_model(seed=0, scale=2.0, **config):
 
 
 HEADS = ("cp", *words("head"))
-BASELINES = ("wide", "medusa", "gloeckle", "layers", "hmm", "tree_circuit")  # these have tests of their own in tests/,
-MASKS = ("mask", "mask_linear")  # and so have these
-OURS = [head for head in HEADS if head not in BASELINES + MASKS]
-VARIANTS = [dict(head=head, target=target) for target in ("marginal", "lm_head") for head in OURS]
+MASKS = ("mask", "mask_linear")  # of the target lm_head alone
+VARIANTS = [dict(head=head, target=target) for target in ("marginal", "lm_head") for head in HEADS
+            if target == "lm_head" or head not in MASKS]
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()))
-heads = pytest.mark.parametrize("head", OURS)
+heads = pytest.mark.parametrize("head", HEADS)
 WRITTEN_OUT = ("cp", "full", "chain")  # those of the formula in joint_table
 written_out = pytest.mark.parametrize("head", WRITTEN_OUT)
 
@@ -437,10 +434,10 @@ def enumerated(run, monkeypatch):
         weight *= p[path[-1]]
         return path[-1]
 
-    def all_draws(p, generator):
+    def all_draws(p, uniform):
         return torch.tensor([choose(row) for row in p.reshape(-1, p.size(-1))], dtype=torch.long).view(p.shape[:-1])
 
-    def all_coins(p, generator):
+    def all_coins(p, uniform):
         flips = [bool(choose(torch.stack((1 - p_k, p_k)))) for p_k in p.nan_to_num(0).clamp(max=1).flatten()]
         return torch.tensor(flips, dtype=torch.bool).view(p.shape)
 
@@ -674,7 +671,7 @@ def prior_component_draft(model, e, token, n_drafts, sampler):
     return torch.stack(x, 1), torch.stack((*q, torch.zeros_like(q[0])), 1)
 
 
-def blind_rows_draft(model, e, token, n_drafts, sampler, draft=decode.draft):
+def blind_rows_draft(model, e, token, n_drafts, sampler):
     """Drafts see the token before them, but are verified as if all of them had seen x_1: wrong
     where they did not."""
     x, q = draft(model, e, token, n_drafts, sampler)
@@ -747,11 +744,11 @@ def test_speculative_decoding_is_exact_by_enumeration(config, variant, monkeypat
     """Every path of the real decoder through 3 tokens, that is through several steps, rejections
     and bonus draws: total variation to the autoregressive distribution below 1e-12."""
     model = tiny_model(**variant, **config)
-    texts = enumerated(lambda choose: generate_speculative(model, [0, 1], 3), monkeypatch)
+    texts = enumerated(lambda choose: generate(model, [0, 1], 3), monkeypatch)
     assert total_variation(texts, expected_texts(model, [0, 1], 3)) < 1e-12
 
 
-@pytest.mark.parametrize("head", [head for head in OURS if head != "full"])
+@pytest.mark.parametrize("head", [head for head in HEADS if head != "full"])
 @pytest.mark.parametrize("config", [dict(vocab_size=3, n_future=2, draft_vocab=2),
                                     dict(vocab_size=3, n_future=2, draft_vocab=2, rank=1),
                                     dict(vocab_size=2, n_future=3, draft_vocab=1)], ids=["V3n2", "V3n2r1", "V2n3"])
@@ -762,7 +759,7 @@ def test_speculative_decoding_is_exact_with_a_draft_vocabulary(config, head, mon
     with torch.no_grad():
         model.head.choose_drafts(torch.arange(1, config["draft_vocab"] + 1).flip(0) % config["vocab_size"],
                                  model.lm_head.weight)
-    texts = enumerated(lambda choose: generate_speculative(model, [0, 1], 3), monkeypatch)
+    texts = enumerated(lambda choose: generate(model, [0, 1], 3), monkeypatch)
     assert total_variation(texts, expected_texts(model, [0, 1], 3)) < 1e-12
 
 
@@ -795,7 +792,7 @@ def test_speculative_decoding_is_exact_under_warping(options, monkeypatch):
     """Temperature, top-k and top-p apply to p and q alike (transformers #47932: ratio on un-warped
     logits)."""
     model = tiny_model(**SMALL[0])
-    texts = enumerated(lambda choose: generate_speculative(model, [0, 1], 3, sampler=Sampling(**options)), monkeypatch)
+    texts = enumerated(lambda choose: generate(model, [0, 1], 3, sampler=Sampling(**options)), monkeypatch)
     assert total_variation(texts, expected_texts(model, [0, 1], 3, **options)) < 1e-12
 
 
@@ -806,7 +803,7 @@ def test_speculative_decoding_is_exact_past_the_block(n_token, length, rank, hea
     """Block of 3: drafts get clamped, to none, too, and the window moves inside the text. With
     n_token = 2, one id of three is padding: it has a share in the factors, and none in the text."""
     model = tiny_model(**SMALL[0] | dict(rank=rank, head=head), block_size=3, n_token=n_token)
-    texts = enumerated(lambda choose: generate_speculative(model, [0, 1], length), monkeypatch)
+    texts = enumerated(lambda choose: generate(model, [0, 1], length), monkeypatch)
     assert total_variation(texts, expected_texts(model, [0, 1], length)) < 1e-12
 
 
@@ -814,7 +811,7 @@ def test_other_decoders_by_enumeration(monkeypatch):
     """The oracle's and the cached decoder's texts: the product of next-token probabilities, padded
     ids left out."""
     model = tiny_model(**SMALL[0], block_size=3, n_token=2)
-    for decoder in (generate, generate_cached):
+    for decoder in (generate_oracle, generate_plain):
         texts = enumerated(lambda choose: decoder(model, [0, 1], 5), monkeypatch)
         assert total_variation(texts, expected_texts(model, [0, 1], 5)) < 1e-12
 
@@ -840,7 +837,7 @@ def test_enumeration_rejects_wrong_decoders(name, head, monkeypatch):
     model = chi_square_model(head)
     monkeypatch.setattr(decode, *WRONG[name])
     length = 3 if name in ("blind_rows", "residual_without_keep") else 2  # their first wrong row is the third token's
-    texts = enumerated(lambda choose: generate_speculative(model, [0, 1], length), monkeypatch)
+    texts = enumerated(lambda choose: generate(model, [0, 1], length), monkeypatch)
     assert total_variation(texts, expected_texts(model, [0, 1], length)) > 0.01
 
 
@@ -852,8 +849,8 @@ def sampled(decoder, model):
     return [tuple(decoder(model, [0, 1], LENGTH, sampler=sampler)) for _ in range(N_SAMPLES)]
 
 
-@pytest.mark.parametrize("decoder,head", [(generate, "full"), (generate_cached, "full"),
-                                          (generate_speculative, "full"), (generate_speculative, "chain")])
+@pytest.mark.parametrize("decoder,head", [(generate, "full"), (generate_plain, "full"),
+                                          (generate, "full"), (generate, "chain")])
 def test_sampled_texts_follow_the_target(decoder, head):
     """Chi-square of 4,000 texts of 3 tokens, with real random numbers. Chance of a false alarm:
     1e-9."""
@@ -867,7 +864,7 @@ def test_chi_square_rejects_wrong_decoders(name, monkeypatch):
     decoders."""
     model = chi_square_model("chain" if name == "blind_rows" else "full")
     monkeypatch.setattr(decode, *WRONG[name])
-    assert chi_square_p_value(sampled(generate_speculative, model), expected_texts(model, [0, 1], LENGTH)) < 1e-9
+    assert chi_square_p_value(sampled(generate, model), expected_texts(model, [0, 1], LENGTH)) < 1e-9
 
 
 def test_coupled_texts_follow_the_target(monkeypatch):
@@ -876,11 +873,11 @@ def test_coupled_texts_follow_the_target(monkeypatch):
     seed."""
     model = chi_square_model("chain")
     expected = expected_texts(model, [0, 1], LENGTH)
-    texts = [tuple(generate_speculative(model, [0, 1], LENGTH, sampler=Coupled(s))) for s in range(N_SAMPLES)]
+    texts = [tuple(generate(model, [0, 1], LENGTH, sampler=Coupled(s))) for s in range(N_SAMPLES)]
     assert chi_square_p_value(texts, expected) > 1e-9
     frozen = property(lambda self: 0, lambda self, place: None)
     monkeypatch.setattr(Coupled, "place", frozen, raising=False)
-    texts = [tuple(generate(model, [0, 1], LENGTH, sampler=Coupled(s))) for s in range(N_SAMPLES)]
+    texts = [tuple(generate_oracle(model, [0, 1], LENGTH, sampler=Coupled(s))) for s in range(N_SAMPLES)]
     assert chi_square_p_value(texts, expected) < 1e-9
 
 
@@ -899,9 +896,9 @@ def test_greedy_texts_are_the_oracles(seed):
                        **VARIANTS[seed % len(VARIANTS)])
     for T in (1, 2, block_size - 1 or 1, block_size, block_size + 1, 2 * block_size + 3):
         prompt = torch.randint(9, (T,), generator=rng).tolist()
-        expected = list(generate(model, prompt, 3 * block_size, sampler=Greedy()))
+        expected = list(generate_oracle(model, prompt, 3 * block_size, sampler=Greedy()))
         assert len(expected) == 3 * block_size
-        for decoder in (generate_cached, generate_speculative):
+        for decoder in (generate_plain, generate):
             for length in (0, 1, 2, n, n + 1, 3 * block_size):
                 assert list(decoder(model, prompt, length, sampler=Greedy())) == expected[:length]
 
@@ -914,7 +911,7 @@ def test_coupled_texts_are_the_same_whatever_decodes(seed):
                        **VARIANTS[seed % len(VARIANTS)])
     options = dict(temperature=(0.5, 1.0, 2.0)[seed % 3], top_k=(None, 4)[seed % 2], top_p=(None, 0.9)[seed // 6])
     texts = [list(decoder(model, [3, 1], 40, sampler=Coupled(s, **options)))
-             for s in (seed, seed + 1) for decoder in (generate, generate_cached, generate_speculative)]
+             for s in (seed, seed + 1) for decoder in (generate_oracle, generate_plain, generate)]
     assert texts[0] == texts[1] == texts[2] != texts[3] == texts[4] == texts[5]
 
 
@@ -949,7 +946,7 @@ def test_right_heads_are_always_accepted(target, temperature, rank):
     for n in (2, 3, 5):
         stats, model = Stats(), counting_model(7, n, target, rank)
         sampler = make_sampler(temperature, generator=torch.Generator().manual_seed(0))
-        text = list(generate_speculative(model, [3], 1 + 5 * n, sampler=sampler, stats=stats))
+        text = list(generate(model, [3], 1 + 5 * n, sampler=sampler, stats=stats))
         assert text == [(4 + i) % 7 for i in range(1 + 5 * n)]
         assert stats.tokens_per_step == n and stats.acceptance == [1.0] * (n - 1)
         assert stats.histogram == [0] * n + [5]
@@ -957,7 +954,7 @@ def test_right_heads_are_always_accepted(target, temperature, rank):
 
 
 @pytest.mark.parametrize("stop", range(7))
-@pytest.mark.parametrize("decoder", [generate, generate_cached, generate_speculative])
+@pytest.mark.parametrize("decoder", [generate, generate_plain, generate])
 def test_text_ends_at_the_stop_token_wherever_it_falls(decoder, stop):
     """In any place of an accepted block, and as the very first token; what comes after it is
     neither yielded nor counted (transformers #47912)."""
