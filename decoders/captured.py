@@ -1,139 +1,166 @@
 """One text, in steps of fixed shapes, which a GPU records once as a CUDA graph and then replays.
 
-    python bench_speculative.py --out_dir out/tinystories --captured
+    python sample.py --out_dir out/tinystories --mode captured
+    python -m decoders.captured --out_dir out/tinystories [--compile]     measures
 
 A small model's step is hundreds of short kernels, and Python takes longer to ask for each of them
 than a GPU to run it. So everything that a step reads, or leaves for the next one, has a fixed place
 on the device, the number of tokens so far included: no part of a step waits for another, and one
 call replays them all. On a CPU there is nothing to record, and the same steps run one by one.
 
-generate_cached_captured and generate take the arguments of generate_cached and generate_speculative
-in decode.py, and write texts of the same distribution, from other random
-numbers. A text keeps to its sampler as it was at its beginning. A recording keeps to the code as it
-was: if you replace a function while Python runs, call model.recorded.clear().
+The texts have the distribution of those of decode.py, from other random numbers.
 """
 
 import copy
 import functools
 import math
-from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
-from common import compiler_errors
-from decode import (Greedy, Sampling, check_accepted, draws_from_warp, next_window, prefill,
-                    stream)
-from decoders.batched import RowCache, check_head, check_rows, plain_pass, speculative_pass
+import bench_speculative
+from bench_speculative import Mode
+from common import run_script
+from decode import Greedy, Sampling, check_finite, draw_next, stream, window_ids
+from decoders.batched import RowCache, check_head, fill, pass_of_rows
 from model import BadInput
 
 SMALLEST = 256  # places of a cache; a longer text gets twice as many
+NUMBERS = 4  # random ones that a step may take for each place
 
 
 class FixedCache(RowCache):
     """A RowCache of one text whose length is on the device, too, and of which every pass looks at all
-    places: those past the length are masked."""
+    places: those past the length are masked. replay: what does a step with all its drafts, once it
+    is recorded."""
 
     def __init__(self, room, device):
         super().__init__(1, room)
-        self.on_device = torch.zeros(1, dtype=torch.long, device=device)
-
-    def put(self, row, cache):
-        for kv in self.kv:
-            kv.zero_()  # what is masked must be finite
-        super().put(row, cache)
-        self.on_device.fill_(cache.length)
+        self.on_device, self.replay = torch.zeros(1, dtype=torch.long, device=device), None
 
     def lengths(self):
         return self.on_device
 
-    def reach(self, T):
+    def look_at(self, end):
         return self.room
 
 
-class Noise:
-    """A torch.Generator's place in a sampler: random numbers that were drawn before the step."""
+class Captured:
+    """Decodes text after text with one model and one sampler, in steps that are recorded once.
 
-    def __init__(self, size, device):
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        self.numbers, self.used = torch.zeros(size, dtype=wide, device=device), 0
+    sampler: Sampling (the default, at temperature 1) or Greedy, whose rule no recording can change.
+    speculative: whether the head drafts. compile: whether torch.compile joins the operations of a
+    step to fewer and larger ones, some 15 s at first.
 
-    def draw(self, generator):
-        self.numbers.uniform_(generator=generator)
-
-    def take(self, shape):
-        first, self.used = self.used, self.used + math.prod(shape)
-        return self.numbers[first : self.used].view(shape)
-
-
-class Kind(NamedTuple):
-    """What the steps are."""
-
-    one_pass: callable  # plain_pass or speculative_pass of decoders/batched.py
-    most: int  # how many drafts they make
-    compile: bool  # whether torch.compile joins their operations to fewer and larger ones
-
-
-class Steps:
-    """The steps of one text after another, by one model and sampler, with room for so many tokens.
-
-    The state before a step, as in `speculative_step` of decode.py: token (1,), e (1, C), the cache.
+    A recording keeps to the weights' places, to the sampler's rule and to the code as they were.
+    New values in the same places count. Whoever replaces tensors, a rule or functions makes a new
+    object. One text at a time: where another one has begun, BadInput.
     """
 
-    def __init__(self, model, sampler, kind, room):
-        self.model, self.kind, self.sampler = model, kind, copy.copy(sampler)
-        self.cache, self.token, self.e = FixedCache(room, model.device), None, None
-        self.replay, self.generator = None, None
-        # a draft takes one number, `verify` one for each place and one for the token
-        self.noise = Noise(2 * (kind.most + 1), model.device)
-        if not isinstance(sampler, Greedy):
-            self.sampler.generator = self.noise
+    def __init__(self, model, sampler=None, speculative=True, compile=False):
+        sampler = Sampling() if sampler is None else sampler
+        if type(sampler) not in (Greedy, Sampling):
+            raise BadInput(f"captured steps draw by Sampling or Greedy, not by {type(sampler).__name__}, "
+                           "whose random numbers or state they do not know; take --mode speculative")
+        if speculative:
+            check_head(model)
+        if compile:
+            check_compiler(model.device)
+        self.model, self.compile = model, compile
+        self.draft, self.most = (model.head.draft, model.config.n_future - 1) if speculative else (None, 0)
+        self.sampler, self.generator = copy.copy(sampler), sampler.generator
+        self.sampler.uniform = self.take  # a generator's numbers cannot be drawn within a recording
+        wide = torch.float32 if model.device.type == "mps" else torch.float64
+        self.numbers = torch.zeros(NUMBERS * (self.most + 1), dtype=wide, device=model.device)
+        self.token, self.e = None, None  # the state before a step, as in `speculative_step`
+        self.caches, self.n_texts = {}, 0
 
-    def begin(self, cache, hidden, token, generator):
-        """Take over a text: cache, hidden (T, C), token (1,), and the generator of its draws."""
-        self.cache.put(0, cache)
-        if self.token is None:
-            self.token, self.e = token.clone(), hidden[-1:].clone()
-        self.token.copy_(token)
-        self.e.copy_(hidden[-1:])
-        self.generator = generator
+    def generate(self, prompt, max_new_tokens, *, generator=None, **options):
+        """A text, as the decoders of decode.py yield it. generator: in the place of the sampler's.
+        Options: see `stream`, but for the sampler."""
+        blocks = partial(self.blocks, generator=generator or self.generator)
+        return stream(lambda model, tokens, _: blocks(tokens), self.model, prompt, max_new_tokens, **options)
 
-    def step(self, n_drafts):
-        """-> (1, n_drafts + 2), as of `speculative_pass`, and the state after it. Nothing here waits."""
-        self.noise.used = 0
-        one_pass = self.kind.one_pass
-        e = self.e if one_pass is plain_pass else self.model.head.see(self.e)
-        hidden, new = one_pass(self.model, self.cache, e, self.token, n_drafts, self.sampler)
-        k = new[0, :1].clamp_min(0)  # (1,), the accepted drafts
-        self.token.copy_(new[0, -1:])
-        self.e.copy_(hidden[0].index_select(0, k))  # row 0 is x_1's, row k the last token's
-        self.cache.on_device += k + 1  # x_1 and the accepted drafts; the others are rolled back
-        return new
+    def blocks(self, tokens, generator):
+        self.n_texts += 1
+        own, block_size = self.n_texts, self.model.config.block_size
+        cache, hidden = self.begin(window_ids(tokens, self.model))
+        self.draw_numbers(generator)
+        token = draw_next(self.model, hidden, self.sampler, tokens)
+        self.token = token.clone() if self.token is None else self.token.copy_(token)
+        yield tokens[-1:], None
+        while True:
+            if own != self.n_texts:
+                raise BadInput("another text has begun in the same Captured, which holds the state of one")
+            length = cache.length[0]
+            if length == block_size or (cache.room < block_size and length + self.most >= cache.room):
+                cache, _ = self.begin(window_ids(tokens, self.model)[:, :-1])  # but the pending token
+                length = cache.length[0]
+            n_drafts = min(self.most, cache.room - length - 1)
+            new = self.run(cache, n_drafts, generator)
+            tokens += new
+            yield new, n_drafts
 
-    def run(self, n_drafts):
+    def begin(self, window):
+        """Compute the cache and e of a window (1, T): -> a cache with room for more, (1, T, C)."""
+        T = window.size(1)
+        room = min(self.model.config.block_size, max(SMALLEST, 2 ** (T + self.most).bit_length()))
+        cache = self.caches.setdefault(room, FixedCache(room, self.model.device))
+        for kv in cache.kv:
+            kv.zero_()  # what is masked must be finite
+        cache.on_device.zero_()
+        hidden = fill(self.model, cache, 0, window)
+        cache.on_device.fill_(T)
+        e = hidden[:, -1]
+        self.e = e.clone() if self.e is None else self.e.copy_(e)
+        return cache, hidden
+
+    def draw_numbers(self, generator):
+        """All random numbers of a step, before it."""
+        if isinstance(self.sampler, Sampling):
+            self.numbers.uniform_(generator=generator)
+        self.used = 0
+
+    def take(self, shape, dtype, device):
+        """In the place of torch.rand: the next numbers of `draw_numbers`."""
+        first, self.used = self.used, self.used + math.prod(shape)
+        if self.used > len(self.numbers):
+            raise BadInput(f"a captured step has {NUMBERS} random numbers for each place; this head wants "
+                           "more, so take --mode speculative")
+        return self.numbers[first : self.used].view(shape)
+
+    def run(self, cache, n_drafts, generator):
         """A step, recorded if it has all its drafts: its 1..n_drafts + 1 tokens, a list."""
-        if not isinstance(self.sampler, Greedy):
-            self.noise.draw(self.generator)
-        if n_drafts < self.kind.most:  # at a block's end
-            new = self.step(n_drafts)
+        self.draw_numbers(generator)
+        if n_drafts < self.most:  # at a block's end
+            found = self.step(cache, n_drafts)
         else:
-            self.replay = self.replay or self.record()
-            new = self.replay()
-        k, *ids = new[0].tolist()  # the one time that a step waits
-        check_accepted(k)
-        self.cache.length[0] += k + 1
-        return [*ids[:k], ids[-1]]
+            cache.replay = cache.replay or self.record(cache)
+            found = cache.replay()
+        k, finite, *new = found[0].tolist()  # the one time that a step waits
+        check_finite(finite)
+        cache.length[0] += k + 1
+        return [*new[:k], new[-1]]
 
-    def record(self):
-        """A function that does what step(most) does."""
-        step, device = partial(self.step, self.kind.most), self.model.device
-        if self.kind.compile:
-            torch._dynamo.config.cache_size_limit = 256  # of step, for all Steps: 8 are soon spent
+    def step(self, cache, n_drafts):
+        """`pass_of_rows`, and the state after it. Nothing here waits."""
+        self.used = 0
+        hidden, found = pass_of_rows(self.model, cache, self.e, self.token, n_drafts, self.sampler, self.draft)
+        k = found[0, :1]  # (1,), the accepted drafts
+        self.token.copy_(found[0, -1:])
+        self.e.copy_(hidden[0].index_select(0, k))  # row 0 is x_1's, row k the last token's
+        cache.on_device += k + 1  # x_1 and the accepted drafts; the others are rolled back
+        return found
+
+    def record(self, cache):
+        """A function that does what step(cache, most) does."""
+        step, device = partial(self.step, cache, self.most), self.model.device
+        if self.compile:
+            torch._dynamo.config.cache_size_limit = 256  # of step, for all caches: 8 are soon spent
             step = torch.compile(step, dynamic=False)
         if device.type != "cuda":
             return step
-        state = self.token, self.e, self.cache.on_device
+        state = self.token, self.e, cache.on_device
         before = [x.clone() for x in state]
         graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
         with torch.cuda.device(device):
@@ -145,118 +172,62 @@ class Steps:
                         x.copy_(old)
             torch.cuda.current_stream().wait_stream(aside)
             with torch.cuda.graph(graph, stream=aside):
-                new = step()
+                found = step()
 
         def replay():
             graph.replay()
-            return new
+            return found
 
         return replay
-
-
-KEPT = 16  # kinds of Steps that a model keeps
-
-
-class Recorded(dict):
-    """The Steps that a model keeps, by kind, for as long as its tensors are in these places. Neither
-    pickle nor copy takes them along."""
-
-    places = None
-
-    def __reduce__(self):
-        return Recorded, ()
-
-
-def rule_of(sampler):
-    """What a sampler draws by, as a key."""
-    warp = getattr(sampler, "warp", None)
-    return (type(sampler), type(sampler).draw, type(sampler).verify,
-            tuple(warp.keywords.items()) if draws_from_warp(sampler) else warp)
-
-
-@contextmanager
-def borrowed_steps(model, sampler, kind, room):
-    """Steps that no other text is using. The model keeps the last ones, as recording takes a while."""
-    tensors = [*model.parameters(), *model.buffers()]
-    places = [x.data_ptr() if x.layout == torch.strided else id(x) for x in tensors]
-    kept = vars(model).setdefault("recorded", Recorded())
-    if kept.places != places:  # weights have been replaced: a recording would read the old ones
-        kept.clear()
-        kept.places = places
-    key = id(model), model.config.target, rule_of(sampler), kind, room
-    pool = kept.pop(key, [])
-    steps = pool.pop() if pool else Steps(model, sampler, kind, room)
-    steps.tensors = [x.detach() for x in tensors]  # so that nothing else gets their places
-    kept[key] = pool  # the last one
-    while len(kept) > KEPT:
-        del kept[next(iter(kept))]
-    try:
-        yield steps
-    finally:
-        if kept.places == places:
-            kept.setdefault(key, []).append(steps)
-
-
-def captured_blocks(model, tokens, sampler, kind):
-    """See `stream` of decode.py."""
-    block_size = model.config.block_size
-    cache, hidden, token = prefill(model, tokens, sampler)
-    yield tokens[-1:], None
-    while True:
-        if cache.length == block_size:
-            cache, hidden = next_window(model, tokens)
-        room = min(block_size, max(SMALLEST, 2 ** (cache.length + kind.most).bit_length()))
-        with borrowed_steps(model, sampler, kind, room) as steps:
-            steps.begin(cache, hidden, token, sampler.generator)
-            length = steps.cache.length  # a list of one
-            # up to the block's end, or to where a text needs more room
-            while length[0] < block_size and (room == block_size or length[0] + kind.most < room):
-                n_drafts = min(kind.most, room - length[0] - 1)
-                new = steps.run(n_drafts)
-                tokens += new
-                yield new, n_drafts
-            token = steps.token.clone()
-        cache, hidden = next_window(model, tokens)
 
 
 @functools.cache
 def check_compiler(device):
     """BadInput where torch.compile does not work."""
-    with compiler_errors():
+    try:
         torch.compile(torch.neg)(torch.ones(8, device=device))
-
-
-def check_captured(model, sampler, compile):
-    """BadInput for what cannot be recorded, or compiled."""
-    if type(sampler) not in (Greedy, Sampling):
-        raise BadInput(f"captured steps draw by Sampling or Greedy, not by {type(sampler).__name__}, whose "
-                       "random numbers or state they do not know; take generate_speculative, or --mode "
-                       "speculative")
-    check_rows(model)
-    if compile and any(hasattr(module, "packed") for module in model.modules()):
-        raise BadInput("--compile knows nothing of packed layers, which a pretrained model has on a CPU; "
-                       "leave it away")
-    if compile:
-        check_compiler(model.device)
-
-
-def generate_cached_captured(model, prompt, max_new_tokens, *, sampler=None, compile=False, **options):
-    """Plain decoding, one token per step. compile: see `Kind`, some 15 s at first. Options: see
-    `stream` of decode.py."""
-    sampler = Sampling() if sampler is None else sampler
-    check_captured(model, sampler, compile)
-    blocks = partial(captured_blocks, kind=Kind(plain_pass, 0, compile))
-    return stream(blocks, model, prompt, max_new_tokens, sampler=sampler, **options)
+    except Exception as e:  # of a compiler, a linker, Triton: torch raises many kinds
+        raise BadInput(f"--compile does not work here ({type(e).__name__}); it needs a C++ compiler, "
+                       "on a GPU also Triton. Leave --compile away.") from None
 
 
 def generate(model, prompt, max_new_tokens, *, sampler=None, compile=False, **options):
-    """Self-speculative decoding (arXiv 2410.17765), 1..n tokens per step. Options: see
-    `generate_cached_captured`."""
-    sampler = Sampling() if sampler is None else sampler
-    check_head(model)
-    check_captured(model, sampler, compile)
-    blocks = partial(captured_blocks, kind=Kind(speculative_pass, model.config.n_future - 1, compile))
-    return stream(blocks, model, prompt, max_new_tokens, sampler=sampler, **options)
+    """Self-speculative decoding (arXiv 2410.17765), 1..n tokens per step, recorded for this one text.
+    Options: see `Captured`, and `stream` of decode.py."""
+    return Captured(model, sampler, compile=compile).generate(prompt, max_new_tokens, **options)
 
 
-DECODERS = generate_cached_captured, generate
+# -----------------------------------------------------------------------------
+# the measurement
+
+
+def kept(speculative, compile):
+    """A decoder for the bench, which records the steps of each temperature once."""
+    recorded = {}
+
+    def decode(model, prompt, max_new_tokens, *, sampler, **options):
+        if type(sampler) not in recorded:  # Greedy, or Sampling at temperature 1
+            recorded[type(sampler)] = Captured(model, sampler, speculative, compile)
+        steps = recorded[type(sampler)]
+        return steps.generate(prompt, max_new_tokens, generator=sampler.generator, **options)
+
+    return decode
+
+
+def add_flags(parser):
+    parser.add_argument("--compile", action="store_true",
+                        help="also in steps that torch.compile has compiled, some 15 s for each decoder, "
+                             "temperature and size of the cache (needs a C++ compiler)")
+
+
+def add_modes(bench, args):
+    """Both decoders in steps of fixed shapes, which are compared with each other."""
+    for compile in (False, True)[: 1 + args.compile]:
+        how = "compiled" if compile else "captured"
+        bench.modes[f"plain, {how}"] = Mode(kept(False, compile), bench.model)
+        bench.modes[f"speculative, {how}"] = Mode(kept(True, compile), bench.model, True,
+                                                  base=f"plain, {how}", has_parts=False)
+
+
+if __name__ == "__main__":
+    run_script(partial(bench_speculative.main, __doc__, add_flags, add_modes))

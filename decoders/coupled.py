@@ -2,7 +2,8 @@
 
 import torch
 
-from decode import Greedy, Sampling, generate_speculative, keep_equal
+import decode
+from decode import Greedy, Sampling, keep_equal
 
 
 class Coupled(Sampling):
@@ -17,6 +18,7 @@ class Coupled(Sampling):
     def __init__(self, seed, temperature=1.0, top_k=None, top_p=None, device="cpu"):
         super().__init__(temperature, top_k, top_p, torch.Generator(device))
         self.seed, self.place = seed, 0
+        self.verified = 1  # the text's first token comes from draw, all others from verify
 
     def draw(self, logits):
         p = self.warp(logits)
@@ -26,22 +28,20 @@ class Coupled(Sampling):
             noise = torch.empty_like(row, dtype=torch.float64)
             tokens.view(-1)[i] = (row / noise.exponential_(generator=self.generator)).argmax()
         self.place += tokens.numel()
-        return tokens, p
+        return tokens, None  # `verify` asks for no rows
 
     def verify(self, logits, q, drafted):
-        first = self.place = self.place - drafted.numel()  # of the first draft, which self drew, too
+        self.place = self.verified  # of the first draft; some that were drawn may have been thrown away
         n_accepted, token = keep_equal(self.draw(logits)[0], drafted)
-        self.place = first + n_accepted.item() + 1
+        self.place = self.verified = self.verified + n_accepted.item() + 1
         return n_accepted, token
 
 
 def generate(model, prompt, max_new_tokens, *, sampler=None, **options):
-    """generate_speculative with the settings of a Sampling, whose generator gives the seed of a Coupled.
-
-    Options: see `stream` of decode.py.
-    """
+    """`generate` of decode.py with the settings of a Sampling, whose generator gives the seed of a
+    Coupled. Options: see `stream` there."""
     sampler = Sampling() if sampler is None else sampler
     if not isinstance(sampler, (Greedy, Coupled)):
         seed = torch.randint(2**32, (), generator=sampler.generator, device=model.device).item()
         sampler = Coupled(seed, **sampler.warp.keywords, device=model.device)
-    return generate_speculative(model, prompt, max_new_tokens, sampler=sampler, **options)
+    return decode.generate(model, prompt, max_new_tokens, sampler=sampler, **options)

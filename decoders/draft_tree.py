@@ -1,6 +1,7 @@
 """Draft trees: several candidates for each place, and one forward pass over all of them.
 
-    python bench_speculative.py --out_dir out/smollm2 --tree 8
+    python sample.py --out_dir out/smollm2 --mode draft_tree
+    python -m decoders.draft_tree --out_dir out/smollm2 --nodes 8        measures
 
 Where a forward pass takes its time to read the weights, 9 tokens cost hardly more than 6. So a step
 may verify more than one draft: here the n_nodes paths that are most probable by the head's joint,
@@ -20,15 +21,73 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from decode import (Sampling, bad_unless_finite, check_accepted, draw_drafts, next_window, prefill, stream,
-                    verify)
-from decoders.batched import RowCache, check_head, check_rows, hidden_at
+import bench_speculative
+from bench_speculative import Mode
+from common import number, run_script
+from decode import Sampling, all_finite, check_finite, draw_next, stream, verify, window_ids
+from decoders.batched import RowCache, check_head, fill, mask_of
 from decoders.coupled import Coupled
+from heads.circuits import Circuit
+from heads.sequential import Prefixes, Sequential
 from model import BadInput
 
 BEAMS = 8  # paths that the search goes on with, after each token
 LEAVES = 0.5  # of the nodes, at temperatures above 0
 STOPS_EARLY = ("cpu",)  # where the search asks whether it may end; a GPU would wait for the answer
+
+# -----------------------------------------------------------------------------
+# what the head makes of prefixes that share their beginnings
+
+
+class Apart:
+    """`Prefixes` of a head whose factors do not see the drafts: the rows of all offsets are computed
+    once, and each prefix has its own posterior over the components."""
+
+    def __init__(self, head, e, unembed, depth):
+        self.head, self.log_w = head, head.log_weights(e)  # (1, r)
+        self.log_T = head.transitions(e) if isinstance(head, Circuit) else None
+        self.P = head.logits(head.vectors(e, slice(depth + 1)), unembed)[0].softmax(-1)  # (k + 1, r, V)
+        self.seen = self.log_w.new_zeros(1, 0, self.log_w.size(1))  # log P_a^(s)(x_s) (B, s, r)
+
+    def row(self, x):
+        """Tokens x (B,) stand at the next place: -> log q (B, V) of what follows."""
+        s = self.seen.size(1)
+        seen = self.head.log_along(self.P[s].expand(len(x), -1, -1), x)  # (B, r)
+        self.seen = torch.cat((self.seen, seen.unsqueeze(1)), 1)
+        if self.log_T is None:
+            log_b = self.log_w + self.seen.sum(1)
+        else:
+            log_b = self.head.prefix(self.log_w, self.log_T, self.seen)
+        return (log_b.softmax(-1) @ self.P[s + 1]).log()
+
+    def follow(self, rows):
+        """Go on with these of the prefixes."""
+        self.seen = self.seen[rows]
+
+
+class Alike:
+    """The same at rank 1: a row is that of its offset, whatever the prefix."""
+
+    def __init__(self, head, e, unembed, depth):
+        tokens = torch.zeros(1, depth, dtype=torch.long, device=e.device)
+        self.rows = iter(head.rows(e, tokens, unembed).unbind(1))  # of (1, V)
+
+    def row(self, x):
+        return next(self.rows).expand(len(x), -1)
+
+    def follow(self, rows):
+        pass
+
+
+def prefixes_of(head, e, unembed, depth):
+    """What gives the rows of a tree of this depth at e (1, C)."""
+    if isinstance(head, Sequential):
+        return Prefixes(head, e, unembed)
+    return (Alike if head.rank == 1 else Apart)(head, e, unembed, depth)
+
+
+# -----------------------------------------------------------------------------
+# trees
 
 
 class Tree(NamedTuple):
@@ -38,7 +97,7 @@ class Tree(NamedTuple):
     parent: torch.Tensor  # (N,), the node before it; the first one's is itself
     above: torch.Tensor  # (N, N), whether the column is on the path to the row, itself included
     score: torch.Tensor = None  # (N,), log of the head's joint
-    rows: list = ()  # for each depth that was searched, log q of what follows (beams, n_token or K)
+    rows: list = ()  # for each depth that was searched, log q of what follows (beams, n_token)
     row: torch.Tensor = None  # (N,), where a node's own row is among all of them, if it is
 
     @property
@@ -55,7 +114,7 @@ class Tree(NamedTuple):
 def draft_tree(model, e, token, n_nodes, depth):
     """The n_nodes paths of up to depth tokens after token (1,) that are most probable by the head's
     joint at e (1, C), of those that a beam search comes by: -> Tree."""
-    conditionals, n_token = model.conditionals(e), model.config.n_token
+    prefixes = prefixes_of(model.head, e, model.unembed, depth) if depth else None
     size = 1 + depth * BEAMS
     above = torch.zeros(size, size, dtype=torch.bool, device=e.device)
     beam = last = token.new_zeros(1)  # the one path so far, which ends at node 0
@@ -67,13 +126,13 @@ def draft_tree(model, e, token, n_nodes, depth):
             known = torch.cat([scores for _, scores, _ in found])
             if score.max() <= known.topk(n_nodes + 1).values[-1]:
                 break  # no path is more probable than its beginning
-        conditionals.follow(beam)
-        log_q = conditionals.row(x)[:, :n_token].log_softmax(-1)  # (beams, n_token or K)
+        prefixes.follow(beam)
+        log_q = prefixes.row(x).log_softmax(-1)  # (beams, n_token)
         rows.append(log_q)
-        best, place = log_q.topk(min(BEAMS, log_q.size(1)))
+        best, ids = log_q.topk(min(BEAMS, log_q.size(1)))
         total = (score.unsqueeze(1) + best).flatten().nan_to_num(nan=-torch.inf)
         score, index = total.topk(min(BEAMS, len(total)))
-        beam, x = index // best.size(1), model.head.tokens_at(place.flatten()[index])
+        beam, x = index // best.size(1), ids.flatten()[index]
         parent, last = last[beam], torch.arange(n, n + len(x), device=e.device)
         above[last] = above[parent]
         above[last, last] = True
@@ -87,13 +146,13 @@ def draft_tree(model, e, token, n_nodes, depth):
     return Tree(tokens[chosen], new[parents[chosen]], above, scores[chosen], rows, chosen)
 
 
-def without(rows, places, out, value):
-    """rows (M, K) with this value at those of their places (N,) that are out (M, N)."""
-    index = places.clamp_min(0).expand(len(rows), -1)  # a place that is none is never out
-    return rows.masked_fill(torch.zeros_like(rows).scatter_add(1, index, out.to(rows.dtype)) > 0, value)
+def without(rows, tokens, out, value):
+    """rows (M, V) with this value at those of the tokens (N,) that are out (M, N)."""
+    hits = torch.zeros_like(rows).scatter_add(1, tokens.expand(len(rows), -1), out.to(rows.dtype))
+    return rows.masked_fill(hits > 0, value)
 
 
-def add_leaves(model, tree, n_leaves, sampler):
+def add_leaves(tree, n_leaves, sampler):
     """One more child for the n_leaves nodes where the head finds it most probable that the text comes
     there and leaves the tree: -> the Tree with them at its end, and q (n_leaves, n_token).
 
@@ -106,14 +165,13 @@ def add_leaves(model, tree, n_leaves, sampler):
     # all nodes have rows, or there is one of depth `searched`, and above it as many that have
     node = lost.topk(min(n_leaves, searched, len(lost))).indices  # (M,)
     rows = torch.cat(tree.rows)[tree.row[node]].nan_to_num(0.0)  # if a head gives NaN, any q will do
-    rows = without(rows, model.head.places(tree.tokens), tree.children(node), -1e30)
-    drafted, q = draw_drafts(model, rows, sampler)  # (M,), (M, n_token)
+    drafted, q = sampler.draw(without(rows, tree.tokens, tree.children(node), -1e30))  # (M,), (M, n_token)
     itself = torch.eye(len(node), device=node.device).bool()
     above = torch.cat((F.pad(tree.above, (0, len(node))), torch.cat((tree.above[node], itself), 1)))
     return Tree(torch.cat((tree.tokens, drafted)), torch.cat((tree.parent, node)), above), q
 
 
-def judge_leaves(drawn, p, tree, q, generator):
+def judge_leaves(drawn, p, tree, q, uniform):
     """Let leaves be accepted: what follows each node (N,), and whether the leaves are kept (M,).
 
     drawn (N,) from p (N, n_token) says whether the text goes on with another child. If not, the next
@@ -124,36 +182,19 @@ def judge_leaves(drawn, p, tree, q, generator):
     others = tree.children(node)[:, :first]  # (M, N - M)
     rest = without(p[node], tree.tokens[:first], others, 0.0)  # (M, n_token)
     rest = rest / rest.sum(-1, keepdim=True).clamp_min(1e-30)
-    kept, after = verify(torch.stack((rest, p[first:]), 1), F.pad(q.unsqueeze(1), (0, 0, 0, 1)),
-                         drafted.unsqueeze(1), generator)  # (M, 1), (M, 1)
+    kept, after = verify(torch.stack((rest, p[first:]), 1), q.unsqueeze(1), drafted.unsqueeze(1), uniform)
     after, to_other = after.squeeze(1), (others & (tree.tokens[:first] == drawn[node].unsqueeze(1))).any(1)
     kept = (kept.squeeze(1) == 1) & ~to_other
     follows = drawn[node].where(to_other, drafted.where(kept, after))
     return torch.cat((drawn[:first].index_copy(0, node, follows), after)), kept
 
 
+# -----------------------------------------------------------------------------
+# the decoder
+
+
 class TreeCache(RowCache):
-    """A RowCache of one text, which grows."""
-
-    def __init__(self, cache):
-        super().__init__(1, cache.length + 64)
-        self.put(0, cache)
-
-    def begin(self, T):
-        if self.length[0] + T > self.room:
-            more = self.room + T
-            self.kv = [F.pad(kv, (0, 0, 0, more)) for kv in self.kv]
-            self.room += more
-        self.T = T
-        return super().begin(T)
-
-    def update(self, keys, values, layer, *unused, **options):
-        """`append`, as attention in transformers calls it: the places of one text are in a row."""
-        first = self.length[0]
-        own = self.kv[layer].narrow(3, first, self.T)
-        own[0].copy_(keys)
-        own[1].copy_(values)
-        return self.kv[layer].narrow(3, 0, first + self.T).unbind()
+    """A RowCache of one text, whose passes have the nodes of a tree in the place of a sequence."""
 
     def keep_path(self, path):
         """Of the last pass keep the tokens with these indices (L,), one after another."""
@@ -163,51 +204,58 @@ class TreeCache(RowCache):
             kv[:, :, :, first : self.length[0]] = kv.index_select(3, first + path)
 
 
-def tree_step(model, cache, before, token, n_nodes, depth, sampler):
+def hidden_of_tree(model, tree, cache):
+    """The states of a tree's nodes, of which each sees the text and the path to it: -> (N, C)."""
+    x, past = tree.tokens.unsqueeze(0), cache.length[0]
+    cache.begin(x.size(1), x.device)
+    seen = torch.cat((tree.above.new_ones(x.size(1), past), tree.above), 1)  # (N, past + N)
+    places = past + tree.depth.unsqueeze(0)  # in the text: nodes of one depth share one
+    return model.hidden(x, cache, places, mask_of(seen[None, None], model.dtype))[0]
+
+
+def tree_step(model, cache, e, token, n_nodes, depth, sampler):
     """One forward pass of the trunk, 1..depth + 1 new tokens. State and result: see
     `speculative_step` of decode.py."""
     n_leaves = min(int(LEAVES * n_nodes), depth) if type(sampler) is Sampling else 0
-    tree = draft_tree(model, model.head.see(before)[-1:], token, n_nodes - n_leaves, depth)
+    tree = draft_tree(model, model.split(e)[1], token, n_nodes - n_leaves, depth)
     if n_leaves:
-        tree, q = add_leaves(model, tree, n_leaves, sampler)
-    cache.begin(len(tree.tokens))
-    past = torch.ones(len(tree.tokens), cache.length[0], dtype=torch.bool, device=token.device)
-    seen = torch.cat((past, tree.above), 1)[None, None]  # (1, 1, N, length + N)
-    places = cache.length[0] + tree.depth.unsqueeze(0)  # in the text: nodes of one depth share one
-    hidden = hidden_at(model, tree.tokens.unsqueeze(0), cache, places, seen)[0]  # (N, C)
+        tree, q = add_leaves(tree, n_leaves, sampler)
+    hidden = hidden_of_tree(model, tree, cache)  # (N, C)
     logits = model.target_logits(hidden)  # (N, n_token)
     drawn, p = sampler.draw(logits)  # (N,), what follows each node, and (N, n_token)
     if n_leaves:
-        drawn, leaves = judge_leaves(drawn, p, tree, q, sampler.generator)
+        drawn, leaves = judge_leaves(drawn, p, tree, q, sampler.uniform)
     wrong = drawn[tree.parent] != tree.tokens
     wrong[0] = False
     if n_leaves:
         wrong[-len(q) :] = ~leaves
     kept = ~(tree.above & wrong).any(1)  # (N,): a path, as at most one child is what was drawn
-    kept = bad_unless_finite(kept.long().unsqueeze(1), logits).squeeze(1)
+    finite = all_finite(logits.unsqueeze(0))[0].expand_as(drawn)
     # the one time that a step waits
-    kept, tokens, parent, after = torch.stack((kept, tree.tokens, tree.parent, drawn)).tolist()
-    check_accepted(kept[0])
+    finite, kept, tokens, parent, after = torch.stack((finite, kept, tree.tokens, tree.parent, drawn)).tolist()
+    check_finite(finite[0])
     path = [i for i, is_kept in enumerate(kept) if is_kept]
     new = [*(tokens[i] for i in path[1:]), after[path[-1]]]
     n_drafts = depth if path[-1] in parent[1:] else len(new) - 1  # it may have no children
     path = torch.tensor(path, device=token.device)
     cache.keep_path(path)
-    return hidden[path], drawn[path[-1:]], new, n_drafts
+    return hidden[path[-1:]], drawn[path[-1:]], new, n_drafts
 
 
-def tree_blocks(model, tokens, sampler, n_nodes):
+def tree_blocks(model, tokens, sampler, n_nodes, max_new_tokens):
     """See `stream` of decode.py."""
     block_size = model.config.block_size
-    single, hidden, token = prefill(model, tokens, sampler)
+    # a step may go past the text's end, and has its whole tree in the cache
+    room = min(len(tokens) + max_new_tokens + model.config.n_future, block_size) + n_nodes + 1
+    cache = TreeCache(1, room)
+    hidden = fill(model, cache, 0, window_ids(tokens, model))
+    token, e = draw_next(model, hidden, sampler, tokens), hidden[:, -1]
     yield tokens[-1:], None
-    cache = TreeCache(single)
     while True:
         if cache.length[0] == block_size:  # start over with the next window but its pending token
-            single, hidden = next_window(model, tokens)
-            cache = TreeCache(single)
+            e = fill(model, cache, 0, window_ids(tokens, model)[:, :-1])[:, -1]
         depth = min(n_nodes, model.config.n_future - 1, block_size - cache.length[0] - 1)
-        hidden, token, new, n_drafts = tree_step(model, cache, hidden, token, n_nodes, depth, sampler)
+        e, token, new, n_drafts = tree_step(model, cache, e, token, n_nodes, depth, sampler)
         tokens += new
         yield new, n_drafts
 
@@ -215,7 +263,6 @@ def tree_blocks(model, tokens, sampler, n_nodes):
 def check_tree(model, n_nodes):
     """BadInput for models and sizes that have no trees."""
     check_head(model)
-    check_rows(model)
     most = BEAMS * (model.config.n_future - 1)
     if not 1 <= n_nodes <= most:
         raise BadInput(f"a tree has from 1 to {most} drafts here, {BEAMS} for each offset of the head, not "
@@ -228,6 +275,26 @@ def generate(model, prompt, max_new_tokens, n_nodes=8, *, sampler=None, **option
     check_tree(model, n_nodes)
     if isinstance(sampler, Coupled):
         raise BadInput("a Coupled sampler has one random number for each place of a text, and the "
-                       "nodes of a tree share places; take generate_speculative, or --mode speculative")
-    blocks = partial(tree_blocks, n_nodes=n_nodes)
+                       "nodes of a tree share places; take --mode speculative")
+    blocks = partial(tree_blocks, n_nodes=n_nodes, max_new_tokens=max_new_tokens)
     return stream(blocks, model, prompt, max_new_tokens, sampler=sampler, **options)
+
+
+# -----------------------------------------------------------------------------
+# the measurement
+
+
+def add_flags(parser):
+    parser.add_argument("--nodes", type=number(int, 1, 1024), nargs="+", default=[8], metavar="NODES",
+                        help="numbers of drafts in a tree (8)")
+
+
+def add_modes(bench, args):
+    for n_nodes in args.nodes:
+        check_tree(bench.model, n_nodes)
+        decoder = partial(generate, n_nodes=n_nodes)
+        bench.modes[f"tree of {n_nodes}"] = Mode(decoder, bench.model, True, has_parts=False)
+
+
+if __name__ == "__main__":
+    run_script(partial(bench_speculative.main, __doc__, add_flags, add_modes))
