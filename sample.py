@@ -29,7 +29,8 @@ def load(out_dir, device="auto", dtype="auto"):
     path, device = Path(out_dir) / "ckpt.pt", pick_device(device)
     ckpt = read_checkpoint(path)
     if "trunk" in ckpt:  # a head on a model from elsewhere
-        model, enc = door("trunk", ckpt["trunk"]["door"]).load(ckpt, path, device, dtype)
+        word = ckpt["trunk"].get("door") if isinstance(ckpt["trunk"], dict) else ckpt["trunk"]
+        model, enc = door("trunk", word).load(ckpt, path, device, dtype)
         return model, enc, ckpt
     dtype = "float32" if dtype == "auto" else dtype
     if device.type == "mps" and dtype == "float64":

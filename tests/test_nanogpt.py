@@ -1,4 +1,4 @@
-"""A run of nanoGPT, its data folder and its checkpoint as they are, gets a head in three commands."""
+"""A run of nanoGPT gets a head: its data folder is converted, its checkpoint is read as it is."""
 
 import json
 import pickle
@@ -12,12 +12,14 @@ import torch
 import common
 from common import from_checkpoint
 from model import GPT, BadInput, GPTConfig
-from sample import load, prompt_ids
+from pretrained import nanogpt
+from sample import load
 from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
 from tokenizer import Characters, TextStream, load_tokenizer
 
 CHARACTERS = "\n !&',-.:;?abcdefghijklmnopqrstuvwxyz_Ä€"
-NANO = "--data_dir nano/data --init_from nano/ckpt.pt --freeze_trunk --n_future 3 --rank 2 --device cpu"
+CONVERT = "nano/data --output data/nano"
+NANO = "--data_dir data/nano --init_from nano/ckpt.pt --freeze_trunk --n_future 3 --rank 2 --device cpu"
 
 
 @pytest.fixture
@@ -41,16 +43,21 @@ def nano(tmp_path, monkeypatch):
     return tmp_path / "nano"
 
 
-def test_three_commands_for_a_run_of_nanogpt(nano, capsys):
-    """Train a head, sample, bench. nanoGPT's files stay as they are, and so do the trunk's logits,
-    to the last bit."""
-    before = {path: path.read_bytes() for path in nano.rglob("*") if path.is_file()}
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_four_commands_for_a_run_of_nanogpt(nano, capsys):
+    """Convert the data, train a head, sample, bench. nanoGPT's files stay as they are, and so do the
+    trunk's logits, to the last bit."""
+    before = files(nano)
+    assert call("pretrained.nanogpt", CONVERT) == (0, "")
     assert call("train", f"{NANO} --max_iters 3 --batch_size 4 --eval_windows 4 --out_dir out/nano") == (0, "")
     assert call("sample", "--out_dir out/nano --max_new_tokens 40 --show_drafts") == (0, "")
     assert call("bench", "--out_dir out/nano --max_new_tokens 8 --rounds 5 --threads 1") == (0, "")
     card = json.loads(capsys.readouterr().out.splitlines()[-1])["card"]
     assert (card["vocab_size"], card["prompts"], card["first_difference"]) == (40, 8, {"speculative": None})
-    assert {path: path.read_bytes() for path in nano.rglob("*") if path.is_file()} == before
+    assert files(nano) == before
 
     ckpt = torch.load(nano / "ckpt.pt", weights_only=True)
     plain, (model, enc, _) = from_checkpoint(ckpt).eval(), load("out/nano", "cpu")
@@ -63,20 +70,22 @@ def test_three_commands_for_a_run_of_nanogpt(nano, capsys):
 
 
 def test_characters_round_trip_and_begin_with_a_newline(nano):
-    meta = common.read_meta("nano/data")
+    assert call("pretrained.nanogpt", CONVERT) == (0, "")
+    meta = common.read_meta("data/nano")
     enc = load_tokenizer(meta["tokenizer"])
     assert isinstance(enc, Characters) and enc.eot_token is None and enc.n_vocab == len(CHARACTERS)
     ids = enc.encode_ordinary(CHARACTERS)
     assert ids == list(range(40)) and enc.decode(ids) == CHARACTERS
     stream = TextStream(enc)
     assert "".join(map(stream.push, ids)) + stream.end() == CHARACTERS
-    assert prompt_ids(enc, "") == [0] and prompt_ids(enc, "to be") == enc.encode_ordinary("to be")
+    assert enc.prompt_ids("") == [0] and enc.prompt_ids("to be") == enc.encode_ordinary("to be")
+    for name in ("train.bin", "val.bin"):
+        assert Path("data/nano", name).read_bytes() == (nano / "data" / name).read_bytes()
     val = np.fromfile("nano/data/val.bin", dtype=np.uint16)
     per_token = len(enc.decode(val.tolist()).encode()) / len(val)
     assert meta["bytes_per_token"] == pytest.approx(per_token)
-    assert meta["splits"] == {"train": {"tokens": 4000}, "val": {"tokens": 900}} and len(meta["prompts"]) == 8
-    assert meta["prompts"][0] == enc.decode(val[:16].tolist())
-    common.check_meta(meta, "here")
+    assert {name: part["tokens"] for name, part in meta["splits"].items()} == {"train": 4000, "val": 900}
+    assert len(meta["prompts"]) == 8 and meta["prompts"][0] == enc.decode(val[:16].tolist())
 
 
 def test_without_meta_pkl_the_tokens_are_gpt2s(nano, monkeypatch):
@@ -85,28 +94,48 @@ def test_without_meta_pkl_the_tokens_are_gpt2s(nano, monkeypatch):
         tokens = [chr(b) for b in range(256)] + ["x" * k for k in range(2, 45)]
         return {"name": "gpt2", "pattern": r"[\s\S]", "tokens": tokens}
 
-    monkeypatch.setattr(common, "gpt2_tokenizer", gpt2_tokenizer)
+    monkeypatch.setattr(nanogpt, "gpt2_tokenizer", gpt2_tokenizer)
     (nano / "data/meta.pkl").unlink()
-    meta = common.read_meta("nano/data")
+    assert call("pretrained.nanogpt", CONVERT) == (0, "")
+    meta = common.read_meta("data/nano")
     assert (meta["tokenizer"]["name"], meta["vocab_size"]) == ("gpt2", 300)
     code, message = call("train", f"{NANO} --max_iters 1 --out_dir out/nano")  # 40 ids in the checkpoint
     assert code == 1 and "another tokenizer" in message and not Path("out/nano").exists()
 
 
-def test_text_is_not_written_over_nanogpts_files(nano):
-    """Nor is anything left there, after which the folder would not be nanoGPT's any more."""
-    before = {path: path.read_bytes() for path in nano.rglob("*") if path.is_file()}
+def test_nothing_is_written_over(nano):
+    """Neither by our texts, nor by a conversion, nor is anything left behind, after which the folder
+    would not be nanoGPT's any more."""
+    before = files(nano)
     code, message = call("prepare", "--toy --stories 50 --data_dir nano/data")
     assert code == 1 and "holds meta.pkl, which this script did not write" in message
-    assert {path: path.read_bytes() for path in nano.rglob("*") if path.is_file()} == before
+    assert call("pretrained.nanogpt", "nano/data --output nano/data") == (
+        1, "nano/data holds meta.pkl, and nothing is written over; take another --output")
+    assert files(nano) == before
+    assert call("pretrained.nanogpt", CONVERT) == (0, "")
+    there = files(Path("data/nano"))
+    assert "nothing is written over" in call("pretrained.nanogpt", CONVERT)[1]
+    assert files(Path("data/nano")) == there
 
 
-def test_an_interrupted_folder_of_ours_is_not_taken_for_nanogpts(nano):
-    """prepare_tinystories.py died before it wrote meta.json: its ids are not GPT-2's."""
-    (nano / "data/meta.pkl").unlink()
-    (nano / "data/.lock").touch()
-    with pytest.raises(BadInput, match="There is no data in nano/data"):
-        common.read_meta("nano/data")
+def test_an_interrupted_conversion_leaves_no_data(nano, monkeypatch):
+    """It dies while it writes: no half of a file is taken for the whole, and the same command works."""
+    monkeypatch.setattr(nanogpt.json, "dumps", lambda meta: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert call("pretrained.nanogpt", CONVERT)[0] == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(nano.parent)
+    with pytest.raises(BadInput, match="There is no data in data/nano"):
+        common.read_meta("data/nano")
+    assert call("pretrained.nanogpt", CONVERT) == (0, "")
+    common.read_meta("data/nano")
+
+
+def test_a_folder_of_nanogpts_own_is_no_data_of_ours(nano):
+    """The core knows its format no more, and says so in one line."""
+    code, message = call("train", NANO.replace("data/nano", "nano/data"))
+    assert code == 1 and message.startswith("There is no data in nano/data") and "\n" not in message
+    code, message = call("pretrained.nanogpt", "nowhere --output data/nano")
+    assert code == 1 and message.startswith("There is no nowhere/train.bin") and not Path("data/nano").exists()
 
 
 class Hostile:
@@ -120,21 +149,23 @@ class Hostile:
     pickle.dumps({"itos": {0: 1}}), pickle.dumps({"itos": {0: "\ud800"}}), pickle.dumps({"itos": {0: "a", 1: "a"}})])
 def test_a_meta_pkl_that_is_none_gets_one_line_and_runs_nothing(nano, pickled):
     (nano / "data/meta.pkl").write_bytes(pickled)
-    code, message = call("train", f"{NANO} --max_iters 1 --out_dir out/nano")
+    code, message = call("pretrained.nanogpt", CONVERT)
     assert code == 1 and "meta.pkl" in message and "nothing in it was run" in message and "\n" not in message
-    assert not Path("owned").exists() and not Path("out/nano").exists()
+    assert not Path("owned").exists() and not Path("data/nano").exists()
 
 
 @pytest.mark.parametrize("name,data", [("val", b""), ("train", bytes(401)), ("val", b"\x07\x00" * 15),
-                                       ("train", b"\x28\x00" * 500)])
+                                       ("train", b"\x28\x00" * 500), ("val", None)])
 def test_bin_files_that_do_not_fit_get_one_line(nano, name, data):
-    """Empty, half an id, too short, an id that no character has."""
-    (nano / f"data/{name}.bin").write_bytes(data)
-    code, message = call("train", f"{NANO} --max_iters 1 --out_dir out/nano")
-    assert code == 1 and f"{name}.bin" in message and "\n" not in message
+    """Empty, half an id, too short, an id that no character has, none at all."""
+    path = nano / f"data/{name}.bin"
+    path.unlink() if data is None else path.write_bytes(data)
+    code, message = call("pretrained.nanogpt", CONVERT)
+    assert code == 1 and f"{name}.bin" in message and "\n" not in message and not Path("data/nano").exists()
 
 
 def test_a_character_that_the_model_does_not_know_is_named(nano):
+    assert call("pretrained.nanogpt", CONVERT) == (0, "")
     assert call("train", f"{NANO} --max_iters 1 --batch_size 4 --eval_windows 4 --out_dir out/nano") == (0, "")
     code, message = call("sample", ["--out_dir", "out/nano", "--prompt", "to bé"])
     assert code == 1 and message == "the model knows 40 characters, and 'é' is none of them"
