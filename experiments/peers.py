@@ -1,25 +1,85 @@
-"""bench_speculative.py beside other people's decoders on the same weights: those of transformers.
+"""bench_speculative.py with more rows: other heads, our other decoders, other people's decoders.
 
-    python -m experiments.peers --out_dir out/toy
+    python -m experiments.peers --out_dir out/a --beside out/b           other heads on the same trunk
+    python -m experiments.peers --out_dir out/toy --nodes 8 16           draft trees
+    python -m experiments.peers --out_dir out/toy --captured --compile   steps of fixed shapes
+    python -m experiments.peers --out_dir out/toy --transformers         decoders of transformers
 
-For a model from here, decoding without a cache is also timed. Flags and output are those of
+All that is asked for is timed in one bench, in turn. Its own flags and its output are those of
 bench_speculative.py; see there.
 """
 
+import itertools
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 
 import torch
 
 import bench_speculative
-from bench_speculative import Mode
-from common import import_transformers, run_script
-from decode import generate
+from bench_speculative import HEAD_FIELDS, Mode
+from common import any_path, number, run_script
+from decode import generate, generate_oracle
+from decoders import captured, draft_tree
 from model import BadInput
-from sample import fast_kernels
+from pretrained.adapter import Pretrained
+from sample import fast_kernels, load
 
 LOOKUP = 10  # tokens that prompt lookup drafts at most
+
+# -----------------------------------------------------------------------------
+# other heads, and our other decoders
+
+
+def check_same_target(model, other, out_dir):
+    """BadInput unless both models write the same texts: then their heads compare."""
+    if model.config.target != "lm_head":
+        raise BadInput("--beside needs a model with target lm_head: with another, the head itself says "
+                       "what gets written.")
+    ours, theirs = model.state_dict(), other.state_dict()
+    trunk = [name for name in ours if not name.startswith("head.")]
+    about_head = [name for name in (*HEAD_FIELDS, "draft_vocab", "dropout") if name in vars(model.config)]
+    same = type(other.config) is type(model.config) and other.head is not None
+    same = same and model.config == replace(
+        other.config, **{name: getattr(model.config, name) for name in about_head})
+    if not same or not all(torch.equal(ours[name].to_dense(), theirs[name].to_dense()) for name in trunk):
+        raise BadInput(f"--beside: {out_dir} is not another head on the very trunk of --out_dir, with "
+                       "target lm_head.")
+
+
+def add_beside(bench, models):
+    """The heads of other models on the same trunk, {out_dir: model}."""
+    for out_dir, other in models.items():
+        check_same_target(bench.model, other, out_dir)
+        bench.modes[f"speculative, {out_dir}"] = Mode(generate, other, True)
+
+
+def heads_of(bench):
+    """{mode: model} of the heads that draft in steps of decode.py."""
+    return {name: mode.model for name, mode in bench.modes.items() if mode.function is generate}
+
+
+def add_trees(bench, sizes):
+    """Draft trees of some sizes, of every head."""
+    for n_nodes, (name, model) in itertools.product(sizes, heads_of(bench).items()):
+        draft_tree.check_tree(model, n_nodes)
+        decoder = partial(draft_tree.generate, n_nodes=n_nodes)
+        bench.modes[f"{name}, tree of {n_nodes}"] = Mode(decoder, model, True, has_parts=False)
+
+
+def add_captured(bench, compile):
+    """Plain decoding and every head in steps of fixed shapes, which are compared with one another."""
+    how = "compiled" if compile else "captured"
+    base = f"plain, {how}"
+    bench.modes[base] = Mode(captured.kept(False, compile), bench.model)
+    for name, model in heads_of(bench).items():
+        bench.modes[f"{name}, {how}"] = Mode(captured.kept(True, compile), model, True, base=base,
+                                             has_parts=False)
+
+
+# -----------------------------------------------------------------------------
+# transformers
 
 
 def to_transformers(model):
@@ -28,12 +88,16 @@ def to_transformers(model):
 
     BadInput without transformers, or where the target is not the LM head.
     """
-    if hasattr(model, "lm"):
+    if isinstance(model, Pretrained):
         return model.lm
     if model.config.target != "lm_head":
-        raise BadInput("The peers need a model with target lm_head: others know nothing of the head's "
-                       "marginal.")
-    transformers = import_transformers("This bench")
+        raise BadInput("--transformers needs a model with target lm_head: others know nothing of the "
+                       "head's marginal.")
+    try:
+        import transformers
+    except ImportError:
+        raise BadInput("--transformers needs it: python -m pip install transformers") from None
+    transformers.logging.set_verbosity_error()
     c = model.config
     peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=c.n_token, n_positions=c.block_size + LOOKUP, n_embd=c.n_embd, n_layer=c.n_layer,
@@ -70,8 +134,15 @@ def transformers_generate(peer, prompt, max_new_tokens, *, sampler, stop_token=N
 
 
 def add_transformers(bench):
-    """transformers' two decoders, with the kernels that are faster for them, default or ours."""
+    """The modes transformers and transformers_prompt_lookup, with the kernels that are faster for them,
+    default or ours; and no_cache, decoding without a cache."""
+    room = bench.model.config.block_size - max(map(len, bench.prompts))
+    if bench.n_tokens > room:
+        raise BadInput("transformers' window does not move on, so --max_new_tokens must be at most "
+                       f"{room}.")
     peer = to_transformers(bench.model)
+    if not isinstance(bench.model, Pretrained):  # of a large model, it would take hours
+        bench.modes["no_cache"] = Mode(generate_oracle, bench.model)
     kernels = {"default": nullcontext, "without oneDNN": partial(fast_kernels, bench.model)}
     seconds = {name: [] for name in kernels}
     for _ in range(4):
@@ -87,22 +158,36 @@ def add_transformers(bench):
                     "prompt_lookup_tokens": LOOKUP}
 
 
-def add_peers(bench):
-    """To a Bench, the modes no_cache, transformers and transformers_prompt_lookup."""
-    room = bench.model.config.block_size - max(map(len, bench.prompts))
-    if bench.n_tokens > room:
-        raise BadInput("transformers' window does not move on, so --max_new_tokens must be at most "
-                       f"{room}.")
-    if not hasattr(bench.model, "lm"):  # of a large model, it would take hours
-        bench.modes["no_cache"] = Mode(generate, bench.model)
-    add_transformers(bench)
-
-
 # -----------------------------------------------------------------------------
 
 
+def add_flags(parser):
+    parser.add_argument("--beside", metavar="OUT_DIR", nargs="+", type=any_path, default=[],
+                        help="the heads of other checkpoints, trained on the same frozen trunk")
+    parser.add_argument("--nodes", type=number(int, 1, 1024), nargs="+", default=[], metavar="N",
+                        help="trees of so many drafts: see decoders/draft_tree.py")
+    parser.add_argument("--captured", action="store_true",
+                        help="both decoders in steps of fixed shapes, which a GPU replays")
+    parser.add_argument("--compile", action="store_true",
+                        help="the same, in steps that torch.compile has compiled, some 15 s for each "
+                             "decoder, temperature and size of the cache (needs a C++ compiler)")
+    parser.add_argument("--transformers", action="store_true",
+                        help="transformers' generate, and its prompt lookup, on the same weights; of a "
+                             "model from here, also decoding without a cache")
+
+
+def add_modes(bench, args):
+    """To a Bench, all that is asked for."""
+    add_beside(bench, {out_dir: load(out_dir, args.device, args.dtype)[0] for out_dir in args.beside})
+    if args.transformers:
+        add_transformers(bench)
+    add_trees(bench, args.nodes)
+    for compile in [False] * args.captured + [True] * args.compile:
+        add_captured(bench, compile)
+
+
 def main():
-    bench_speculative.main(__doc__, add_peers)
+    bench_speculative.main(__doc__, add_flags, add_modes)
 
 
 if __name__ == "__main__":

@@ -120,9 +120,9 @@ def draw_bench(card, rows):
     """The Figure of a bench, a colour per temperature; card and rows as in the JSON object that the
     bench prints.
 
-    Three panels: the speed-ups of all modes over plain decoding, with the bound, equation (5) of
-    docs/results.md; of mode speculative, the share of drafts accepted by offset, with a gap where
-    no step got that far, and the share of the steps that yielded 1, 2, ... tokens.
+    Three panels: the speed-ups of all modes over plain decoding, with the bound of docs/results.md; of
+    mode speculative, the share of drafts accepted by offset, with a gap where no step got that far,
+    and the share of the steps that yielded 1, 2, ... tokens.
     """
     rows = [row for row in rows if row["mode"] != "plain" and row.get("speedup")]
     n_bars = len(rows) + sum(row.get("bound") is not None for row in rows)
@@ -136,7 +136,7 @@ def draw_bench(card, rows):
         bars = [(row["mode"] + over, row["speedup"], dict(color=color))]
         if row.get("bound"):
             hollow = dict(facecolor="white", edgecolor=color, hatch="///")
-            bars.append(("bound (5)", row["bound"], hollow))
+            bars.append(("bound", row["bound"], hollow))
         for label, length, style in bars:
             bar = speed.barh(len(labels), length, height=0.7, **style)
             speed.bar_label(bar, fmt="%.2fx", padding=4, fontsize=9, bbox=dict(color="white", pad=1))

@@ -27,6 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -37,7 +38,7 @@ from experiments.plots import PALETTE, new_figure, save
 from model import ROOT, BadInput
 from pretrained.adapter import sha256
 from sample import load
-from train import TrainConfig, as_flag, read_data
+from train import TrainConfig, Windows, as_flag
 
 # -----------------------------------------------------------------------------
 # the scales
@@ -67,7 +68,7 @@ class Scale:
             flags |= {"max_iters": 10**6, "max_seconds": self.seconds}
         usual = asdict(TrainConfig()) | self.base
         flags = {name: value for name, value in flags.items()
-                 if value != usual[name] or name in ("n_future", "rank")}
+                 if value != usual.get(name) or name in ("n_future", "rank")}
         return tuple(
             Training(text, self.base | flags | {"seed": seed}, flags | {"seed": seed}, trunk)
             for seed in seeds or self.seeds)
@@ -196,7 +197,7 @@ def acceptance(scale):
 def heads_only(scale):
     n, trunk = scale.futures[-1], scale.trunk()
     for teacher in ("text", "kl"):
-        own = dict(n_future=n, trunk=trunk, teacher=teacher)
+        own = dict(n_future=n, trunk=trunk) | (dict(teacher=teacher) if teacher != "text" else {})
         first = scale.training(rank=1, **own)
         for r in scale.ranks:
             if teacher == "text" or r != 2:  # four ranks tell enough of the second teacher
@@ -267,7 +268,7 @@ def smollm2(scale):
     def cell(head, n, r, teacher):
         return Cell((head, n, r, teacher), (on_smollm2(head=head, n_future=n, rank=r, teacher=teacher),))
 
-    for teacher in ("kl", "lk", "text", "nextlat"):
+    for teacher in ("kl", "text"):
         yield cell("recurrent", 6, 1, teacher)
     for n, r in ((4, 1), (8, 1), (6, 4), (6, 8)):
         yield cell("recurrent", n, r, "kl")
@@ -315,7 +316,7 @@ def compiled(scale):
         if text in scale.large:
             run = large(scale, text, head=head, rank=r)
             flags = scale.bench | {"compile": True}
-            runs = tuple(Bench((run,), flags, nth + 1) for nth in range(scale.repeats))
+            runs = tuple(Bench((run,), flags, nth + 1, PEERS) for nth in range(scale.repeats))
             yield Cell((text, label(head, r)), runs)
 
 
@@ -389,7 +390,7 @@ def batches(scale):
 def decoders(scale):
     """Other decoders on the same weights."""
     for text, head, r in (("toy", "cp", 8), ("stories", "chain", 4)):
-        flags = dict(rounds=5, max_new_tokens=64, threads=1)
+        flags = dict(rounds=5, max_new_tokens=64, threads=1, transformers=True)
         bench = Bench((large(scale, text, head=head, rank=r),), flags, script=PEERS)
         for temperature in (0.0, 1.0):
             yield Cell((text, label(head, r), temperature), (bench,))
@@ -410,7 +411,7 @@ def smollm2_speed(scale):
     """The README's head on SmolLM2, by kind of prompts, and two decoders of transformers; then a head
     for stories alone."""
     run = preset_on("smollm2")
-    bench = Bench((run,), dict(rounds=5, max_new_tokens=24, threads=2), script=PEERS)
+    bench = Bench((run,), dict(rounds=5, max_new_tokens=24, threads=2, transformers=True), script=PEERS)
     for kind in ("stories", "questions", "instructions", "code", "all"):
         yield Cell(("speculative", kind), (bench,))
     for mode in ("transformers", "transformers_prompt_lookup"):
@@ -425,14 +426,14 @@ def smollm2_speed(scale):
 def trees(scale):
     """Trees of drafts beside single paths, one bench for each model."""
     kinds = "stories", "questions", "instructions", "code", "all"
-    on_smollm2 = dict(rounds=5, max_new_tokens=24, threads=2, tree=[8, 16])
+    on_smollm2 = dict(rounds=5, max_new_tokens=24, threads=2, nodes=[8, 16])
     for model, run, flags, prompts in (
             ("bytes, chain, r = 4", large(scale, "stories", head="chain", rank=4),
-             scale.bench | {"tree": [4, 8, 16]}, ("all",)),
+             scale.bench | {"nodes": [4, 8, 16]}, ("all",)),
             ("SmolLM2", preset_on("smollm2"), on_smollm2, kinds),
             ("SmolLM2, for stories alone", preset_on("smollm2_stories"), on_smollm2, ("stories",))):
-        bench = Bench((run,), flags)
-        for kind, size in itertools.product(prompts, (0, *flags["tree"])):
+        bench = Bench((run,), flags, script=PEERS)
+        for kind, size in itertools.product(prompts, (0, *flags["nodes"])):
             yield Cell((model, kind, f"tree of {size}" if size else "one path"), (bench,))
 
 
@@ -441,7 +442,8 @@ def smollm2_float32(scale):
     """A head on SmolLM2 that trained for less, in float32, for a CPU without products in bfloat16."""
     run = Training("smollm2_short", {"preset": "pretrained", "max_iters": 6000, "dtype": "float32"},
                    {"preset": "pretrained"})
-    bench = Bench((run,), dict(rounds=5, max_new_tokens=24, threads=2, dtype="float32", tree=[8]))
+    bench = Bench((run,), dict(rounds=5, max_new_tokens=24, threads=2, dtype="float32", nodes=[8]),
+                  script=PEERS)
     for kind in ("stories", "questions", "instructions", "code", "all"):
         for drafts in ("one path", "tree of 8"):
             yield Cell((kind, drafts), (bench,))
@@ -759,9 +761,13 @@ SHORT = {"n_future": "n", "rank": "r", "max_iters": "steps",
          "max_seconds": "seconds"}  # in names of runs
 
 
+HEADS = "pretrained/train.py"  # of a head that has a teacher, or a pretrained trunk
+PEERS = "experiments/peers.py"  # the bench, beside other heads, other decoders, other people's
+
+
 class Training:
-    """train.py on a text, with flags. changed: those that its name tells. trunk: a Training, whose
-    trunk is frozen under a fresh head."""
+    """train.py on a text, with flags, or pretrained/train.py. changed: those that its name tells. trunk:
+    a Training, whose trunk is frozen under a fresh head."""
 
     alone = False  # on the machine: not while another run is going on
 
@@ -771,11 +777,14 @@ class Training:
         parts = [f"{SHORT.get(name, name)}{value}" for name, value in sorted(changed.items())
                  if name != "max_iters" or "max_seconds" not in changed]
         self.name = "-".join([text, *["frozen"] * bool(trunk), *parts])
-        self.spec = {"script": "train.py", "text": text, "flags": flags, "trunk": trunk and trunk.spec}
+        script = HEADS if "teacher" in flags or flags.get("preset") == "pretrained" else "train.py"
+        self.spec = {"script": script, "text": text, "flags": flags, "trunk": trunk and trunk.spec}
 
     def run(self, place):
         out = place.work / self.name
         flags = {"data_dir": place.data(self.text), "out_dir": out} | self.spec["flags"]
+        if self.trunk and self.spec["script"] == HEADS:
+            flags = {"preset": "laptop"} | flags  # else its defaults would be those for a pretrained trunk
         if "init_from" in flags:  # a checkpoint of nanoGPT
             flags["init_from"] = place.nanogpt / flags["init_from"]
         if self.trunk:
@@ -787,7 +796,7 @@ class Training:
                    if name != "init_from"):
                 raise BadInput(f"{out} is a run of other settings; move it away")
             flags["resume"] = True
-        place.script(self.name, "train.py", flags)
+        place.script(self.name, self.spec["script"], flags)
         ckpt = read_checkpoint(out / "ckpt.pt")
         points = [{"iter": line["iter"], "seconds": line["seconds"]} | line["val"]
                   for line in ckpt["log"] if "val" in line]
@@ -798,21 +807,19 @@ class Training:
                 "trunk_parameters": trunk, "head_parameters": head} | specialties(ckpt, out)
 
 
-PEERS = "experiments/peers.py"  # the bench, beside other people's decoders
-
-
 class Bench:
-    """bench_speculative.py on Trainings, of one trunk if there are several; for the nth time. Or another
-    script that prints the same JSON."""
+    """bench_speculative.py on a Training, or on several of one trunk; for the nth time. Or another script
+    that prints the same JSON."""
 
     alone = True
 
     def __init__(self, trainings, flags, nth=1, script="bench_speculative.py"):
         self.trainings, self.training, self.needs = trainings, trainings[0], list(trainings)
-        self.text = self.training.text
-        kind, others = "bench" if script == PEERS else Path(script).stem.split("_")[0], len(trainings) - 1
-        parts = [f"and{others}"] * (others > 0) + ["peers"] * (script == PEERS)
-        parts += ["compiled"] * flags.get("compile", False) + ["trees"] * ("tree" in flags)
+        self.text, others = self.training.text, len(trainings) - 1
+        script = PEERS if others else script
+        kind = "bench" if script == PEERS else Path(script).stem.split("_")[0]
+        parts = [f"and{others}"] * (others > 0) + ["peers"] * ("transformers" in flags)
+        parts += ["compiled"] * ("compile" in flags) + ["trees"] * ("nodes" in flags)
         self.name = "-".join([kind, self.training.name, *parts, *([flags["dtype"]] if "dtype" in flags else [])])
         self.spec = {"script": script, "flags": flags, "training": self.training.spec}
         if len(trainings) > 1:
@@ -859,9 +866,9 @@ def specialties(ckpt, out_dir, n_tokens=8, least=20):
     if "trunk" in ckpt or args["head"] != "cp" or args["rank"] == 1 or args["n_future"] == 1:
         return {}
     model, enc, _ = load(out_dir, "cpu")
-    cfg = TrainConfig(**ckpt["train_config"])
+    cfg = SimpleNamespace(**ckpt["train_config"])
     share, count = torch.zeros(args["rank"], args["vocab_size"]), torch.zeros(args["vocab_size"])
-    for idx, gold in read_data(cfg, ckpt["meta"], "val", model.device).fixed(64):
+    for idx, gold in Windows(Path(cfg.data_dir) / "val.bin", cfg, model.device).fixed(64):
         e, gold = model.hidden(idx).flatten(0, 1), gold.flatten(0, 1)
         log_p = model.head.gold_log_probs(e, gold, model.lm_head.weight).sum(1)  # (N, r)
         posterior = (model.head.log_weights(e) + log_p).softmax(-1)
@@ -891,10 +898,10 @@ class Place:
         self.results, self.work = Path(args.results) / args.scale, Path(args.work) / args.scale
         self.processes, self.stopped, self.lock, self.ready = set(), False, threading.Lock(), set()
 
-    def script(self, name, script, flags):
+    def script(self, name, script, flags, *files):
         """The stdout of a script of this repository; BadInput where it fails. Its stderr goes to a log."""
         module = script.removesuffix(".py").replace("/", ".")
-        command = [sys.executable, "-m", module, *as_flags(flags)]
+        command = [sys.executable, "-m", module, *map(str, files), *as_flags(flags)]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         env = {**os.environ, "OMP_NUM_THREADS": str(self.args.threads), "PYTHONPATH": path}
         log = self.work / "logs" / f"{name}.txt"
@@ -922,14 +929,17 @@ class Place:
 
     def data(self, text):
         """The folder of a text, which is written first where need be."""
+        folder = self.work / "data" / text
         if text == "nanogpt":
             if not (self.nanogpt / "out-shakespeare-char" / "ckpt.pt").exists():
                 raise BadInput(f"{self.nanogpt} is no checkout of nanoGPT in which train.py has made "
                                "out-shakespeare-char/ckpt.pt; --nanogpt says where there is one")
-            return self.nanogpt / "data" / "shakespeare_char"
-        folder = self.work / "data" / text
+            folder = self.work / text
         with self.lock:
-            if text in self.scale.texts and not (folder / "meta.json").exists():
+            if text == "nanogpt" and not (folder / "meta.json").exists():
+                theirs = self.nanogpt / "data" / "shakespeare_char"
+                self.script(f"data-{text}", "pretrained/nanogpt.py", {"output": folder}, theirs)
+            elif text in self.scale.texts and not (folder / "meta.json").exists():
                 flags = dict(self.scale.texts[text])
                 if self.args.text and "toy" not in flags:
                     flags.pop("max_mb", None)

@@ -119,7 +119,7 @@ def test_bench_bars_are_the_speedups_and_bounds():
     speed, acceptance, steps = figure.axes
     labels = [label.get_text() for label in speed.get_yticklabels()]
     assert list(zip(labels, [bar.get_width() for bar in speed.patches])) == [
-        ("speculative", 2.5), ("bound (5)", 3.5), ("graph", 4.0), ("speculative", 1.5), ("bound (5)", 2.0)]
+        ("speculative", 2.5), ("bound", 3.5), ("graph", 4.0), ("speculative", 1.5), ("bound", 2.0)]
     (x, greedy), (_, sampled) = lines(acceptance)  # with a gap where no step got that far
     assert x == [1, 2, 3] and greedy == pytest.approx([0.75, float("nan"), 0.5], nan_ok=True)
     assert sampled == pytest.approx([0.5, 0.25, float("nan")], nan_ok=True)
