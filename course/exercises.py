@@ -37,11 +37,11 @@ def floor_by_training(phrases):
     raise NotImplementedError
 
 
-# 3. The rows that drafts are drawn from
+# 3. The rows that drafts are judged by
 
 
 def conditional(log_w, log_p, x):
-    """q(.) = P(x_{k+1} = . | x_1, ..., x_k) of equation (2), in probabilities.
+    """q(.) = P(x_{k+1} = . | x_1, ..., x_k) of equation (3), in probabilities.
 
     log_w (r,); log_p (n, r, V), the row of every factor; x (k,), 0 < k < n -> (V,).
     """
@@ -54,7 +54,7 @@ def conditional(log_w, log_p, x):
 def residual(keep, p, q):
     """The residual of each place, not normalised.
 
-    keep (k + 1, 1); p, q (k + 1, V) -> (k + 1, V).
+    keep (k + 1, 1); p, q (k + 1, V), of which q[k] is 0, as nothing is drafted there -> (k + 1, V).
     """
     raise NotImplementedError
 
@@ -65,16 +65,16 @@ def residual(keep, p, q):
 def verify_one(p, q, drafted, coin, draw):
     """Keep the one draft or correct it, so that every token follows p.
 
-    p, q (2, V): the rows of the target and of the draft, for the draft's place and for the one
-    after it. drafted (1,) was drawn from q[0]; q[1] is 0, as nothing was drafted there. All that is
-    random goes through coin(probability) -> bool and draw(row) -> int; row (V,) need not sum to 1.
-    Returns how many drafts are kept, and the token after them.
+    p (2, V): the target's rows for the draft's place and for the one after it. q (1, V): the row that
+    drafted (1,) was drawn from. All that is random goes through coin(probability) -> bool and
+    draw(row) -> int; row (V,) need not sum to 1. Returns how many drafts are kept, and the token
+    after them.
     """
     raise NotImplementedError
 
 
 def verify_block(p, q, drafted, coin, draw):
-    """The same for k drafts, by block verification: p, q (k + 1, V), drafted (k,), q[k] is 0."""
+    """The same for k drafts, by block verification: p (k + 1, V), q (k, V), drafted (k,)."""
     raise NotImplementedError
 
 
@@ -125,7 +125,7 @@ def feed_drafts(model, cache, x, n_kept):
 def chain_row(W, M, G, U, e, x):
     """log P_a^(s)(. | x_{t+s-1} = x), s > 1, of the chain head:
 
-        softmax(W h),    h = M e + U (norm(W[x]) * G e)                                         (4)
+        softmax(W h),    h = M e + U (norm(W[x]) * G e)                                         (5)
 
     norm is torch's F.layer_norm without weights (eps = 1e-5), * goes element by element. W (V, C); M, G, U (C, C);
     e (C,); x an int -> (V,).
@@ -149,7 +149,7 @@ def predicted_speedup(plain_ms, step_ms, acceptance):
 
 
 class MyHead(CPHead):
-    """Say here what it is, in a formula. CPHead's docstring says what to override."""
+    """Say here what it is, in a formula. CPHead's docstring says what to override: `vectors`."""
 
     def __init__(self, config):
         raise NotImplementedError
