@@ -2,28 +2,37 @@
 
 `Pretrained` is the adapter: all that decode.py and a head need of a trunk. A trunk is a model of the
 hub, a folder, or a .gguf file; a checkpoint holds the head, and the name and the hash of the trunk.
-How one is trained: see generate.py. Needs transformers, and for a .gguf file gguf and accelerate.
+How one is trained: see train.py. Needs transformers, and for a .gguf file gguf and accelerate.
 """
 
 import functools
 import hashlib
 import inspect
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from common import bfloat16_is_faster, import_transformers
-from model import GPT, HEAD_FIELDS, BadInput, CPHead, GPTConfig, head_class, widen
-from pretrained.losses import loss_on_states
-from pretrained.packed import PackedLinear, can_pack, linear_weight, packed_unembed
+from decoders.batched import RowCache, fill, hidden_of_rows
+from heads.few_tokens import few_tokens
+from model import GPT, BadInput, CPHead, GPTConfig, door, head_class, widen
+from pretrained.packed import PackedLinear, bfloat16_is_faster, can_pack, linear_weight, packed_logits
 
 # -----------------------------------------------------------------------------
 # the files of a model
 
 
-NEEDS = ("A pretrained model", "transformers, for a .gguf file also gguf and accelerate")
+def import_transformers():
+    """The module transformers, without its progress bars."""
+    try:
+        import transformers
+    except ImportError:
+        raise BadInput("A pretrained model needs transformers: python -m pip install transformers, for a "
+                       ".gguf file also gguf and accelerate") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
 
 
 def find_model(name):
@@ -36,7 +45,7 @@ def find_model(name):
         return path.parent, path.name
     if path.exists() or path.suffix == ".gguf" or name[:1] in "./" or name.count("/") > 1:
         raise BadInput(f"{name} is no folder here, no .gguf file and no name of the hub, as owner/model")
-    import_transformers(*NEEDS)
+    import_transformers()
     import huggingface_hub  # comes with transformers
 
     plain = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -71,38 +80,19 @@ def fingerprint(folder, gguf):
     return sha256(*files)
 
 
-def check_memory(transformers, config, dtype, name):
-    """BadInput where a model is larger than the memory that is free, as far as Linux tells."""
-    try:
-        free = [line for line in open("/proc/meminfo") if line.startswith("MemAvailable")]
-        free = int(free[0].split()[1]) * 1024
-    except (OSError, IndexError):
-        return
-    with torch.device("meta"):
-        lm = transformers.AutoModelForCausalLM.from_config(config)
-    need = sum(p.numel() for p in lm.parameters()) * dtype.itemsize
-    if need > 0.9 * free:
-        raise BadInput(f"{name} needs {need / 1e9:.1f} GB for its weights in {str(dtype)[6:]}, and "
-                       f"{free / 1e9:.1f} GB are free; take a smaller model, or --dtype bfloat16")
-
-
 class HubTokenizer:
-    """A tokenizer of transformers: what is used here of a tiktoken.Encoding, and chat prompts."""
+    """A tokenizer of transformers, as tokenizer.py asks for one; with chat, a text is a model's answer to
+    a user's message. BadInput where there is no template for that."""
 
-    def __init__(self, tokenizer, n_vocab):
-        self.tokenizer, self.n_vocab = tokenizer, n_vocab
+    def __init__(self, tokenizer, n_vocab, chat):
+        if chat and not tokenizer.chat_template:
+            raise BadInput("this model has no chat template, and its text was made with one")
+        self.tokenizer, self.n_vocab, self.chat = tokenizer, n_vocab, chat
         self.eot_token = tokenizer.eos_token_id
-        self.has_chat = bool(tokenizer.chat_template)
+        self.gap, self.answer_end = ("\n\n", self.eot_token) if chat else ("", None)
 
-    def sha256(self):
-        vocabulary = sorted(self.tokenizer.get_vocab().items())
-        return hashlib.sha256(repr((vocabulary, self.tokenizer.chat_template)).encode()).hexdigest()
-
-    def prompt_ids(self, text, chat):
-        """The ids that a text begins with, or, with chat, that a model's answer to it begins after."""
-        if chat and not self.has_chat:
-            raise BadInput("this model has no chat template; leave --chat away.")
-        if chat:
+    def prompt_ids(self, text):
+        if self.chat:
             message = [{"role": "user", "content": text}]
             return list(self.tokenizer.apply_chat_template(message, add_generation_prompt=True,
                                                            return_dict=True)["input_ids"])
@@ -120,16 +110,39 @@ class HubTokenizer:
     def decode(self, tokens):
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def text_pieces(self):
-        """A function from the next token to the text that it completes."""
+    def pieces(self):
         from tokenizers.decoders import DecodeStream
 
         stream, backend = DecodeStream(skip_special_tokens=True), self.tokenizer._tokenizer
-        return lambda token: stream.step(backend, token) or ""
+        return lambda token: "" if token is None else stream.step(backend, token) or ""
 
 
 # -----------------------------------------------------------------------------
 # the adapter
+
+
+@dataclass
+class PretrainedConfig(GPTConfig):
+    """Of the trunk, decode.py and the heads need block_size, vocab_size and n_embd alone."""
+
+    draft_vocab: int = 0  # K, how many tokens the head can draft; 0 means all of them
+
+    def __post_init__(self):
+        super().__post_init__()
+        K = self.draft_vocab
+        if not isinstance(K, int) or not 0 <= K <= self.n_token:
+            raise BadInput(f"draft_vocab must be a whole number from 0 to {self.n_token}, the tokens that "
+                           f"there are, not {K!r}")
+        if K and self.head == "full":
+            raise BadInput("draft_vocab needs another head than full, whose unembeddings are its own")
+        check_last_states(self.head)
+
+
+def check_last_states(head):
+    """BadInput for a head that comes with a Model of its own, which looks further into the trunk."""
+    if head != "cp" and "Model" in vars(door("head", head)):
+        raise BadInput(f"head {head} looks further into the trunk than its last states, which are all that "
+                       "there is here; take another --head")
 
 
 class Cache:
@@ -155,35 +168,47 @@ class Pretrained(GPT):
     source: what a checkpoint says of the trunk, {name, sha256, tokenizer}.
     """
 
-    teacher = "kl"  # one of TEACHERS, which `loss` uses
-    takes_rows = False  # whether decoders/batched.py knows that it takes texts of different lengths
+    takes_rows = None  # texts of different lengths in one pass: not tried yet
 
     def __init__(self, lm, config, source):
         nn.Module.__init__(self)
         self.config, self.source = config, source
         self.lm = lm.requires_grad_(False)
         self.lm_head = lm.get_output_embeddings()
-        self.head = head_class(config.head)(config) if config.n_future > 1 else None
-        if config.draft_vocab and self.head:  # rows of the trunk's W, and so of its type
-            self.head.draft_rows = self.head.draft_rows.to(self.dtype)
+        self.head = None
+        if config.n_future > 1:
+            Head, K = head_class(config.head), config.draft_vocab
+            self.head = few_tokens(Head, K)(config) if K else Head(config)
+            if K:  # rows of the trunk's W, and so of its type
+                self.head.draft_rows = self.head.draft_rows.to(self.dtype)
         parameters = inspect.signature(lm.base_model.forward).parameters
         self.cache_name = "cache" if "cache" in parameters else "past_key_values"  # its older name
 
     def new_cache(self, B=1):
         return Cache()
 
-    def hidden(self, idx, cache=None, **options):
-        if cache is None:
-            return self.lm.base_model(idx, use_cache=False, **options).last_hidden_state
-        out = self.pass_over(idx, cache.past, **options)
-        cache.past = out[self.cache_name]
+    def hidden(self, idx, cache=None, places=None, mask=None):
+        """As `GPT.hidden`. With places, cache is one that attention in transformers writes to, as
+        RowCache is, and BadInput where this model would get it wrong."""
+        if places is not None:
+            self.check_rows()
+            out = self.pass_over(idx, cache, attention_mask=mask, position_ids=places)
+        elif cache is None:
+            out = self.lm.base_model(idx, use_cache=False)
+        else:
+            out = self.pass_over(idx, cache.past)
+            cache.past = out[self.cache_name]
         return out.last_hidden_state
 
     def pass_over(self, idx, past, **options):
         """What the trunk of transformers returns for idx (B, T) after its own cache, past."""
         return self.lm.base_model(idx, use_cache=True, **{self.cache_name: past}, **options)
 
-    loss = loss_on_states  # what the head is trained on
+    def forward(self, *batch, **weights):
+        """Logits of idx (B, T), or `loss` of a batch of more, which train.py says."""
+        return self.loss(*batch, **weights) if len(batch) > 1 else super().forward(*batch)
+
+    # what a model must be able to do
 
     def close(self, a, b):
         """Whether two results differ by rounding alone."""
@@ -217,6 +242,38 @@ class Pretrained(GPT):
             raise BadInput(f"{name} has no cache that can be rolled back, or does not read from left to "
                            "right, so its drafts could not be verified; take a plain transformer decoder")
 
+    @torch.inference_mode()
+    def check_rows(self):
+        """BadInput unless the model takes texts of different lengths in one pass. It is tried once."""
+        if self.takes_rows is None:
+            self.takes_rows = True  # in the trial
+            self.takes_rows = self.rows_are_right()
+        if not self.takes_rows:
+            raise BadInput(f"{self.source.get('name')} cannot take texts of different lengths in one "
+                           "pass, which batches, captured steps and trees are made of; decode one text at "
+                           "a time, speculatively or plainly")
+
+    def rows_are_right(self):
+        """Whether two texts in a RowCache have the states that each has by itself."""
+        config = self.lm.config.get_text_config()
+        # of some, a long text changes the angles of the others' places, or ends their window
+        rope = str([getattr(config, name, "") for name in ("rope_parameters", "rope_scaling")])
+        window = getattr(config, "window_size", None) or getattr(config, "attention_chunk_size", None)
+        if window or "longrope" in rope or "dynamic" in rope:
+            return False
+        idx = torch.arange(3, 11, device=self.device).unsqueeze(0) % self.config.vocab_size
+        lengths, cache = (6, 1), RowCache(2, 8)
+        try:
+            for row, length in enumerate(lengths):
+                fill(self, cache, row, idx[:, :length])
+            x = torch.cat([idx[:, length : length + 2] for length in lengths])
+            expected = torch.stack([self.hidden(idx[:, : length + 2])[0, -2:] for length in lengths])
+            return all(map(self.close, hidden_of_rows(self, x, cache), expected))
+        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
+            return False  # it asks more of a cache, or has another kind of mask
+
+    # weights
+
     def pack(self):
         """Decode from now on, with every linear layer a PackedLinear, and so the rows of W that drafts
         are unembedded with, where oneDNN has products for this CPU and type. The weights must not
@@ -231,9 +288,9 @@ class Pretrained(GPT):
                         keep = child.weight if child is self.lm_head else None
                         packed[child] = PackedLinear(linear_weight(child), child.bias, keep)
                     setattr(parent, name, packed[child])
-        if self.head is not None and type(self.head).unembed is CPHead.unembed:
-            rows = self.lm_head if self.head.draft_ids is None else PackedLinear(self.head.draft_rows)
-            self.head.unembed = functools.partial(packed_unembed, rows)
+        if self.head is not None and self.config.head != "full":  # whose vectors are logits
+            rows = PackedLinear(self.head.draft_rows) if self.config.draft_vocab else self.lm_head
+            self.head.logits = functools.partial(packed_logits, rows)
 
     def load_head(self, state, path):
         """Take over the head of a checkpoint's tensors; BadInput where it does not fit."""
@@ -245,57 +302,60 @@ class Pretrained(GPT):
 
     def to_checkpoint(self):
         state = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
-        return {"model": state, "model_args": asdict(self.config), "trunk": self.source}
+        return {"model": state, "model_args": asdict(self.config), "trunk": {"door": "adapter", **self.source}}
+
+
+# -----------------------------------------------------------------------------
+# loading
 
 
 @functools.cache
 def load_lm(name, device, dtype):
-    """(model of transformers, HubTokenizer, {name, sha256, tokenizer}); BadInput where it cannot be
-    had. Heads beside one another share their trunk.
-    """
+    """(model of transformers, its tokenizer, {name, sha256, tokenizer}); BadInput where it cannot be had.
+    Heads beside one another share their trunk."""
     folder, gguf = find_model(name)
     source = {"name": str(name), "sha256": fingerprint(folder, gguf)}
-    transformers, options = import_transformers(*NEEDS), {"gguf_file": gguf} if gguf else {}
+    transformers, options = import_transformers(), {"gguf_file": gguf} if gguf else {}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        config = transformers.AutoConfig.from_pretrained(folder, **options)
-        if not gguf:
-            check_memory(transformers, config, dtype, name)
-        elif hasattr(transformers, "GgufConfig"):  # newer versions would compute on packed weights
+        if gguf and hasattr(transformers, "GgufConfig"):  # newer versions would compute on packed weights
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except (BadInput, MemoryError):
+    except MemoryError:
         raise
     except Exception as e:  # of a file, a class, a missing package: many kinds
         why = " ".join(str(e).split())[:200]
         raise BadInput(f"{name} cannot be loaded as a causal language model ({why})") from None
-    enc = HubTokenizer(tokenizer, lm.get_output_embeddings().weight.size(0))
-    return lm.to(device).eval(), enc, {**source, "tokenizer": enc.sha256()}
+    vocabulary = sorted(tokenizer.get_vocab().items()), tokenizer.chat_template
+    source["tokenizer"] = hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+    return lm.to(device).eval(), tokenizer, source
 
 
 def lm_config(lm, **head):
-    """The GPTConfig of a model of transformers with a head: what decode.py and the head ask for."""
+    """The PretrainedConfig of a model of transformers with a head."""
     c, W = lm.config.get_text_config(), lm.get_output_embeddings().weight
     block_size = getattr(c, "max_position_embeddings", None) or 2048
     if window := getattr(c, "sliding_window", None):  # a cache that is full cannot be rolled back
         block_size = min(block_size, window - 1)
-    return GPTConfig(block_size=block_size, vocab_size=W.size(0), n_embd=W.size(1),
-                     n_layer=1, n_head=1, target="lm_head", **{"n_future": 1, **head})
+    return PretrainedConfig(block_size=block_size, vocab_size=W.size(0), n_embd=W.size(1),
+                            n_layer=1, n_head=1, target="lm_head", **{"n_future": 1, **head})
 
 
-def load_pretrained(name, device, dtype="auto", known=None, **head):
+def load_pretrained(name, device, dtype="auto", known=None, chat=None, **head):
     """(Pretrained, HubTokenizer): a model, its head fresh or, by default, none.
 
-    known: what a checkpoint or a data folder says of the trunk, which must still be true.
+    known: what a checkpoint or a data folder says of the trunk, which must still be true. chat: see
+    HubTokenizer; None is as the model is meant.
     """
-    lm, enc, source = load_lm(name, device, getattr(torch, measured_dtype(dtype, device)))
+    lm, tokenizer, source = load_lm(name, device, getattr(torch, measured_dtype(dtype, device)))
     for part, what in (("sha256", "weights"), ("tokenizer", "tokenizer")):
         if known is not None and known.get(part) != source[part]:
             raise BadInput(f"{name} has changed: its {what} are not what the head or its text were made "
                            "with. Take that version of it, or write text and train anew.")
     model = Pretrained(lm, lm_config(lm, **head), source)
     model.check(name)
-    return model, enc
+    chat = bool(tokenizer.chat_template) if chat is None else chat
+    return model, HubTokenizer(tokenizer, model.config.vocab_size, chat)
 
 
 def measured_dtype(name, device):
@@ -305,29 +365,23 @@ def measured_dtype(name, device):
 
 def load_checkpoint(ckpt, path, device, dtype):
     """(Pretrained, HubTokenizer) of a checkpoint, which holds the head and names the trunk."""
-    source, args = ckpt["trunk"], ckpt["model_args"]
-    if not isinstance(source, dict) or not isinstance(source.get("name"), str):
-        raise BadInput(f"{path} does not say what its trunk is; train anew")
-    head = {name: args.get(name) for name in HEAD_FIELDS}
+    source, args, meta = ckpt["trunk"], ckpt["model_args"], ckpt.get("meta")
+    if not isinstance(source.get("name"), str) or not isinstance(meta, dict) or "chat" not in meta:
+        raise BadInput(f"{path} does not say what its trunk is and how texts begin; train anew")
+    head = {name: args.get(name) for name in ("head", "n_future", "rank", "draft_vocab")}
     try:
-        model, enc = load_pretrained(source["name"], device, dtype, source, **head)
+        model, enc = load_pretrained(source["name"], device, dtype, source, meta["chat"], **head)
     except BadInput as e:
         raise BadInput(f"The trunk of {path}: {e}") from None
+    if model.head is None:
+        raise BadInput(f"{path} holds no head; train anew")
     model.load_head(ckpt["model"], path)
     return model, enc
 
 
-def new_model(cfg, meta, device):
-    """For a TrainConfig, which may leave things open, and a data folder's meta: the TrainConfig, and
-    the trunk that the folder is of, with a fresh head."""
-    if cfg.init_from:
-        raise BadInput(f"{cfg.data_dir} holds text and states of {meta['trunk']['name']}, which is the "
-                       "trunk; leave --init_from away")
-    if cfg.target != "lm_head":
-        raise BadInput("a pretrained trunk keeps its own LM head as the target; leave --target away")
-    if head_class(cfg.head).reads_trunk:
-        raise BadInput(f"--head {cfg.head} reads more of the trunk than the states that are stored; take "
-                       "another --head")
-    cfg = replace(cfg, freeze_trunk=True, dtype=measured_dtype(cfg.dtype, device))
-    head = {name: getattr(cfg, name) for name in HEAD_FIELDS}
-    return cfg, load_pretrained(meta["trunk"]["name"], device, cfg.dtype, meta["trunk"], **head)[0]
+def load(ckpt, path, device, dtype):
+    """`load_checkpoint`, for decoding: in evaluation mode, and packed."""
+    model, enc = load_checkpoint(ckpt, path, device, dtype)
+    model = model.to(device, model.dtype).eval()
+    model.pack()
+    return model, enc

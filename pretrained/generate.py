@@ -1,7 +1,7 @@
 """Let a pretrained model answer prompts, and keep its hidden states beside its text.
 
     python -m pretrained.generate --init_from HuggingFaceTB/SmolLM2-135M-Instruct --data_dir data/own
-    python train.py --preset pretrained --data_dir data/own --out_dir out/own
+    python -m pretrained.train --data_dir data/own --out_dir out/own
     python bench_speculative.py --out_dir out/own
 
 The prompts are those of prompts.py, or yours. The trunk is frozen, so the head trains over the
@@ -12,6 +12,7 @@ and the hash of the trunk. Needs transformers, and for a .gguf file gguf and acc
 
 import hashlib
 import itertools
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -40,24 +41,25 @@ def answer(model, prompts, max_new_tokens, temperature, stop_token, generator):
         idx[i, width - len(prompt) :] = torch.tensor(prompt, device=device)
         mask[i, width - len(prompt) :] = 1
     places, rows = (mask.cumsum(1) - 1).clamp_min(0), torch.arange(B)
-    cache, out = model.new_cache(), []
+    past, found, uniform = None, [], partial(torch.rand, generator=generator)
     for _ in range(max_new_tokens):
-        e = model.hidden(idx, cache, attention_mask=mask, position_ids=places)[:, -1]
+        out = model.pass_over(idx, past, attention_mask=mask, position_ids=places)
+        past, e = out[model.cache_name], out.last_hidden_state[:, -1]
         logits = widen(model.lm_head(e))
         p = (logits / temperature).softmax(-1)
         # sums in float64 take 15 times as long, for digits that training text does not need
-        tokens = categorical(p, generator, torch.float32)
-        out.append((rows, tokens.cpu(), e.cpu(), logits.logsumexp(-1).cpu()))
+        tokens = categorical(p, uniform, torch.float32)
+        found.append((rows, tokens.cpu(), e.cpu(), logits.logsumexp(-1).cpu()))
         alive = tokens != stop_token
         if not alive.all():  # texts that have ended make room
             kept = alive.nonzero().flatten()
             if not len(kept):
                 break
-            cache.past.batch_select_indices(kept)
+            past.batch_select_indices(kept)
             rows, mask, places, tokens = rows[kept.cpu()], mask[kept], places[kept], tokens[kept]
         idx = tokens.unsqueeze(1)
         mask, places = F.pad(mask, (0, 1), value=1), places[:, -1:] + 1
-    rows, *parts = (torch.cat(column) for column in zip(*out))
+    rows, *parts = (torch.cat(column) for column in zip(*found))
     return [tuple(part[rows == i] for part in parts) for i in range(B)]
 
 
@@ -96,14 +98,14 @@ def generate(args):
     model, enc = load_pretrained(args.init_from, pick_device(args.device), args.dtype)
     model.pack()
     settings = {
-        "trunk": model.source, "chat": enc.has_chat, "vocab_size": enc.n_vocab,
+        "trunk": model.source, "chat": enc.chat, "vocab_size": enc.n_vocab,
         "n_embd": model.config.n_embd, "temperature": args.temperature, "seed": args.seed,
         "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size,
         "prompts": [prompt for kind in held_out.values() for prompt in kind],
         "kinds": [kind for kind, prompts in held_out.items() for _ in prompts],
         "training": hashlib.sha256(repr(training).encode()).hexdigest(),
     }
-    longest = max(len(enc.prompt_ids(prompt, enc.has_chat)) for kind in training.values() for prompt in kind)
+    longest = max(len(enc.prompt_ids(prompt)) for kind in training.values() for prompt in kind)
     if longest + LONGEST_MESSAGE + args.max_new_tokens > model.config.block_size:
         raise BadInput(f"The longest prompt, {longest} tokens or more, and --max_new_tokens "
                        f"{args.max_new_tokens} do not fit the model's {model.config.block_size}")
@@ -116,9 +118,9 @@ def generate(args):
             while len(lengths) < args.num_texts:
                 generator = torch.Generator(model.device).manual_seed(args.seed + len(lengths))
                 batch = list(itertools.islice(prompts, args.batch_size))
-                if enc.has_chat and not args.prompts:
+                if enc.chat and not args.prompts:
                     batch = finish(model, enc, batch, generator)
-                batch = [enc.prompt_ids(prompt, enc.has_chat) for prompt in batch]
+                batch = [enc.prompt_ids(prompt) for prompt in batch]
                 texts.append(answer(model, batch, args.max_new_tokens, args.temperature, enc.eot_token,
                                     generator))
                 bar.update(args.batch_size)

@@ -1,7 +1,11 @@
 """Linear layers whose weights lie in the order in which oneDNN reads them: decoding on a CPU."""
 
+import functools
+import time
+
 import torch
 import torch.nn as nn
+from torch.nn import functional as F
 
 from model import widen
 
@@ -41,8 +45,8 @@ class PackedLinear(nn.Module):
         return PackedLinear, (self.packed.to_dense(), self.bias, getattr(self, "weight", None))
 
 
-def packed_unembed(rows, h, unembed):
-    """`CPHead.unembed` by a PackedLinear, of whose bias the head knows nothing."""
+def packed_logits(rows, h, unembed):
+    """`CPHead.logits` by a PackedLinear, of whose bias the head knows nothing."""
     return widen(rows.times(h.contiguous()))
 
 
@@ -53,3 +57,22 @@ def can_pack(dtype):
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+@functools.cache
+def bfloat16_is_faster(device):
+    """Whether a trial finds products in bfloat16 faster: on GPUs that have it, and on CPUs with AMX."""
+    if device.type == "mps":
+        return False
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, W = torch.ones(128, 512, dtype=dtype), torch.ones(2048, 512, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            F.linear(x, W)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import Batches, replacing
+from common import Batches, check_folder, replacing
 from model import BadInput
 
 FILES = {"tokens": np.uint32, "states": np.uint16, "log_z": np.float32}  # states: bfloat16's bits
+READ_BY = {"read_by": "pretrained.train"}  # so that train.py can say whose folder it is
 
 
 class Texts:
@@ -66,15 +67,43 @@ class Texts:
             file.write(json.dumps(self.meta).encode())
 
 
-def check_texts(folder, meta):
-    """meta, if it is what `generate` writes and its files are there; else BadInput."""
-    texts = Texts(folder, meta)
+def open_texts(folder, settings):
+    """The Texts in a folder, new ones or, where the settings are the same, those that are there."""
+    path = folder / "meta.json"
+    if not path.exists():
+        if any(folder.glob("*.bin")):
+            raise BadInput(f"{folder} holds other data; take another --data_dir")
+        texts = Texts(folder, {**READ_BY, **settings, "lengths": []})
+        texts.write_meta()
+    else:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name, value in settings.items() if meta.get(name) != value]
+        if other:
+            raise BadInput(f"{folder} holds texts of other settings ({', '.join(other)}); take another "
+                           "--data_dir")
+        texts = Texts(folder, meta)
+    texts.cut()
+    return texts
+
+
+def read_texts(folder):
+    """The meta of a folder that pretrained.generate wrote, None of another one; BadInput where there is
+    no data, or where texts are not whole."""
+    path = Path(folder) / "meta.json"
+    check_folder(folder)
+    if not path.exists():
+        raise BadInput(f"There is no data in {folder}; write some: python -m pretrained.generate --data_dir "
+                       f"{folder} ..., or for a model of train.py: prepare_tinystories.py")
     try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if "trunk" not in meta:
+            return None
+        texts = Texts(folder, meta)
         good = (sum(meta["lengths"]) > 0 and isinstance(meta["trunk"]["name"], str) and meta["chat"] in (True, False)
                 and len(meta["prompts"]) == len(meta["kinds"]) > 0
                 and all(isinstance(text, str) for text in (*meta["prompts"], *meta["kinds"]))
                 and all(texts.path(name).stat().st_size >= texts.size(name) for name in FILES))
-    except (KeyError, TypeError, FileNotFoundError):
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
         good = False
     if not good:
         raise BadInput(f"{folder} holds no whole texts of pretrained.generate; run it again, or take "
@@ -88,8 +117,8 @@ class States(Batches):
     Every 32nd text is for validation.
     """
 
-    def __init__(self, folder, meta, cfg, split, device):
-        texts, self.n, self.device = Texts(folder, meta), cfg.n_future, device
+    def __init__(self, meta, cfg, split, device):
+        texts, self.n, self.device = Texts(cfg.data_dir, meta), cfg.n_future, device
         self.positions = self.batch_size = cfg.batch_size
         self.tokens, self.states, self.log_z = map(texts.read, FILES)
         lengths = np.array(meta["lengths"])
@@ -101,7 +130,7 @@ class States(Batches):
         self.places = places[chosen]
         self.n_starts = len(self.places)
         if not self.n_starts:
-            raise BadInput(f"{folder} holds too few texts, {len(lengths)}; pretrained.generate writes "
+            raise BadInput(f"{cfg.data_dir} holds too few texts, {len(lengths)}; pretrained.generate writes "
                            "more of them with a larger --num_texts")
 
     def at(self, starts):
@@ -119,22 +148,3 @@ class States(Batches):
     def counts(self, vocab_size):
         """How often each token comes in the texts."""
         return np.bincount(self.tokens[self.places], minlength=vocab_size)
-
-
-def open_texts(folder, settings):
-    """The Texts in a folder, new ones or, where the settings are the same, those that are there."""
-    path = folder / "meta.json"
-    if not path.exists():
-        if any(folder.glob("*.bin")):
-            raise BadInput(f"{folder} holds other data; take another --data_dir")
-        texts = Texts(folder, {**settings, "lengths": []})
-        texts.write_meta()
-    else:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        other = [name for name, value in settings.items() if meta.get(name) != value]
-        if other:
-            raise BadInput(f"{folder} holds texts of other settings ({', '.join(other)}); take another "
-                           "--data_dir")
-        texts = Texts(folder, meta)
-    texts.cut()
-    return texts
