@@ -50,14 +50,14 @@ def warp(logits, temperature=1.0, top_k=None, top_p=None):
 def categorical(p, uniform=torch.rand, wide=torch.float64):
     """One token from each row of probabilities, which need no normalisation: (..., V) -> (...).
 
-    Inverse transform sampling, without a sync. uniform gives random numbers in [0, 1), as torch.rand
-    does. wide is the type of the sums: float64 (except on mps, which has none), so that rounding
-    neither quantises the tail nor lets a token of probability 0 through.
+    Inverse transform sampling, without a sync. uniform gives random numbers in [0, 1), as
+    torch.rand does. wide is the type of the sums: float64 (except on mps, which has none), so that
+    rounding neither quantises the tail nor lets a token of probability 0 through.
     """
     wide = torch.float32 if p.device.type == "mps" else wide
     cdf = p.cumsum(-1, dtype=wide)
     u = uniform((*p.shape[:-1], 1), dtype=wide, device=p.device)
-    # the first token whose cdf is above u; without the last cdf, even a row of NaN gives one of 0..V-1
+    # the first token whose cdf is above u; without the last cdf, even NaN gives one of 0..V-1
     return torch.searchsorted(cdf[..., :-1].contiguous(), u * cdf[..., -1:], right=True).squeeze(-1)
 
 
@@ -82,7 +82,7 @@ def verify(p, q, drafted, uniform=torch.rand):
 
         keep = [1]
         for p_i, q_i, y_i in zip(p, q, drafted):
-            keep.append(min(1, keep[-1] * p_i[y_i] / q_i[y_i]))                                     (4)
+            keep.append(min(1, keep[-1] * p_i[y_i] / q_i[y_i]))                                 (4)
 
     After i kept drafts, token x comes out of the next draft and is kept with probability min(keep_i
     p(x), q(x)). What that lacks of keep_i p(x) is the residual, max(keep_i p(x) - q(x), 0), so the
@@ -92,7 +92,8 @@ def verify(p, q, drafted, uniform=torch.rand):
     accepted. docs/exactness.md has the proof.
     """
     keep = keep_probability(p, q, drafted)  # (..., k + 1), the loop above in closed form
-    rest = residual(keep.unsqueeze(-1), p, F.pad(q, (0, 0, 0, 1)))  # (..., k + 1, V); q = 0: no draft
+    q = F.pad(q, (0, 0, 0, 1))  # 0 in the place after the last draft: nothing was drafted there
+    rest = residual(keep.unsqueeze(-1), p, q)  # (..., k + 1, V)
     m = rest.sum(-1)  # (..., k + 1)
     coins = bernoulli(m / (m + 1 - keep), uniform)
     n_accepted = coins.cumsum(-1).argmax(-1, keepdim=True)  # (..., 1), the last heads, or 0
@@ -115,7 +116,7 @@ def keep_probability(p, q, drafted):
 
 
 def residual(keep, p, q):
-    """max(keep p - q, 0) (..., k + 1, V): what the next draft alone leaves the next token lacking."""
+    """max(keep p - q, 0) (..., k + 1, V): what the next draft leaves the next token lacking."""
     return (keep * p - q).relu()
 
 
@@ -175,7 +176,7 @@ class Greedy:
 
 
 def keep_equal(tokens, drafted):
-    """Keep the drafts (..., k) up to the first that is not the target's own token, of (..., k + 1)."""
+    """Keep the drafts (..., k) up to the first that is not the target's own token (..., k + 1)."""
     n_accepted = (tokens[..., :-1] == drafted).cumprod(-1).sum(-1, keepdim=True)
     return n_accepted, tokens.gather(-1, n_accepted)
 
@@ -199,7 +200,8 @@ def speculative_step(model, cache, e, token, n_drafts, sampler, draft):
     """
     x, q = token.unsqueeze(1), e.new_zeros(1, 0, model.config.n_token)  # at a block's end no draft
     if n_drafts:
-        drafted, q = draft(model.split(e)[1], token, n_drafts, sampler, model.unembed)  # (1, k), (1, k, V)
+        seen = model.split(e)[1]  # what the head looks at
+        drafted, q = draft(seen, token, n_drafts, sampler, model.unembed)  # (1, k), (1, k, V)
         x = torch.cat((x, drafted), 1)  # (1, k + 1)
     length = cache.length
     hidden = model.hidden(x, cache)  # (1, k + 1, C), of x_1..x_{k+1}
@@ -222,8 +224,8 @@ def all_finite(logits, q=None):
 def check_finite(finite):
     """BadInput where `all_finite` says no: else tokens would be drawn from NaN all the same."""
     if not finite:
-        raise BadInput("the model gives NaN or infinite logits: its weights are damaged, or overflow in "
-                       "half precision; try --dtype float32")
+        raise BadInput("the model gives NaN or infinite logits: its weights are damaged, or overflow "
+                       "in half precision; try --dtype float32")
 
 
 # -----------------------------------------------------------------------------
@@ -254,8 +256,8 @@ def generate_oracle(model, prompt, max_new_tokens, **options):
 def stream(blocks, model, prompt, max_new_tokens, *, sampler=None, stop_token=None, stats=None):
     """What all decoders share: yields up to max_new_tokens ids that continue prompt, a list of ids.
 
-    sampler: `Sampling` (the default, at temperature 1), `Greedy` or one of your own. stop_token: the
-    id that ends the text; it is yielded. stats: a Stats to count in. BadInput for a model in
+    sampler: `Sampling` (the default, at temperature 1), `Greedy` or one of your own. stop_token:
+    the id that ends the text; it is yielded. stats: a Stats to count in. BadInput for a model in
     training mode and for a prompt that is no list of the model's ids, at the call.
 
     blocks(model, tokens, sampler) yields (new tokens, number of drafts or None for the prefill) for
@@ -263,8 +265,8 @@ def stream(blocks, model, prompt, max_new_tokens, *, sampler=None, stop_token=No
     token inside a block.
     """
     check_call(model, prompt)
-    return yield_tokens(blocks(model, list(prompt), sampler or Sampling()), max_new_tokens, stop_token,
-                        stats)
+    steps = blocks(model, list(prompt), sampler or Sampling())
+    return yield_tokens(steps, max_new_tokens, stop_token, stats)
 
 
 @torch.inference_mode()
@@ -327,7 +329,7 @@ def oracle_blocks(model, tokens, sampler):
 
 
 def draw_next(model, hidden, sampler, tokens):
-    """Add the token after the last of the hidden states (1, T, C) to the list of tokens: -> (1,)."""
+    """Add the token after the last of the hidden states (1, T, C) to the list tokens: -> (1,)."""
     logits = model.target_logits(hidden[:, -1:])  # (1, 1, n_token)
     token = sampler.draw(logits[:, 0])[0]
     finite, x = torch.cat((all_finite(logits)[0], token)).tolist()
@@ -396,5 +398,5 @@ class Stats:
 
     @property
     def acceptance(self):
-        """Share of the drafts at each offset that were accepted, given that all before them were."""
+        """Share of the drafts at each offset that were accepted, where all before them were."""
         return [a / o if o else float("nan") for a, o in zip(self.accepted, self.offered)]

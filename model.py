@@ -143,7 +143,7 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         q, kv = qkv[0], qkv[1:]  # (B, nh, T, hs), (2, B, nh, T, hs)
         k, v = kv if cache is None else cache.append(layer, kv)
-        # is_causal lines q up with the FIRST keys, so it is right only without a past: else the mask
+        # is_causal lines q up with the FIRST keys, so it is right only where there is no past
         dropout, is_causal = self.dropout if self.training else 0.0, T > 1 and mask is None
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -211,7 +211,8 @@ class CPHead(nn.Module):
 
     def logits(self, h, unembed):
         """W h_a^(s): h (..., C), unembed W (V, C) -> (..., V)."""
-        return widen(F.linear(h.contiguous(), unembed))  # of a slice, torch would copy W for each row
+        # contiguous: of a slice, torch would copy W for each row
+        return widen(F.linear(h.contiguous(), unembed))
 
     def log_joint(self, e, gold, unembed):
         """log P of the first 1, 2, ..., n gold tokens, (1): e (N, C), gold (N, n) -> (N, n)."""
@@ -224,8 +225,10 @@ class CPHead(nn.Module):
         return gold_log_prob(h, unembed, gold.unsqueeze(-1))
 
     def vectors_along(self, e, tokens, unembed):
-        """h_a^(s), s = 1..k + 1, given tokens x_1..x_k (N, k): (N, k + 1, r, C). Here they look at e
-        alone."""
+        """h_a^(s), s = 1..k + 1, given tokens x_1..x_k (N, k): (N, k + 1, r, C).
+
+        Here they look at e alone.
+        """
         return self.vectors(e, slice(tokens.size(1) + 1))
 
     def rows(self, e, tokens, unembed):
@@ -246,8 +249,8 @@ class CPHead(nn.Module):
     def draft(self, e, x1, n_drafts, sampler, unembed):
         """Draw x_2, ..., x_{k+1} from the joint at e, given x_1; k = n_drafts >= 1.
 
-        e (B, C) and x1 (B,) of B texts -> the drafts (B, k) and q (B, k, V), the rows that they were
-        drawn from. q is None where the sampler does not look at it. A head may draft fewer than k.
+        e (B, C) and x1 (B,) of B texts -> the drafts (B, k), and the rows q (B, k, V) that they were
+        drawn from, or None where the sampler does not look at them. A head may draft fewer than k.
 
             b_a ~ w_a * P_a^(1)(x_1)         which component does x_1 point to?                 (2)
             a ~ b,   x_s ~ P_a^(s)           one draw, and one more for all tokens of the window
@@ -258,14 +261,15 @@ class CPHead(nn.Module):
         if self.rank == 1:  # independent heads: b says nothing
             h = self.vectors(e, slice(1, n_drafts + 1))  # (B, k, 1, C)
             return sampler.draw(self.logits(h, unembed).squeeze(2))
-        P = self.logits(self.vectors(e, slice(n_drafts + 1)), unembed).softmax(-1)  # (B, k + 1, r, V)
+        h = self.vectors(e, slice(n_drafts + 1))  # (B, k + 1, r, C)
+        P = self.logits(h, unembed).softmax(-1)  # (B, k + 1, r, V)
         log_b = self.log_weights(e) + self.log_along(P[:, 0], x1)  # (B, r), (2)
         P = P[:, 1:]
         if not sampler.plain:
             return self.walk(log_b.softmax(-1), P, sampler)
         a = sampler.pick(log_b.softmax(-1))  # (B,)
         x = sampler.pick(P[torch.arange(len(a), device=a.device), :, a])  # (B, k), from (B, k, V)
-        seen = F.pad(self.log_along(P, x), (0, 0, 1, -1))  # (B, k, r), of the drafts before each place
+        seen = F.pad(self.log_along(P, x), (0, 0, 1, -1))  # (B, k, r): 0, then of the drafts before
         b = (log_b.unsqueeze(1) + seen.cumsum(1)).softmax(-1)  # (B, k, r)
         return x, (b.unsqueeze(2) @ P).squeeze(2)  # (3)
 
@@ -316,7 +320,7 @@ def balance_loss(log_w):
 
 
 def gold_log_prob(h, weight, y):
-    """log softmax(weight h)[y]: h (N, ..., C), weight (V, C), y that expands to (N, ...) -> (N, ...).
+    """log softmax(weight h)[y]: h (N, ..., C), weight (V, C), y that expands to (N, ...).
 
     Goes through the rows in chunks, whose logits the backward pass computes again instead of
     keeping them. A chunk has no more rows than there are positions N (256 at least), so memory
@@ -392,7 +396,8 @@ class GPT(nn.Module):
         own = places is None
         if own:
             if past + T > self.config.block_size:
-                raise ValueError(f"{past + T} tokens do not fit block_size {self.config.block_size}")
+                size = self.config.block_size
+                raise ValueError(f"{past + T} tokens do not fit block_size {size}")
             places = slice(past, past + T)
             if past and T > 1:  # a token sees the past and the new ones up to itself
                 mask = torch.full((T, past + T), -math.inf, dtype=self.dtype, device=idx.device)

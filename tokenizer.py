@@ -80,10 +80,10 @@ class Tokenizer(tiktoken.Encoding):
     """A tiktoken.Encoding, and what the scripts ask of any tokenizer. One of your own has these, too:
 
         prompt_ids(text)   the ids that a text begins with
-        pieces()           a function from the next token to the text that it completes, and from None
-                           to what is left at the end
-        gap, answer_end    what stands between a prompt and its text; the token that ends an answer, or
-                           None for texts that go on
+        pieces()           a function from the next token to the text that it completes, and from
+                           None to what is left at the end
+        gap                what stands between a prompt and its text
+        answer_end         the token that ends an answer; None for texts that go on
     """
 
     gap, answer_end = "", None
@@ -92,7 +92,8 @@ class Tokenizer(tiktoken.Encoding):
         return [self.eot_token, *encode(self, text)]  # texts begin after one, as in training
 
     def pieces(self):
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back half a character
+        # holds back the bytes of a character until it is complete
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
         def piece(token):
             end = token is None
@@ -113,7 +114,8 @@ class Characters:
     def encode_ordinary(self, text):
         unknown = sorted(set(text) - self.ids.keys())
         if unknown:
-            raise BadInput(f"the model knows {self.n_vocab} characters, and {unknown[0]!r} is none of them")
+            raise BadInput(f"the model knows {self.n_vocab} characters, and {unknown[0]!r} is none of "
+                           "them")
         return [self.ids[character] for character in text]
 
     def decode(self, tokens):
@@ -136,7 +138,8 @@ def load_tokenizer(description):
     """
     name, pattern = description["name"], description["pattern"]
     if pattern is None:
-        return Characters(name, [token.encode("latin-1").decode() for token in description["tokens"]])
+        characters = [token.encode("latin-1").decode() for token in description["tokens"]]
+        return Characters(name, characters)
     ranks = {token.encode("latin-1"): i for i, token in enumerate(description["tokens"])}
     if not all(bytes([b]) in ranks for b in range(256)):
         raise BadInput(f"the tokenizer {name} lacks some of the 256 single bytes, so it cannot encode "
