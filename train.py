@@ -587,6 +587,8 @@ def main(Run=Run, description=__doc__):
         first = run.iter_num
         print(describe(run))
         train(run)
+        if RANKS > 1:
+            dist.destroy_process_group()  # all end together here; else its threads may abort the exit
         if run.progress < 1:
             if RANK == 0:
                 ranks = f"torchrun --standalone --nproc_per_node={RANKS}"

@@ -34,8 +34,7 @@ ROOT = Path(__file__).parent.parent
 SHORT = {"prepare": "prepare_tinystories", "bench": "bench_speculative", "plot": "experiments.plots",
          "training": "experiments.bench_training"}
 SMALL = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 --n_future 3 "
-         "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu "
-         "--dtype float32")  # auto is a trial, which ends either way on a busy machine
+         "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu")
 FROM = "--preset toy --batch_size 4 --n_future 3 --max_iters 1 --eval_windows 4 --device cpu --init_from"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -116,7 +115,7 @@ def make_bad_files(home):
         path = home / "out" / name / "ckpt.pt"
         path.parent.mkdir()
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    for name, meta in (("nojson", "{"), ("foreign", '{"a": 1}')):
+    for name, meta in (("nojson", "{"), ("foreign", '{"a": 1}'), ("own", '{"read_by": "pretrained.train"}')):
         shutil.copytree(home / "data/toy", home / "data" / name)
         (home / "data" / name / "meta.json").write_text(meta)
     meta = json.loads((home / "data/toy/meta.json").read_text())
@@ -160,9 +159,9 @@ BAD = [
     ("train", "--block_size 100000", "take more text or a smaller --block_size"),
     ("train", "--n_embd 10 --n_head 3", "n_embd 10 is not divisible by n_head 3"),
     ("train", "--freeze_trunk --n_future 1", "n_future = 1 has none"),
-    ("train", "--preset pretrained", "There is no data in data/own; write some: python prepare_tinystories.py --data_dir "
-                                     "data/own ..., or for a model of transformers: python -m pretrained.generate"),
-    ("train", "--preset pretrained --data_dir data/toy", "--freeze_trunk needs a trunk that is trained"),
+    ("train", "--preset pretrained", "invalid choice: 'pretrained'"),
+    ("train", "--data_dir data/own", "meta.json is for another script: python -m pretrained.train"),
+    ("train", "--freeze_trunk", "--freeze_trunk needs a trunk that is trained: name its checkpoint with --init_from"),
     ("train", "--data_dir latin1.txt", "latin1.txt is a file; name a folder"),
     ("train", "--out_dir latin1.txt", "latin1.txt is a file; name a folder"),
     ("train", "--block_size 1", "block_size must be a whole number of at least 2"),
@@ -195,7 +194,7 @@ BAD = [
       ("smaller", "zero", "silent")),
     ("train", "--data_dir data/shorter", "data/shorter/train.bin is not the file of"),
     ("train", "--data_dir data/swapped", "data/swapped/train.bin is not the file of"),
-    ("train", "--fresh_head", "name the checkpoint with --init_from"),
+    ("train", "--fresh_head", "--fresh_head needs a trunk that is trained: name its checkpoint with --init_from"),
     ("train", "--device toaster", "--device toaster cannot be used here"),
     ("train", "--device meta", "--device meta cannot be used here"),
     ("train", "--preset huge", "invalid choice: 'huge'"),
@@ -298,7 +297,7 @@ def test_too_little_memory_gets_one_line(error, home, monkeypatch):
         raise error
 
     monkeypatch.chdir(home)
-    monkeypatch.setattr(train, "GPT", allocates)
+    monkeypatch.setattr(train, "new_model", allocates)
     code, message = call("train", SMALL)
     assert code == 1 and message.startswith("Out of memory (") and "--batch_size" in message and "\n" not in message
 
@@ -418,17 +417,18 @@ def bug(*args, **kwargs):
 
 BUGS = [("train", SMALL, "model.CPHead.log_joint"), ("train", SMALL, "model.GPT.__init__"),
         ("train", SMALL, "model.balance_loss"), ("train", SMALL, "train.learning_rate"), ("train", SMALL, "train.evaluate"),
+        ("train", SMALL, "model.GPT.forward"),
         ("train", "--preset toy --resume", "train.Run.restore"),
         ("train", "--preset toy --resume", "model.CPHead.__init__"),
         ("train", f"{FROM} out/toy/ckpt.pt", "model.CPHead.__init__"),
-        ("train", f"{FROM} out/toy/ckpt.pt", "common.head_state"),
-        ("sample", "", "model.CPHead.__init__"), ("sample", "", "model.CPHead.start"), ("sample", "", "decode.draft"),
+        ("train", f"{FROM} out/toy/ckpt.pt", "common.from_checkpoint"),
+        ("sample", "", "model.CPHead.__init__"), ("sample", "", "model.CPHead.draft"), ("sample", "", "decode.speculative_step"),
         ("sample", "", "decode.verify"), ("sample", "", "decode.residual"), ("sample", "", "decode.warp"),
         ("sample", "--temperature 0", "decode.keep_equal"), ("sample", "", "sample.load_tokenizer"),
-        ("bench", "", "decode.verify"), ("bench", "", "model.Conditionals.row"),
+        ("bench", "", "decode.verify"), ("bench", "", "model.CPHead.walk"), ("bench", "", "bench_speculative.Laps.call"),
         ("plot", "out/toy --output x.png", "experiments.plots.draw_runs"),
         ("training", "--ranks 1 --futures 2 --vocab_sizes 64", "experiments.bench_training.benchmark"),
-        ("training", f"--row {json.dumps([vars(train.TrainConfig()), 64, 'cpu', False], separators=(',', ':'))}",
+        ("training", f"--row {json.dumps([{**vars(train.TrainConfig()), 'device': 'cpu'}, 64, False], separators=(',', ':'))}",
          "model.CPHead.log_joint"),
         ("prepare", "--toy --stories 9 --data_dir data/bug", "tokenizer.segments"),
         ("prepare", "--toy --stories 9 --data_dir data/bug", "prepare_tinystories.toy_story")]
