@@ -22,7 +22,8 @@ from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture
 import prepare_tinystories as prep
 import sample as sampler
 import train as trainer
-from decode import Greedy, generate_cached
+from decode import Greedy, generate, generate_oracle, generate_plain
+from decoders.coupled import Coupled
 from tokenizer import EOT, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -98,20 +99,25 @@ def test_heads_on_a_frozen_trunk_leave_it_as_it_was(trained):
     assert (tuned["head.maps"] - torch.eye(16)).abs().mean() > 1e-3
 
 
-def test_a_trained_head_becomes_a_chain(trained):
-    """--head chain with --init_from keeps the trained maps and trains the new part; --fresh_head
-    keeps nothing. Its greedy text is plain decoding's, and it goes through the bench, resume and
-    bfloat16 as any other."""
-    chain = ["--preset", "toy", "--rank", 2, *HEAD_ONLY, "out/toy/ckpt.pt", "--freeze_trunk", "--lr", 1e-4,
-             "--head", "chain"]
-    out = run(trained, "train.py", *chain, "--out_dir", "chain")
-    assert "head chain" in out and "of the head, maps, router.weight, router.bias\n" in out
-    out = run(trained, "train.py", *chain, "--fresh_head", "--seed", 1, "--dtype", "bfloat16", "--out_dir", "fresh")
-    assert "of the head, nothing\n" in out
-    old, kept, fresh = (torch.load(trained / out_dir / "ckpt.pt", weights_only=True)["model"]["head.maps"]
-                        for out_dir in ("out/toy", "chain", "fresh"))
-    assert 0 < (old - kept).abs().max() < 0.01 < 0.02 < (old - fresh).abs().max()
-    assert torch.load(trained / "chain/ckpt.pt", weights_only=True)["model"]["head.out"].any()
+def test_a_trained_head_is_kept_where_it_fits(trained):
+    """--init_from goes on with a trained head; another kind of head, --n_future or --rank begins afresh, and so does
+    --fresh_head. The trunk is kept in any case. A chain's greedy text is plain decoding's, and it goes through the
+    bench, resume and bfloat16 as any other."""
+    flags = ["--preset", "toy", "--rank", 2, *HEAD_ONLY, "out/toy/ckpt.pt", "--freeze_trunk", "--lr", 1e-4, "--seed", 1]
+    for out_dir, kept, more in (("kept", True, []), ("chain", False, ["--head", "chain"]),
+                                ("fresh", False, ["--fresh_head", "--dtype", "bfloat16"]),
+                                ("longer", False, ["--n_future", 9]), ("wider", False, ["--rank", 3])):
+        out = run(trained, "train.py", *flags, *more, "--out_dir", out_dir)
+        assert f"the trunk {'and its head' if kept else 'with a fresh head'}" in out, out_dir
+    assert "head chain" in run(trained, "train.py", "--resume", "--out_dir", "chain")
+    old, kept, chain, fresh, longer, wider = (
+        torch.load(trained / out_dir / "ckpt.pt", weights_only=True)["model"]
+        for out_dir in ("out/toy", "kept", "chain", "fresh", "longer", "wider"))
+    for name, tensor in old.items():
+        assert name.startswith("head.") or all(torch.equal(tensor, other[name]) for other in (kept, chain, fresh, wider))
+    assert 0 < (old["head.maps"] - kept["head.maps"]).abs().max() < 0.01
+    assert all((old["head.maps"] - other["head.maps"]).abs().max() > 0.02 for other in (chain, fresh))
+    assert len(longer["head.maps"]) == 9 and wider["head.maps"].size(1) == 3 and chain["head.out"].any()
     run(trained, "train.py", "--resume", "--out_dir", "chain", "--max_iters", 10)
     greedy = [run(trained, "sample.py", "--out_dir", "chain", "--temperature", 0, "--max_new_tokens", 60, "--mode",
                   mode) for mode in ("speculative", "oracle")]
@@ -149,13 +155,22 @@ def test_samples_in_all_modes(trained):
     assert "speculative: 1 token, " in run(trained, "sample.py", "--max_new_tokens", 1)
 
 
-def test_coupled_modes_write_the_same_texts(trained):
-    """--coupled at temperature 1, in float64: all samples of the three modes agree; without it they
-    do not."""
-    coupled, free = ([run(trained, "sample.py", "--dtype", "float64", "--num_samples", 2, "--max_new_tokens", 25,
-                          "--mode", mode, *flags).splitlines()[:-1] for mode in ("speculative", "plain", "oracle")]
-                     for flags in (["--coupled"], []))
-    assert coupled[0] == coupled[1] == coupled[2] and free[0] != free[1] and coupled[0][0] != coupled[0][2]
+def test_the_mode_coupled_writes_what_any_decoder_would(trained, monkeypatch):
+    """At temperature 1, in float64: two samples, which differ, and each is the text of plain decoding and of the oracle
+    with the same noise. Without it the three decoders' texts differ."""
+    flags = ["--dtype", "float64", "--num_samples", 2, "--max_new_tokens", 25, "--seed", 5]
+    monkeypatch.chdir(trained)
+    model, enc, _ = sampler.load("out/toy", "cpu", "float64")
+    generator = torch.Generator().manual_seed(5)
+    seeds = [torch.randint(2**32, (), generator=generator).item() for _ in range(2)]
+    written = run(trained, "sample.py", *flags, "--mode", "coupled").rsplit("\n\n", 1)[0]
+    for decoder in (generate, generate_plain, generate_oracle):
+        ids = [list(decoder(model, enc.prompt_ids(""), 25, sampler=Coupled(seed), stop_token=enc.eot_token))
+               for seed in seeds]
+        assert ids[0] != ids[1] and "\n\n".join(map(enc.decode, ids)).strip() == written.strip()
+    free = [run(trained, "sample.py", *flags, "--mode", mode).rsplit("\n\n", 1)[0]
+            for mode in ("speculative", "plain", "oracle")]
+    assert free[0] != free[1] == free[2] != written
 
 
 def test_show_drafts_marks_every_token_by_its_origin(trained, monkeypatch, capsys):
@@ -344,4 +359,4 @@ def test_the_snippets_of_the_readme_run(trained, monkeypatch, capsys):
         exec(block, names)
     assert len(blocks) == 2
     assert torch.equal(names["product"], torch.full((2, 2), 0.25)) and torch.equal(names["mixture"], torch.eye(2) / 2)
-    assert names["tokens"] == list(generate_cached(names["model"], names["prompt"], 50, sampler=Greedy()))
+    assert names["tokens"] == list(generate_plain(names["model"], names["prompt"], 50, sampler=Greedy()))
