@@ -70,6 +70,8 @@ def add_trees(bench, sizes):
 
 def add_captured(bench, compile):
     """Plain decoding and every head in steps of fixed shapes, which are compared with one another."""
+    if compile:
+        captured.check_compiler(bench.device)
     how = "compiled" if compile else "captured"
     base = f"plain, {how}"
     bench.modes[base] = Mode(captured.kept(False, compile), bench.model)

@@ -8,6 +8,7 @@ Nothing here is random from run to run, but what an answer itself draws.
 import ast
 import copy
 import functools
+import itertools
 import json
 import math
 import sys
@@ -20,13 +21,14 @@ import pytest
 import test_cp_head as shared
 import torch
 from test_cp_head import SAD_CRIED, SHE_LOST, tiny_model, total_variation
+from torch.nn import functional as F
 
 import decode
 import model as repository
 from course import exercises
-from decode import Sampling, Stats, generate_speculative, speculative_step
+from decode import Sampling, Stats, generate, speculative_step
 from heads import chain, full
-from model import Conditionals, CPHead, GPTConfig
+from model import CPHead, GPTConfig
 
 # -----------------------------------------------------------------------------
 # how answers are graded
@@ -200,7 +202,7 @@ def test_floor_by_training(answer):
 
 
 # -----------------------------------------------------------------------------
-# 3. the rows that drafts are drawn from
+# 3. the rows that drafts are judged by
 
 
 def conditional(log_w, log_p, x):
@@ -208,8 +210,7 @@ def conditional(log_w, log_p, x):
     head = full.Head(GPTConfig(vocab_size=V, n_embd=1, n_head=1, n_future=n, rank=r, head="full")).double()
     head.router.weight.data.zero_()
     head.router.bias.data, head.maps.data = log_w, log_p.unsqueeze(-1)
-    rows = Conditionals(head, log_p.new_ones(1, 1), None, V)
-    return [rows.next(token) for token in x.split(1)][-1].softmax(-1)[0]
+    return head.rows(log_p.new_ones(1, 1), x.unsqueeze(0), log_p.new_zeros(V, 1))[0, -1].exp()
 
 
 def mixes_by_the_router(log_w, log_p, x):
@@ -227,12 +228,17 @@ def multiplies_probabilities(log_w, log_p, x):
     return b / b.sum() @ log_p[len(x)].exp()
 
 
-@exercise(conditional, mixes_by_the_router, forgets_the_router, multiplies_probabilities)
+def stops_at_x_1(log_w, log_p, x):
+    return (log_w + log_p[0, :, x[0]]).softmax(-1) @ log_p[len(x)].exp()
+
+
+@exercise(conditional, mixes_by_the_router, forgets_the_router, multiplies_probabilities, stops_at_x_1)
 def test_conditional(answer):
     """The joint, with the drafts so far held fixed, over its sum."""
     model, e = tiny_model(rank=3), shared.a_state()
     table, W = shared.joint_table(model, e).detach(), model.lm_head.weight
-    log_w, log_p = model.head.log_weights(e).detach(), model.head.start(e[None], W)[0].detach()
+    head = model.head
+    log_w, log_p = head.log_weights(e).detach(), head.logits(head.vectors(e), W).log_softmax(-1).detach()
     for x1 in range(5):
         given = table[x1].sum(-1)
         close(answer(log_w, log_p, torch.tensor([x1])), given / given.sum(), f"q is P(x_2 | x_1 = {x1})")
@@ -271,7 +277,7 @@ def as_verify(answer):
         probability = torch.as_tensor(probability, dtype=torch.float64).view(1)
         return decode.bernoulli(probability, None).item()
 
-    def verify(p, q, drafted, generator):
+    def verify(p, q, drafted, uniform=None):
         n_kept, token = answer(p, q, drafted, coin, draw)
         require(0 <= n_kept <= len(drafted), "the number of kept drafts is from 0 to k")
         return torch.tensor([int(n_kept)]), torch.tensor([int(token)])
@@ -290,7 +296,7 @@ def n_kept(p, q, monkeypatch):
 
 
 def repository_verify(p, q, drafted, coin, draw):
-    return [x.item() for x in decode.verify(p, q, drafted, None)]
+    return [x.item() for x in decode.verify(p, q, drafted)]
 
 
 def verify_with(part, wrong):
@@ -352,14 +358,35 @@ def test_verify_block(answer, monkeypatch):
 # 6. which decoder is wrong?
 
 
+def argmax_draft(head, e, x1, n_drafts, sampler, unembed):
+    """Drafts the most probable token, and says that it was drawn from its row."""
+    x = [x1]
+    for _ in range(n_drafts):
+        rows = head.rows(e, torch.stack(x, 1), unembed).exp()
+        x.append(rows[:, -1].argmax(-1))
+    return torch.stack(x[1:], 1), rows
+
+
+def prior_component(head, e, x1, n_drafts, sampler, unembed):
+    """The component is drawn without x_1, which q knows."""
+    P = head.logits(head.vectors(e, slice(1, n_drafts + 1)), unembed).softmax(-1)  # (1, k, r, V)
+    x = sampler.pick(P[0, :, sampler.pick(head.log_weights(e).exp())[0]]).unsqueeze(0)
+    return x, head.rows(e, torch.cat((x1.unsqueeze(1), x[:, :-1]), 1), unembed).exp()
+
+
+DRAFTS = {"argmax_draft": argmax_draft, "prior_component": prior_component}
+RULES = {"residual_p": shared.residual_p, "residual_without_keep": shared.residual_without_keep}
+
+
 @functools.lru_cache
 def texts_of(wrong):
-    """The distribution of the real decoder's texts, with a bug of test_cp_head.py or None: (texts, probabilities)."""
+    """The distribution of the real decoder's texts, with a bug or None: (texts, probabilities)."""
+    model = shared.chi_square_model("full")
+    draft = functools.partial(DRAFTS[wrong], model.head) if wrong in DRAFTS else None
     with pytest.MonkeyPatch.context() as patch:
-        if wrong:
-            patch.setattr(decode, *shared.WRONG[wrong])
-        model = shared.chi_square_model("full")
-        texts = shared.enumerated(lambda choose: generate_speculative(model, [0, 1], 3), patch)
+        if wrong in RULES:
+            patch.setattr(decode, "residual", RULES[wrong])
+        texts = shared.enumerated(lambda choose: generate(model, [0, 1], 3, draft=draft), patch)
     return list(texts), torch.tensor(list(texts.values()), dtype=torch.float64)
 
 
@@ -468,11 +495,14 @@ def test_collapse(answer):
 
 
 def step_that_keeps(model, cache, x, n_kept):
-    """decode.speculative_step, with a sampler that drafts x and keeps n_kept."""
-    drafts = iter(x[1:].split(1))
-    sampler = SimpleNamespace(draw=lambda row: (next(drafts), row),
-                              verify=lambda logits, q, drafted: (torch.tensor([n_kept]), x[:1]))
-    return speculative_step(model, cache, x.new_zeros(1, 8).double(), x[:1], len(x) - 1, sampler)[0]
+    """decode.speculative_step, with a head that drafts x and a sampler that keeps n_kept."""
+    found, hidden = [], model.hidden
+    sampler = SimpleNamespace(verify=lambda logits, q, drafted: (torch.tensor([[n_kept]]), x[None, :1]))
+    model.hidden = lambda *args: found.append(hidden(*args)) or found[-1]
+    speculative_step(model, cache, x.new_zeros(1, 8).double(), x[:1], len(x) - 1, sampler,
+                     lambda e, x1, n_drafts, sampler, unembed: (x[None, 1:], None))
+    model.hidden = hidden
+    return found[0][0, : n_kept + 1]
 
 
 def keeps_all(model, cache, x, n_kept):
@@ -527,7 +557,7 @@ def chain_row(W, M, G, U, e, x):
     V, C = W.shape
     head = chain.Head(GPTConfig(vocab_size=V, n_embd=C, n_head=1, n_future=2, head="chain")).double()
     head.maps.data[1, 0], head.gate.data[0], head.out.data = M, G, U
-    return head.rows(head.start(e[None], W), 2, torch.tensor([x]))[0, 0]
+    return head.rows(e[None], torch.tensor([[x]]), W)[0, 0]
 
 
 def forgets_the_norm(W, M, G, U, e, x):
@@ -544,13 +574,13 @@ def norms_the_product(W, M, G, U, e, x):
 
 @exercise(chain_row, forgets_the_norm, forgets_the_gate, norms_the_product)
 def test_chain_row(answer):
-    """Equation (4), as test_cp_head.py has it written out, after every token."""
+    """Equation (5), as test_cp_head.py has it written out, after every token."""
     model = tiny_model(head="chain", rank=1, n_future=2)
     e, head, W = shared.a_state(), model.head, model.lm_head.weight.detach()
     table = shared.joint_table(model, e)
     M, G, U = head.maps[1, 0].detach(), head.gate[0].detach(), head.out.detach()
     for x, given in enumerate(table):
-        close(answer(W, M, G, U, e, x), (given / given.sum()).log(), f"the row after token {x} is equation (4)")
+        close(answer(W, M, G, U, e, x), (given / given.sum()).log(), f"the row after token {x} is equation (5)")
 
 
 # -----------------------------------------------------------------------------
@@ -590,7 +620,7 @@ def test_predicted_speedup(answer):
     close(none_kept, 2 / 3, "drafts that are never kept make it slower, 2 / 3", atol=1e-5)
     stats, sampler = Stats(), Sampling(generator=torch.Generator().manual_seed(0))
     model = tiny_model(n_future=4, block_size=128, scale=3.0, target="lm_head")
-    list(generate_speculative(model, [0, 1], 100, sampler=sampler, stats=stats))
+    list(generate(model, [0, 1], 100, sampler=sampler, stats=stats))
     require(0 < min(stats.acceptance), "the grader's own model accepts drafts at every offset")
     close(answer(1.0, 1.0, stats.acceptance), 1 + sum(stats.accepted) / stats.steps,
           "at equal costs, it is the number of tokens per step that the real decoder has", atol=1e-5)
@@ -600,25 +630,48 @@ def test_predicted_speedup(answer):
 # 11. a head of your own
 
 
+class WithAnMLP(CPHead):
+    """h_a^(s) = M_a^(s) e + B_a^(s) gelu(A e)"""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.up = torch.nn.Linear(config.n_embd, config.n_embd)
+        self.down = torch.nn.Parameter(torch.zeros_like(self.maps))
+
+    def vectors(self, e, offsets=slice(None)):
+        return super().vectors(e, offsets) + torch.einsum("...c,nrdc->...nrd", F.gelu(self.up(e)), self.down[offsets])
+
+
 class NothingNew(CPHead):
     pass
 
 
 class DecodesWithoutItsTerm(chain.Head):
-    sees_drafts, start, rows = False, CPHead.start, CPHead.rows
+    draft = CPHead.draft
 
 
-class DraftsMoreSharply(chain.Head):
-    def rows(self, state, s, x):
-        return 2 * super().rows(state, s, x)
+class SaysSharperRows(WithAnMLP):
+    def rows(self, e, tokens, unembed):
+        return (2 * super().rows(e, tokens, unembed)).log_softmax(-1)
 
 
-class ForgetsTheDrafts(chain.Head):
-    def prefix(self, state, s, log_b, seen):
-        return log_b
+class DraftsFromThePrior(WithAnMLP):
+    def draft(self, *args):
+        return prior_component(self, *args)
 
 
-class MixesAtEachOffset(chain.Head):
+class ForgetsTheDrafts(WithAnMLP):
+    def draft(self, e, x1, n_drafts, sampler, unembed):
+        x, _ = super().draft(e, x1, n_drafts, sampler, unembed)
+        rows = [self.rows(e, x1.unsqueeze(1), unembed)[:, 0].exp()]
+        for s in range(2, n_drafts + 1):  # as if x_1 alone said which component it is
+            P = self.logits(self.vectors(e, slice(s + 1)), unembed).softmax(-1)
+            b = (self.log_weights(e) + self.log_along(P[:, 0], x1)).softmax(-1)
+            rows.append(torch.einsum("br,brv->bv", b, P[:, s]))
+        return x, torch.stack(rows, 1)
+
+
+class MixesAtEachOffset(WithAnMLP):
     def log_joint(self, e, gold, unembed):
         return mixes_at_each_offset(self.log_weights(e), self.gold_log_probs(e, gold, unembed))
 
@@ -634,26 +687,64 @@ def says_something_new(rank):
     return not torch.allclose(*(m.head.log_joint(e, gold, W) for m in (mine, cp)), atol=1e-6)
 
 
-@exercise(chain.Head, NothingNew, DecodesWithoutItsTerm, DraftsMoreSharply, ForgetsTheDrafts, MixesAtEachOffset)
+@torch.no_grad()
+def check_joint(head, e, W):
+    """Every window of 3 of 5 tokens: its joint by (1), what it sums to, and the rows along it."""
+    windows = torch.tensor(list(itertools.product(range(5), repeat=3)))
+    many = e.expand(len(windows), -1)
+    joint = head.log_joint(many, windows, W).exp()  # (125, 3)
+    close(joint[:, -1].sum(), 1, "the joint sums to 1")
+    for k in (1, 2):
+        rest = joint[:, -1].view(5**k, -1).sum(1).repeat_interleave(5 ** (3 - k))
+        close(joint[:, k - 1], rest, f"the joint of the first {k} is the sum over the tokens after them")
+    mixture = repository.joint_log_probs(head.log_weights(many), head.gold_log_probs(many, windows, W)).exp()
+    close(joint, mixture, "the joint is equation (1): one component for the whole window")
+    rows = head.rows(many, windows[:, :2], W).exp()  # (125, 2, 5)
+    for k in (1, 2):
+        along = rows[:, k - 1].gather(-1, windows[:, k : k + 1]).squeeze(-1)
+        close(along, joint[:, k] / joint[:, k - 1], f"the rows are the joint's conditionals, after {k} tokens")
+    close(head.log_marginal(e, W).exp(), joint[::25, 0], "the marginal is the joint of the first token")
+    return joint[:, -1].view(5, 5, 5)
+
+
+@torch.no_grad()
+def check_drafts(head, e, W, joint, sampler, monkeypatch):
+    """By enumeration, the drafts' distribution, and the rows that come with them."""
+    for x1 in range(5):
+        def run(choose):
+            x, q = head.draft(e[None], torch.tensor([x1]), 2, sampler, W)
+            along = torch.cat((torch.tensor([[x1]]), x[:, :1]), 1)
+            close(q, sampler.warp(head.rows(e[None], along, W)), "q of the drafts are the joint's rows along them")
+            return x[0].tolist()
+
+        found = shared.enumerated(run, monkeypatch)
+        first = sampler.warp((joint[x1].sum(1) / joint[x1].sum()).log())
+        expected = {(x, y): (first[x] * sampler.warp(joint[x1, x].log())[y]).item()
+                    for x, y in itertools.product(range(5), repeat=2)}
+        distance = total_variation(found, expected)
+        require(distance < 1e-12, f"the drafts after x_1 = {x1} follow the joint: the total variation is {distance:.3g}")
+
+
+@exercise(WithAnMLP, NothingNew, DecodesWithoutItsTerm, SaysSharperRows, DraftsFromThePrior, ForgetsTheDrafts,
+          MixesAtEachOffset)
 def test_MyHead(answer, monkeypatch):
-    """The tests that every head passes: a joint, its rows in training and in decoding, exact texts."""
+    """What every head of the repository has to be: a joint, its rows in training and in decoding, exact texts."""
     require(issubclass(answer, CPHead), "MyHead is a subclass of CPHead")
     monkeypatch.setitem(sys.modules, "heads.mine", SimpleNamespace(Head=answer))
     monkeypatch.setattr(repository, "words", lambda kind, words=repository.words: [*words(kind), "mine"])
     require(any(says_something_new(rank) for rank in (1, 2)), "MyHead says something else than CPHead, at rank 1 or 2")
     for rank in (1, 2):
-        with shows(f"rank {rank}: each row sums to 1, and decoding has the rows of training"):
-            shared.test_the_methods_of_a_head_agree("mine", rank)
-        with shows(f"rank {rank}: the rows along the gold tokens are those that drafts are drawn from"):
-            shared.test_rows_along_the_gold_tokens_are_those_that_drafts_are_drawn_from("mine", rank, 0)
-        for target in ("marginal", "lm_head"):
-            with shows(f"rank {rank}: the joint sums to 1 and is the mixture of the rows' products"):
-                shared.test_log_joint_is_equation_1_and_sums_to_one(dict(head="mine", target=target), rank)
-    for target in ("marginal", "lm_head"):
-        for config in shared.SMALL:
-            with shows(f"target {target}: decoding with MyHead is exact by enumeration, {config}"):
-                variant = dict(head="mine", target=target)
-                shared.test_speculative_decoding_is_exact_by_enumeration(config, variant, monkeypatch)
+        model = tiny_model(head="mine", rank=rank)
+        e, W = shared.a_state(), model.lm_head.weight
+        joint = check_joint(model.head, e, W)
+        for sampler in (Sampling(), Sampling(temperature=0.7)):  # all at once, and one by one
+            check_drafts(model.head, e, W, joint, sampler, monkeypatch)
+    for target, config in itertools.product(("marginal", "lm_head"), shared.SMALL):
+        with torch.no_grad():
+            model = tiny_model(head="mine", target=target, **config)
+            texts = shared.enumerated(lambda choose: generate(model, [0, 1], 3), monkeypatch)
+            distance = total_variation(texts, shared.expected_texts(model, [0, 1], 3))
+        require(distance < 1e-12, f"target {target}: decoding with MyHead is exact by enumeration, {config}")
 
 
 # -----------------------------------------------------------------------------
