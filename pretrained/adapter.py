@@ -1,8 +1,9 @@
 """A causal language model of Hugging Face transformers as the trunk of a head.
 
-`Pretrained` is the adapter: all that decode.py and a head need of a trunk. A trunk is a model of the
-hub, a folder, or a .gguf file; a checkpoint holds the head, and the name and the hash of the trunk.
-How one is trained: see train.py. Needs transformers, and for a .gguf file gguf and accelerate.
+`Pretrained` is the adapter: all that decode.py and a head need of a trunk. A trunk is a model of
+the hub, a folder, or a .gguf file; a checkpoint holds the head, and the name and the hash of the
+trunk. How one is trained: see train.py. Needs transformers, for a .gguf file also gguf and
+accelerate.
 """
 
 import functools
@@ -16,8 +17,9 @@ import torch.nn as nn
 
 from decoders.batched import RowCache, fill, hidden_of_rows
 from heads.few_tokens import few_tokens
-from model import GPT, BadInput, CPHead, GPTConfig, door, head_class, widen
-from pretrained.packed import PackedLinear, bfloat16_is_faster, can_pack, linear_weight, packed_logits
+from model import GPT, BadInput, GPTConfig, door, head_class, widen
+from pretrained.packed import (PackedLinear, bfloat16_is_faster, can_pack, linear_weight,
+                               packed_logits)
 
 # -----------------------------------------------------------------------------
 # the files of a model
@@ -28,8 +30,8 @@ def import_transformers():
     try:
         import transformers
     except ImportError:
-        raise BadInput("A pretrained model needs transformers: python -m pip install transformers, for a "
-                       ".gguf file also gguf and accelerate") from None
+        raise BadInput("A pretrained model needs transformers: python -m pip install transformers, "
+                       "for a .gguf file also gguf and accelerate") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
@@ -44,7 +46,8 @@ def find_model(name):
     if path.is_file() and path.suffix == ".gguf":
         return path.parent, path.name
     if path.exists() or path.suffix == ".gguf" or name[:1] in "./" or name.count("/") > 1:
-        raise BadInput(f"{name} is no folder here, no .gguf file and no name of the hub, as owner/model")
+        raise BadInput(f"{name} is no folder here, no .gguf file and no name of the hub, as "
+                       "owner/model")
     import_transformers()
     import huggingface_hub  # comes with transformers
 
@@ -75,14 +78,14 @@ def fingerprint(folder, gguf):
     files = [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))
     files = files or sorted(folder.glob("*.bin"))
     if not files or not (gguf or (folder / "config.json").exists()):
-        raise BadInput(f"{folder} holds no model: config.json and *.safetensors or *.bin, or name the "
-                       ".gguf file in it")
+        raise BadInput(f"{folder} holds no model: config.json and *.safetensors or *.bin, or name "
+                       "the .gguf file in it")
     return sha256(*files)
 
 
 class HubTokenizer:
-    """A tokenizer of transformers, as tokenizer.py asks for one; with chat, a text is a model's answer to
-    a user's message. BadInput where there is no template for that."""
+    """A tokenizer of transformers, as tokenizer.py asks for one. With chat, a text is the answer to
+    a user's message; BadInput where there is no template for that."""
 
     def __init__(self, tokenizer, n_vocab, chat):
         if chat and not tokenizer.chat_template:
@@ -131,18 +134,19 @@ class PretrainedConfig(GPTConfig):
         super().__post_init__()
         K = self.draft_vocab
         if not isinstance(K, int) or not 0 <= K <= self.n_token:
-            raise BadInput(f"draft_vocab must be a whole number from 0 to {self.n_token}, the tokens that "
-                           f"there are, not {K!r}")
+            raise BadInput(f"draft_vocab must be a whole number from 0 to {self.n_token}, the "
+                           f"tokens that there are, not {K!r}")
         if K and self.head == "full":
-            raise BadInput("draft_vocab needs another head than full, whose unembeddings are its own")
+            raise BadInput("draft_vocab needs another head than full, whose unembeddings are its "
+                           "own")
         check_last_states(self.head)
 
 
 def check_last_states(head):
-    """BadInput for a head that comes with a Model of its own, which looks further into the trunk."""
+    """BadInput for a head with a Model of its own, which looks further into the trunk."""
     if head != "cp" and "Model" in vars(door("head", head)):
-        raise BadInput(f"head {head} looks further into the trunk than its last states, which are all that "
-                       "there is here; take another --head")
+        raise BadInput(f"head {head} looks further into the trunk than its last states, which are "
+                       "all that there is here; take another --head")
 
 
 class Cache:
@@ -217,15 +221,15 @@ class Pretrained(GPT):
 
     @torch.inference_mode()
     def check(self, name):
-        """BadInput unless hidden, its cache, rolling back, and the LM head do what a decoder needs."""
+        """BadInput unless hidden, its cache, roll-back and the LM head are as a decoder needs."""
         idx = torch.arange(3, 11, device=self.device).unsqueeze(0) % self.config.vocab_size
         try:
             hidden = self.hidden(idx)
         except AttributeError:  # its trunk is not what its LM head is on
             raise BadInput(f"{name} gives no hidden states, which a head drafts from") from None
         if not self.close(widen(self.lm_head(hidden)), widen(self.lm(idx, use_cache=False).logits)):
-            raise BadInput(f"{name}: its logits are not its LM head of its last hidden state (they are "
-                           "scaled or capped), which a head needs")
+            raise BadInput(f"{name}: its logits are not its LM head of its last hidden state (they "
+                           "are scaled or capped), which a head needs")
         try:
             cache = self.new_cache()
             first = self.hidden(idx[:, :4], cache)
@@ -234,32 +238,33 @@ class Pretrained(GPT):
             same = self.close(torch.cat((first, self.hidden(idx[:, 4:], cache)), 1), hidden)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             same = None  # no cache at all, or one that refuses
-        emulated = self.dtype == torch.bfloat16 and self.device.type == "cpu" and not can_pack(self.dtype)
-        if same is False and emulated:
-            raise BadInput(f"{name} gives other states token by token than at once: this CPU has no "
-                           "products in bfloat16, and rounds too much; take --dtype float32")
+        on_cpu = self.dtype == torch.bfloat16 and self.device.type == "cpu"
+        if same is False and on_cpu and not can_pack(self.dtype):
+            raise BadInput(f"{name} gives other states token by token than at once: this CPU has "
+                           "no products in bfloat16, and rounds too much; take --dtype float32")
         if not same:
-            raise BadInput(f"{name} has no cache that can be rolled back, or does not read from left to "
-                           "right, so its drafts could not be verified; take a plain transformer decoder")
+            raise BadInput(f"{name} has no cache that can be rolled back, or does not read from "
+                           "left to right, so its drafts could not be verified; take a plain "
+                           "transformer decoder")
 
     @torch.inference_mode()
     def check_rows(self):
-        """BadInput unless the model takes texts of different lengths in one pass. It is tried once."""
+        """BadInput unless the model takes texts of different lengths in a pass: one trial."""
         if self.takes_rows is None:
             self.takes_rows = True  # in the trial
             self.takes_rows = self.rows_are_right()
         if not self.takes_rows:
-            raise BadInput(f"{self.source.get('name')} cannot take texts of different lengths in one "
-                           "pass, which batches, captured steps and trees are made of; decode one text at "
-                           "a time, speculatively or plainly")
+            raise BadInput(f"{self.source.get('name')} cannot take texts of different lengths in "
+                           "one pass, which batches, captured steps and trees are made of; decode "
+                           "one text at a time, speculatively or plainly")
 
     def rows_are_right(self):
         """Whether two texts in a RowCache have the states that each has by itself."""
         config = self.lm.config.get_text_config()
         # of some, a long text changes the angles of the others' places, or ends their window
         rope = str([getattr(config, name, "") for name in ("rope_parameters", "rope_scaling")])
-        window = getattr(config, "window_size", None) or getattr(config, "attention_chunk_size", None)
-        if window or "longrope" in rope or "dynamic" in rope:
+        windows = [getattr(config, name, None) for name in ("window_size", "attention_chunk_size")]
+        if any(windows) or "longrope" in rope or "dynamic" in rope:
             return False
         idx = torch.arange(3, 11, device=self.device).unsqueeze(0) % self.config.vocab_size
         lengths, cache = (6, 1), RowCache(2, 8)
@@ -267,7 +272,7 @@ class Pretrained(GPT):
             for row, length in enumerate(lengths):
                 fill(self, cache, row, idx[:, :length])
             x = torch.cat([idx[:, length : length + 2] for length in lengths])
-            expected = torch.stack([self.hidden(idx[:, : length + 2])[0, -2:] for length in lengths])
+            expected = [self.hidden(idx[:, : length + 2])[0, -2:] for length in lengths]
             return all(map(self.close, hidden_of_rows(self, x, cache), expected))
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
             return False  # it asks more of a cache, or has another kind of mask
@@ -275,9 +280,9 @@ class Pretrained(GPT):
     # weights
 
     def pack(self):
-        """Decode from now on, with every linear layer a PackedLinear, and so the rows of W that drafts
-        are unembedded with, where oneDNN has products for this CPU and type. The weights must not
-        change after that."""
+        """Decode from now on, with every linear layer a PackedLinear, and so the rows of W that
+        drafts are unembedded with, where oneDNN has products for this CPU and type. The weights
+        must not change after that."""
         if not (self.device.type == "cpu" and can_pack(self.dtype)):
             return
         packed = {}  # by the layer: the LM head is in here twice
@@ -297,12 +302,14 @@ class Pretrained(GPT):
         head = {name.removeprefix("head."): tensor for name, tensor in state.items()}
         try:
             self.head.load_state_dict(head)
-        except RuntimeError as e:  # torch's list of what is missing, superfluous or of another shape
-            raise BadInput(f"{path} holds no head that fits: {' '.join(str(e).split())[:300]}") from None
+        except RuntimeError as e:  # torch's list of what is missing, or of another shape
+            why = " ".join(str(e).split())[:300]
+            raise BadInput(f"{path} holds no head that fits: {why}") from None
 
     def to_checkpoint(self):
         state = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
-        return {"model": state, "model_args": asdict(self.config), "trunk": {"door": "adapter", **self.source}}
+        return {"model": state, "model_args": asdict(self.config),
+                "trunk": {"door": "adapter", **self.source}}
 
 
 # -----------------------------------------------------------------------------
@@ -311,14 +318,14 @@ class Pretrained(GPT):
 
 @functools.cache
 def load_lm(name, device, dtype):
-    """(model of transformers, its tokenizer, {name, sha256, tokenizer}); BadInput where it cannot be had.
-    Heads beside one another share their trunk."""
+    """(model of transformers, its tokenizer, {name, sha256, tokenizer}); BadInput where it cannot
+    be had. Heads beside one another share their trunk."""
     folder, gguf = find_model(name)
     source = {"name": str(name), "sha256": fingerprint(folder, gguf)}
     transformers, options = import_transformers(), {"gguf_file": gguf} if gguf else {}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        if gguf and hasattr(transformers, "GgufConfig"):  # newer versions would compute on packed weights
+        if gguf and hasattr(transformers, "GgufConfig"):  # else it may compute on packed weights
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     except MemoryError:
@@ -350,8 +357,8 @@ def load_pretrained(name, device, dtype="auto", known=None, chat=None, **head):
     lm, tokenizer, source = load_lm(name, device, getattr(torch, measured_dtype(dtype, device)))
     for part, what in (("sha256", "weights"), ("tokenizer", "tokenizer")):
         if known is not None and known.get(part) != source[part]:
-            raise BadInput(f"{name} has changed: its {what} are not what the head or its text were made "
-                           "with. Take that version of it, or write text and train anew.")
+            raise BadInput(f"{name} has changed: its {what} are not what the head or its text were "
+                           "made with. Take that version of it, or write text and train anew.")
     model = Pretrained(lm, lm_config(lm, **head), source)
     model.check(name)
     chat = bool(tokenizer.chat_template) if chat is None else chat

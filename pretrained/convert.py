@@ -2,10 +2,10 @@
 
     python -m pretrained.convert out/old/ckpt.pt out/new/ckpt.pt
 
-What differs: a head of one component has no router; the circuit that was called tree is tree_circuit;
-the draft vocabulary and the teacher are settings of pretrained.train alone; a checkpoint says which
-file reads its trunk. The weights stay as they are, and so does the state of training, with which
---resume goes on, but for teachers that are gone. The old file is not changed.
+What differs: a head of one component has no router; the circuit that was called tree is
+tree_circuit; the draft vocabulary and the teacher are settings of pretrained.train alone; a
+checkpoint says which file reads its trunk. The weights stay as they are, and so does the state of
+training, with which --resume goes on, but for teachers that are gone. The old file is not changed.
 """
 
 from dataclasses import fields
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from common import ArgumentParser, any_path, check_writable, from_checkpoint, read_checkpoint, replacing, run_script
+from common import (ArgumentParser, any_path, check_writable, from_checkpoint, read_checkpoint,
+                    replacing, run_script)
 from heads.few_tokens import few_tokens
 from model import BadInput, head_class
 from pretrained.adapter import PretrainedConfig
-from pretrained.losses import TEACHERS
 from train import TrainConfig
 
 ROUTER = ("head.router.weight", "head.router.bias")
@@ -26,18 +26,19 @@ GONE = ("lk", "nextlat")  # teachers
 
 
 def convert(old):
-    """The checkpoint dict of today that an old one becomes; BadInput where something in it is not known,
-    or where today's code does not load the result."""
+    """The checkpoint dict of today that an old one becomes; BadInput where something in it is not
+    known, or where today's code does not load the result."""
     args, settings = dict(old["model_args"]), dict(old.get("train_config", {}))
     one_router = ROUTER[0] in old["model"] and len(old["model"][ROUTER[0]]) == 1
     is_old = one_router or args.get("head") == "tree" or "draft_vocab" in args
     if not is_old or "trunk" in old and "door" in old["trunk"]:
-        raise BadInput("it is of today's format already, or nanoGPT's, which --init_from takes as it is")
+        raise BadInput("it is of today's format already, or nanoGPT's, which --init_from takes as "
+                       "it is")
     known = {"model_args": {f.name for f in fields(PretrainedConfig)},
              "train_config": {f.name for f in fields(TrainConfig)} | {"teacher", "draft_vocab"}}
     for part, names in (("model_args", args), ("train_config", settings)):
         if unknown := sorted(names.keys() - known[part]):
-            raise BadInput(f"its {part} hold {unknown[0]}, which no version knows that this one reads")
+            raise BadInput(f"its {part} hold {unknown[0]}, which no version knows that this reads")
     for names in (args, settings):
         if names.get("head") == "tree":
             names["head"] = "tree_circuit"
@@ -46,7 +47,7 @@ def convert(old):
         new["model"] = {name: tensor for name, tensor in old["model"].items() if name not in ROUTER}
     if "train_config" in old:
         new["train_config"] = settings
-        if "random_of_others" not in old:  # of a version for one process, and without teachers for ours
+        if "random_of_others" not in old:  # of a version for one process, without teachers for ours
             new["random_of_others"] = []
             settings |= {} if "trunk" in old else {"teacher": "text", "draft_vocab": 0}
     if "optimizer" in old:
@@ -57,19 +58,20 @@ def convert(old):
         raise BadInput("it has a draft vocabulary on a trunk of ours, which there is no more")
     if settings.get("teacher") in GONE:  # nothing can go on with it, but it decodes
         del new["optimizer"], new["train_config"]
-    elif "trunk" not in old and settings.get("teacher") == "text":  # of train.py, which has no teachers
+    elif "trunk" not in old and settings.get("teacher") == "text":  # of train.py, which has none
         del settings["teacher"], settings["draft_vocab"]
     check(new)
     return new
 
 
 def renumbered(old, state, settings):
-    """The optimizer's state without the parameters that are gone: it knows them by numbers, in the order
-    of train.py's two groups, matrices of the trunk first."""
+    """The optimizer's state without the parameters that are gone: it knows them by numbers, in the
+    order of train.py's two groups, matrices of the trunk first."""
     frozen = settings.get("freeze_trunk", False) or "trunk" in old
     names = [name for name in old["model"] if name not in ("lm_head.weight", *BUFFERS)
              and (name.startswith("head.") or not frozen)]
-    decayed = [name for name in names if not name.startswith("head.") and old["model"][name].dim() > 1]
+    decayed = [name for name in names
+               if old["model"][name].dim() > 1 and not name.startswith("head.")]
     rest = [name for name in names if name not in decayed]
     optimizer = old["optimizer"]
     if [len(group["params"]) for group in optimizer["param_groups"]] != [len(decayed), len(rest)]:
@@ -113,7 +115,7 @@ def main():
         ckpt = convert(ckpt)
     except BadInput as e:
         raise BadInput(f"{args.old} is not converted: {e}") from None
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError):  # of other types than ours
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):  # of other types
         raise BadInput(f"{args.old} is not converted: it is not what train.py wrote") from None
     with replacing(new) as file:
         torch.save(ckpt, file)

@@ -1,6 +1,6 @@
 """Let a pretrained model answer prompts, and keep its hidden states beside its text.
 
-    python -m pretrained.generate --init_from HuggingFaceTB/SmolLM2-135M-Instruct --data_dir data/own
+    python -m pretrained.generate --init_from HuggingFaceTB/SmolLM2-135M-Instruct
     python -m pretrained.train --data_dir data/own --out_dir out/own
     python bench_speculative.py --out_dir out/own
 
@@ -75,7 +75,8 @@ def chosen_kinds(prompts, kinds):
     """{kind: prompts} of the kinds that are asked for; None are all."""
     unknown = sorted(set(kinds or ()) - set(prompts))
     if unknown:
-        raise BadInput(f"there are no prompts of the kind {unknown[0]}; there are {', '.join(prompts)}")
+        raise BadInput(f"there are no prompts of the kind {unknown[0]}; there are "
+                       f"{', '.join(prompts)}")
     return {kind: texts for kind, texts in prompts.items() if not kinds or kind in kinds}
 
 
@@ -121,11 +122,12 @@ def generate(args):
                 if enc.chat and not args.prompts:
                     batch = finish(model, enc, batch, generator)
                 batch = [enc.prompt_ids(prompt) for prompt in batch]
-                texts.append(answer(model, batch, args.max_new_tokens, args.temperature, enc.eot_token,
-                                    generator))
+                texts.append(answer(model, batch, args.max_new_tokens, args.temperature,
+                                    enc.eot_token, generator))
                 bar.update(args.batch_size)
                 bar.set_postfix(tokens=f"{sum(lengths):,}")
-    print(f"{args.data_dir}: {len(lengths):,} texts of {model.source['name']}, {sum(lengths):,} tokens")
+    print(f"{args.data_dir}: {len(lengths):,} texts of {model.source['name']}, {sum(lengths):,} "
+          "tokens")
 
 
 # -----------------------------------------------------------------------------
@@ -149,7 +151,8 @@ def parse_args():
                         help="of the draws (0.7)")
     parser.add_argument("--batch_size", type=number(int, 1), default=96, help="texts at once (96)")
     parser.add_argument("--seed", type=any_seed, default=1337, help="of prompts and draws (1337)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes cuda, else cpu")
+    parser.add_argument("--device", default="auto",
+                        help="cpu, cuda, cuda:1; auto takes cuda, else cpu")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="auto is bfloat16 where a trial finds it faster (auto)")
     return parser.parse_args()

@@ -5,9 +5,8 @@ import math
 import torch
 from torch.nn import functional as F
 
+from heads.few_tokens import FewTokens
 from model import balance_loss, widen
-
-NO_PLACE = -1  # of a token that cannot be drafted
 
 
 def cross_entropy_of_rows(log_p, log_q, of_gold):
@@ -23,36 +22,39 @@ def cross_entropy_of_text(log_p, log_q, of_gold):
 TEACHERS = {"kl": cross_entropy_of_rows, "text": cross_entropy_of_text}
 
 
-def loss_on_states(model, teacher, draft_ids, states, gold, log_z, balance_weight):
-    """How far the head's rows q are from the target's p, where the text goes; see `States.at`.
+def loss_on_states(model, teacher, states, gold, log_z, joint_weight=1.0, balance_weight=0.0,
+                   joint_share=1.0):
+    """How far the head's rows q are from the target's p, where the text goes: states (B, n, C), gold
+    and log_z (B, n), see `States.at`.
 
-    states (B, n, C), gold (B, n), log_z (B, n); draft_ids (K,) are the tokens that the head drafts, and
-    draft_rows of the head their rows of W. None: it drafts all of them. Parts as in GPT.loss, of which
-    joint and offset are of the tokens that can be drafted alone, and
+    The trunk is frozen, so there is no other loss to weigh this one against, and joint_weight and
+    joint_share change nothing. Parts as in GPT.loss, of which joint and offset are of the tokens
+    that can be drafted alone, and
         accept (n - 1,)  sum_x min(p, q), the chance that a draft at offset s = 2..n is accepted
                          by itself, at temperature 1
         per_step         1 + the sum of their products: tokens per step, about
     """
-    W, e, real = model.unembed, states[:, 0], gold.clamp_min(0)
-    log_q = model.head.rows(e, real[:, :-1], W)  # (B, n - 1, K)
+    head, W, e, real = model.head, model.unembed, states[:, 0], gold.clamp_min(0)
+    # K of the rows are of tokens that can be drafted, and inside says which of gold are among them
+    rows, (place, inside) = W, (real, gold >= 0)
+    if isinstance(head, FewTokens):
+        rows, (place, inside) = head.draft_rows, head.places(gold)
+    log_q = head.rows(e, real[:, :-1], W)  # (B, n - 1, K)
     with torch.no_grad():
-        rows = W if draft_ids is None else model.head.draft_rows
         log_p = widen(F.linear(states[:, 1:], rows)) - log_z[:, 1:, None]  # (B, n - 1, K)
     # an offset counts within the text, and where the tokens before it could be drafted
-    place = places(gold, draft_ids)  # (B, n)
-    drafted = F.pad((place[:, 1:-1] != NO_PLACE).cumprod(1), (1, 0), value=1)
+    drafted = F.pad(inside[:, 1:-1].long().cumprod(1), (1, 0), value=1)
     counts = drafted * (gold[:, 1:] >= 0)  # (B, n - 1)
 
     def mean(x):  # by offset
         return (x * counts).sum(0) / counts.sum(0).clamp_min(1)
 
-    of_gold = log_q.gather(-1, place[:, 1:, None].clamp_min(0)).squeeze(-1)
-    of_gold = of_gold * (place[:, 1:] != NO_PLACE)  # (B, n - 1)
+    of_gold = log_q.gather(-1, place[:, 1:, None]).squeeze(-1) * inside[:, 1:]  # (B, n - 1)
     # a later offset is reached less often, and weighs less
     loss = TEACHERS[teacher](log_p, log_q, of_gold)  # (B, n - 1)
     weights = counts * 0.6 ** torch.arange(loss.size(1), dtype=loss.dtype, device=loss.device)
     loss = (loss * weights).sum() / weights.sum().clamp_min(1e-9)
-    log_w = model.head.log_weights(e)
+    log_w = head.log_weights(e)
     balance = balance_loss(log_w)
     with torch.no_grad():
         accept = torch.minimum(log_p, log_q).exp().sum(-1)
@@ -64,26 +66,10 @@ def loss_on_states(model, teacher, draft_ids, states, gold, log_z, balance_weigh
     return loss + balance_weight * balance, {name: x.detach() for name, x in parts.items()}
 
 
-def places(x, draft_ids):
-    """Where tokens x (...) stand in rows of the tokens draft_ids (K,), which are sorted; NO_PLACE where
-    they do not."""
-    if draft_ids is None:
-        return x
-    place = torch.searchsorted(draft_ids, x.contiguous()).clamp_max(len(draft_ids) - 1)
-    return torch.where(draft_ids[place] == x, place, NO_PLACE)
-
-
-def loss_on_stored_states(model, teacher, states, gold, log_z, joint_weight=1.0, balance_weight=0.0,
-                          joint_share=1.0):
-    """`loss_on_states` of a Pretrained. There is no other loss to weigh it against, so joint_weight and
-    joint_share change nothing."""
-    draft_ids = model.head.draft_ids if model.config.draft_vocab else None
-    return loss_on_states(model, teacher, draft_ids, states, gold, log_z, balance_weight)
-
-
-def loss_on_frozen_trunk(model, teacher, idx, gold, joint_weight=1.0, balance_weight=0.0, joint_share=1.0):
-    """`loss_on_states` of a head on a GPT of ours, whose states are computed in each step: idx (B, T),
-    gold (B, T, n), joint_share as in GPT.loss; joint_weight changes nothing."""
+def loss_on_frozen_trunk(model, teacher, idx, gold, joint_weight=1.0, balance_weight=0.0,
+                         joint_share=1.0):
+    """`loss_on_states` of a head on a GPT of ours, whose states are computed in each step: idx
+    (B, T), gold (B, T, n), joint_share as in GPT.loss; joint_weight changes nothing."""
     n = model.config.n_future
     with torch.no_grad():
         hidden = model.hidden(idx)  # (B, T, C)
@@ -92,4 +78,5 @@ def loss_on_frozen_trunk(model, teacher, idx, gold, joint_weight=1.0, balance_we
     windows = hidden.unfold(1, n, 1).transpose(2, 3), gold, log_z.unfold(1, n, 1)
     states, gold, log_z = (x.flatten(0, 1) for x in windows)  # (N, n, C), (N, n), (N, n)
     some = torch.randperm(len(gold), device=gold.device)[: math.ceil(joint_share * len(gold))]
-    return loss_on_states(model, teacher, None, states[some], gold[some], log_z[some], balance_weight)
+    return loss_on_states(model, teacher, states[some], gold[some], log_z[some], joint_weight,
+                          balance_weight)

@@ -4,9 +4,9 @@
     python train.py --data_dir data/shakespeare --init_from nanoGPT/out-shakespeare-char/ckpt.pt \\
         --freeze_trunk --n_future 8 --head chain --rank 1 --out_dir out/shakespeare
 
-The folder has train.bin, val.bin, and for a vocabulary of characters meta.pkl, which is read without
-running what it may hold. Without meta.pkl the tokens are GPT-2's. Its files stay as they are; the
-ids are copied. nanoGPT's checkpoints need no conversion: --init_from takes them.
+The folder has train.bin, val.bin, and for a vocabulary of characters meta.pkl, which is read
+without running what it may hold. Without meta.pkl the tokens are GPT-2's. Its files stay as they
+are; the ids are copied. nanoGPT's checkpoints need no conversion: --init_from takes them.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ N_PROMPT = 16  # tokens of each of the eight prompts
 
 
 def read_characters(path):
-    """The description of the tokenizer in a meta.pkl of nanoGPT: {"itos": {0: "a", 1: ...}, ...}."""
-    class Plain(pickle.Unpickler):  # dicts, lists, strings, numbers: a pickle of more could run code
+    """The description of the tokenizer in a meta.pkl of nanoGPT, {"itos": {0: "a", ...}, ...}."""
+    class Plain(pickle.Unpickler):  # dicts, lists, strings, numbers: one of more could run code
         def find_class(self, module, name):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
@@ -39,8 +39,8 @@ def read_characters(path):
     except (OSError, MemoryError):
         raise
     except Exception as e:  # pickle raises many kinds for a file that is none
-        raise BadInput(f"{path} is not the meta.pkl of a character vocabulary, or it is damaged ({e}); "
-                       "nothing in it was run.") from None
+        raise BadInput(f"{path} is not the meta.pkl of a character vocabulary, or it is damaged "
+                       f"({e}); nothing in it was run.") from None
     return {"name": f"characters{len(tokens)}", "pattern": None, "tokens": tokens}
 
 
@@ -50,14 +50,14 @@ def read_ids(path, description, n_vocab):
     good = size >= 2 * N_PROMPT and size % 2 == 0
     ids = np.memmap(path, dtype=np.uint16, mode="r") if good else []
     if not good or ids.max() >= n_vocab:
-        raise BadInput(f"{path} is no data of nanoGPT, {N_PROMPT} or more ids of {description['name']}, "
-                       "two bytes each; write it anew.")
+        raise BadInput(f"{path} is no data of nanoGPT, {N_PROMPT} or more ids of "
+                       f"{description['name']}, two bytes each; write it anew.")
     return ids
 
 
 def convert(folder, output):
-    """Write train.bin, val.bin and meta.json in the folder output; the prompts are eight pieces of the
-    validation text. Returns the meta."""
+    """Write train.bin, val.bin and meta.json in the folder output; the prompts are eight pieces of
+    the validation text. Returns the meta."""
     path = folder / "meta.pkl"
     description = read_characters(path) if path.exists() else gpt2_tokenizer()
     enc = load_tokenizer(description)
@@ -66,12 +66,13 @@ def convert(folder, output):
     starts = np.linspace(0, len(val) - N_PROMPT, 8).astype(int)
     prompts = [enc.decode(val[i : i + N_PROMPT].tolist()) for i in starts]
     lengths = np.array([len(token) for token in [*description["tokens"], EOT]])  # in bytes
-    meta = {"source": f"nanoGPT's {folder.resolve().name}", "vocab_size": enc.n_vocab, "tokenizer": description,
-            "prompts": prompts, "bytes_per_token": float(lengths[val[: 2**20]].mean()), "splits": {}}
+    meta = {"source": f"nanoGPT's {folder.resolve().name}", "vocab_size": enc.n_vocab,
+            "tokenizer": description, "prompts": prompts,
+            "bytes_per_token": float(lengths[val[: 2**20]].mean()), "splits": {}}
     with replacing(*(output / name for name in (*names, "meta.json"))) as (*bins, meta_file):
         for name, ids, file in zip(("train", "val"), (train, val), bins):
             total = hashlib.sha256()
-            for start in range(0, len(ids), 2**24):  # a part at a time: a text may be larger than memory
+            for start in range(0, len(ids), 2**24):  # a text may be larger than memory
                 part = ids[start : start + 2**24].tobytes()
                 file.write(part)
                 total.update(part)
@@ -97,9 +98,11 @@ def main():
     check_folder(folder)
     for path in (folder / "train.bin", folder / "val.bin"):
         if not path.exists():
-            raise BadInput(f"There is no {path}; name a data folder of nanoGPT, with train.bin and val.bin")
+            raise BadInput(f"There is no {path}; name a data folder of nanoGPT, with train.bin and "
+                           "val.bin")
     for path in sorted(output.glob("*.[bjp]*")):  # .bin, .json, .pkl
-        raise BadInput(f"{output} holds {path.name}, and nothing is written over; take another --output")
+        raise BadInput(f"{output} holds {path.name}, and nothing is written over; take another "
+                       "--output")
     with locked(output):
         meta = convert(folder, output)
     counts = ", ".join(f"{part['tokens']:,} in {name}" for name, part in meta["splits"].items())

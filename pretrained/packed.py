@@ -11,7 +11,7 @@ from model import widen
 
 
 def linear_weight(module):
-    """W (out, in) of a linear layer, the transposed one of transformers' GPT-2 included; else None."""
+    """W (out, in) of a linear layer, also the transposed one of transformers' GPT-2; else None."""
     if type(module).__name__ == "Conv1D":
         return module.weight.T
     return module.weight if type(module) is nn.Linear else None
@@ -20,9 +20,9 @@ def linear_weight(module):
 class PackedLinear(nn.Module):
     """A linear layer for decoding on a CPU, its W in the order in which oneDNN reads it.
 
-    oneDNN or MKL would bring W into such an order in every pass, and with few rows this takes longer
-    than their product. It gives the same numbers to rounding, has no gradient, and keeps W only where
-    it is asked to.
+    oneDNN or MKL would bring W into such an order in every pass, and with few rows this takes
+    longer than their product. It gives the same numbers to rounding, has no gradient, and keeps W
+    only where it is asked to.
     """
 
     def __init__(self, W, bias=None, keep=None):
@@ -61,7 +61,7 @@ def can_pack(dtype):
 
 @functools.cache
 def bfloat16_is_faster(device):
-    """Whether a trial finds products in bfloat16 faster: on GPUs that have it, and on CPUs with AMX."""
+    """Whether products in bfloat16 are faster: on GPUs that have it, and by a trial on a CPU."""
     if device.type == "mps":
         return False
     if device.type == "cuda":

@@ -2,9 +2,9 @@
 
 generate.py lets a chat model finish the frames by itself: "Write a short story about" becomes a
 user's message that nobody wrote (as in Magpie, arXiv 2406.08464), and then the model answers it. So
-no list of topics is needed, and the head sees as many topics as there are texts. Held-out prompts are
-for bench_speculative.py: no training prompt may be one of them. Files of one's own prompts take the
-place of both: see `read_prompts`.
+no list of topics is needed, and the head sees as many topics as there are texts. Held-out prompts
+are for bench_speculative.py: no training prompt may be one of them. Files of one's own prompts take
+the place of both: see `read_prompts`.
 """
 
 from pathlib import Path
@@ -12,12 +12,13 @@ from pathlib import Path
 from model import BadInput
 
 FRAMES = {
-    "stories": ["Write a short story about", "Tell me a story about", "Can you write a story for children about",
-                "Write a tale of"],
+    "stories": ["Write a short story about", "Tell me a story about",
+                "Can you write a story for children about", "Write a tale of"],
     "questions": ["What is", "Can you explain how", "Why", "What is the difference between"],
-    "instructions": ["Give me five tips for", "Write a short guide to", "How do I", "Write a polite email to"],
-    "code": ["Write a Python function that", "Show me Python code that", "How do I write a Python function that",
-             "Write a short Python program that"],
+    "instructions": ["Give me five tips for", "Write a short guide to", "How do I",
+                     "Write a polite email to"],
+    "code": ["Write a Python function that", "Show me Python code that",
+             "How do I write a Python function that", "Write a short Python program that"],
 }
 SHARES = {"stories": 2, "questions": 1, "instructions": 1, "code": 1}  # of the texts
 
@@ -40,7 +41,8 @@ HELD_OUT = {
     ],
     "instructions": [
         "Give me five tips for training a puppy.", "Write a short guide to growing tomatoes.",
-        "How do I prepare for a marathon?", "Write a polite email to my landlord about a broken heater.",
+        "How do I prepare for a marathon?",
+        "Write a polite email to my landlord about a broken heater.",
         "Give me five tips for hiking alone.", "Write a short guide to riding a bicycle in a city.",
         "How do I sleep better?", "Write a polite email to a teacher who was ill.",
     ],
@@ -58,8 +60,8 @@ HELD_OUT = {
 
 
 def read_prompts(paths):
-    """({kind: prompts}, {kind: held-out prompts}) of files with one prompt per line: a file is a kind,
-    and its first eight lines, or its first half if that is shorter, are held out."""
+    """({kind: prompts}, {kind: held-out prompts}) of files with one prompt per line: a file is a
+    kind, and its first eight lines, or its first half if that is shorter, are held out."""
     training, held_out = {}, {}
     for path in map(Path, paths):
         try:
@@ -70,7 +72,8 @@ def read_prompts(paths):
         if len(lines) < 2:
             raise BadInput(f"{path} holds fewer than two different prompts, one per line")
         if path.stem in training:
-            raise BadInput(f"{path} is a second file of the kind {path.stem}; rename it, or put both into one")
+            raise BadInput(f"{path} is a second file of the kind {path.stem}; rename it, or put "
+                           "both into one")
         n = min(8, len(lines) // 2)
         held_out[path.stem], training[path.stem] = lines[:n], lines[n:]
     return training, held_out

@@ -45,8 +45,8 @@ class Texts:
         for name in FILES:
             with open(self.path(name), "ab") as file:
                 if file.tell() < self.size(name):
-                    raise BadInput(f"{self.path(name)} is shorter than meta.json says; take another "
-                                   "--data_dir, or remove this one")
+                    raise BadInput(f"{self.path(name)} is shorter than meta.json says; take "
+                                   "another --data_dir, or remove this one")
                 file.truncate(self.size(name))
 
     def append(self, texts):
@@ -79,35 +79,37 @@ def open_texts(folder, settings):
         meta = json.loads(path.read_text(encoding="utf-8"))
         other = [name for name, value in settings.items() if meta.get(name) != value]
         if other:
-            raise BadInput(f"{folder} holds texts of other settings ({', '.join(other)}); take another "
-                           "--data_dir")
+            raise BadInput(f"{folder} holds texts of other settings ({', '.join(other)}); take "
+                           "another --data_dir")
         texts = Texts(folder, meta)
     texts.cut()
     return texts
 
 
 def read_texts(folder):
-    """The meta of a folder that pretrained.generate wrote, None of another one; BadInput where there is
-    no data, or where texts are not whole."""
+    """The meta of a folder that pretrained.generate wrote, None of another one; BadInput where
+    there is no data, or where texts are not whole."""
     path = Path(folder) / "meta.json"
     check_folder(folder)
     if not path.exists():
-        raise BadInput(f"There is no data in {folder}; write some: python -m pretrained.generate --data_dir "
-                       f"{folder} ..., or for a model of train.py: prepare_tinystories.py")
+        raise BadInput(f"There is no data in {folder}; write some: python -m pretrained.generate "
+                       f"--data_dir {folder} ..., or for a model of train.py: "
+                       f"python prepare_tinystories.py --data_dir {folder} ...")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if "trunk" not in meta:
             return None
         texts = Texts(folder, meta)
-        good = (sum(meta["lengths"]) > 0 and isinstance(meta["trunk"]["name"], str) and meta["chat"] in (True, False)
+        good = (sum(meta["lengths"]) > 0 and isinstance(meta["trunk"]["name"], str)
+                and meta["chat"] in (True, False)
                 and len(meta["prompts"]) == len(meta["kinds"]) > 0
                 and all(isinstance(text, str) for text in (*meta["prompts"], *meta["kinds"]))
                 and all(texts.path(name).stat().st_size >= texts.size(name) for name in FILES))
     except (ValueError, KeyError, TypeError, FileNotFoundError):
         good = False
     if not good:
-        raise BadInput(f"{folder} holds no whole texts of pretrained.generate; run it again, or take "
-                       "another --data_dir")
+        raise BadInput(f"{folder} holds no whole texts of pretrained.generate; run it again, or "
+                       "take another --data_dir")
     return meta
 
 
@@ -130,12 +132,12 @@ class States(Batches):
         self.places = places[chosen]
         self.n_starts = len(self.places)
         if not self.n_starts:
-            raise BadInput(f"{cfg.data_dir} holds too few texts, {len(lengths)}; pretrained.generate writes "
-                           "more of them with a larger --num_texts")
+            raise BadInput(f"{cfg.data_dir} holds too few texts, {len(lengths)}; a larger "
+                           "--num_texts of pretrained.generate writes more of them")
 
     def at(self, starts):
-        """At some of the places t: the states (B, n, C) e_t, ..., e_{t+n-1}, the tokens (B, n) x_{t+1}, ...,
-        x_{t+n}, -1 after the text's end, and log_z (B, n), the logsumexp of W e."""
+        """At some of the places t: the states (B, n, C) e_t, ..., e_{t+n-1}, the tokens (B, n)
+        x_{t+1}, ..., x_{t+n}, -1 after the text's end, and log_z (B, n), the logsumexp of W e."""
         places = self.places[starts]
         i = places[:, None] + np.arange(self.n)
         inside = i < self.end[places][:, None]

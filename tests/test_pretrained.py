@@ -14,7 +14,6 @@ import torch
 from test_cp_head import enumerated, expected_texts, tiny_model, total_variation
 from test_robustness import as_a_script_finds_it, call as call_in_process  # noqa: F401  (a fixture for this file, too)
 
-import common
 import sample
 import train
 from decode import Greedy, Stats, generate, generate_oracle, generate_plain
@@ -23,10 +22,11 @@ from decoders.captured import Captured
 from decoders.captured import generate as generate_captured
 from decoders.coupled import Coupled
 from decoders.draft_tree import generate as generate_tree
-from model import BadInput, door, words
-from pretrained import adapter, convert, packed
+from model import BadInput, door
+from model import words as words_of
+from pretrained import adapter, packed
 from pretrained import generate as generating
-from pretrained.losses import TEACHERS, loss_on_frozen_trunk, loss_on_stored_states
+from pretrained.losses import TEACHERS, loss_on_frozen_trunk, loss_on_states
 from pretrained.prompts import FRAMES, HELD_OUT, SHARES
 from pretrained import texts as texts_of
 from pretrained.texts import FILES, Texts
@@ -34,7 +34,7 @@ from pretrained.texts import FILES, Texts
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 CPU = torch.device("cpu")
-LAST_STATES = ["cp", *(word for word in words("head") if "Model" not in vars(door("head", word)))]
+LAST_STATES = ["cp", *(word for word in words_of("head") if "Model" not in vars(door("head", word)))]
 CHAT = ("{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}")
 TINY = dict(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.5, bos_token_id=256, eos_token_id=257)
@@ -389,7 +389,7 @@ def test_loss_counts_what_a_draft_can_reach():
     gold[:5, 2:] = -1
     logits = model.lm_head(states)
     log_z = logits.logsumexp(-1)
-    loss, parts = loss_on_stored_states(model, "kl", states, gold, log_z)
+    loss, parts = loss_on_states(model, "kl", states, gold, log_z)
     ids, losses, accepts = model.head.draft_ids, [[], [], []], [[], [], []]
     for i in range(30):
         q_i = model.head.rows(states[i, :1], gold[i : i + 1, :-1].clamp_min(0), model.unembed)[0].exp()  # (3, K)
@@ -600,9 +600,9 @@ def test_a_model_that_is_not_there(cwd, monkeypatch):
     too_long = GENERATE.replace("--max_new_tokens 12", "--max_new_tokens 200")
     save_lm(Path("lm"), tiny_lm())
     assert "do not fit" in line("pretrained.generate", too_long)
-    for name, words in (("nobody/no-such-model", "without a network"), ("./nothing", "no folder"),
+    for name, what in (("nobody/no-such-model", "without a network"), ("./nothing", "no folder"),
                         ("a.gguf", "no folder"), ("empty", "holds no model"), ("x/y/z", "no folder")):
-        assert words in line("pretrained.generate", GENERATE.replace("--init_from lm", f"--init_from {name}")), name
+        assert what in line("pretrained.generate", GENERATE.replace("--init_from lm", f"--init_from {name}")), name
 
 
 def test_a_model_that_is_no_causal_lm_or_cannot_roll_back(cwd):
@@ -616,9 +616,9 @@ def test_a_model_that_is_no_causal_lm_or_cannot_roll_back(cwd):
               "bert": (transformers.BertLMHeadModel, bert, "its logits are not its LM head"),
               "mamba": (transformers.MambaForCausalLM, mamba, "rolled back"),
               "gemma": (transformers.Gemma2ForCausalLM, gemma, "scaled or capped")}
-    for name, (kind, config, words) in models.items():
+    for name, (kind, config, what) in models.items():
         save_lm(Path(name), kind(config))
-        assert words in line("pretrained.generate", GENERATE.replace("--init_from lm", f"--init_from {name}")), name
+        assert what in line("pretrained.generate", GENERATE.replace("--init_from lm", f"--init_from {name}")), name
     save_lm(Path("damaged"), tiny_lm())
     Path("damaged/model.safetensors").write_bytes(Path("damaged/model.safetensors").read_bytes()[:5000])
     assert "cannot be loaded" in line("pretrained.generate", GENERATE.replace("--init_from lm", "--init_from damaged"))
