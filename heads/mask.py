@@ -1,9 +1,11 @@
 """Masks after every token of a step."""
 
-from heads.masks import MaskHead
+from heads import masks
+
+Model = masks.Model
 
 
-class Head(MaskHead):
+class Head(masks.MaskHead):
     """MaskHead in quadratic decoding."""
 
     quadratic = True

@@ -1,9 +1,11 @@
 """Masks after the last token of a step alone."""
 
-from heads.masks import MaskHead
+from heads import masks
+
+Model = masks.Model
 
 
-class Head(MaskHead):
+class Head(masks.MaskHead):
     """MaskHead in linear decoding. Training is the same."""
 
     quadratic = False

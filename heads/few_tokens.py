@@ -1,0 +1,99 @@
+"""Heads that draft some of the tokens alone: a draft vocabulary (FR-Spec, arXiv 2502.14856)."""
+
+from dataclasses import replace
+
+import torch
+
+from decode import Greedy, Sampling
+from heads.sequential import Sequential
+from model import BadInput, gold_log_prob
+
+
+def few_tokens(Head, K):
+    """The class of a Head (cp, medusa, chain or recurrent) whose factors are softmaxes over K tokens.
+
+    With a vocabulary of tens of thousands the products with W are most of what a draft costs, and a
+    few thousand tokens are most of any text. `choose_drafts` says which, before anything else.
+    """
+    return type(f"Few{Head.__name__}", (FewTokens, Head), {"K": K})
+
+
+class FewTokens:
+    """P_a^(s) = softmax(W_K h_a^(s)), with the rows W_K of the K tokens.
+
+    The target writes all tokens, with their own probabilities. One that is not among the K is never
+    drafted; in a window it says nothing of the component, and its log-probability counts as 0.
+    """
+
+    def __init__(self, config):
+        if not 1 <= self.K <= config.n_token:
+            raise BadInput(f"a head can draft 1 to {config.n_token} tokens, not {self.K}")
+        super().__init__(replace(config, vocab_size=self.K, n_token=self.K))
+        self.register_buffer("draft_ids", torch.zeros(self.K, dtype=torch.long))  # sorted
+        self.register_buffer("draft_rows", torch.zeros(self.K, config.n_embd))  # W_K
+
+    def choose_drafts(self, ids, unembed):
+        """Draft these ids (K,) from now on; unembed W (V, C) must not change after that."""
+        if len(ids.unique()) != self.K or len(ids) != self.K:
+            raise BadInput(f"the head drafts {self.K} tokens: give it as many ids, each of them once")
+        self.draft_ids.copy_(ids.sort().values)
+        self.draft_rows.copy_(unembed[self.draft_ids])
+
+    def places(self, tokens):
+        """Which of the K tokens (...) are: -> places (...), and whether they are among them."""
+        place = torch.searchsorted(self.draft_ids, tokens.contiguous()).clamp_max(self.K - 1)
+        return place, self.draft_ids[place] == tokens
+
+    def numbered(self, tokens, unembed):
+        """tokens (N, k) and W in the numbers of this head: the K tokens are 0..K - 1, and after their
+        rows come those of the tokens given, for those that are not among the K."""
+        place, inside = self.places(tokens)
+        others = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
+        rows = torch.cat((self.draft_rows, unembed[tokens.flatten()]))  # (K + N k, C)
+        return torch.where(inside, place, self.K + others), rows
+
+    def logits(self, h, unembed):
+        return super().logits(h, self.draft_rows)
+
+    def along(self, P, x):
+        inside = (x < self.K)[..., None]
+        return super().along(P, x.clamp_max(self.K - 1)) * inside
+
+    def gold_log_probs(self, e, gold, unembed):
+        place, inside = self.places(gold)
+        if isinstance(self, Sequential):  # its factors see all tokens, also those it does not draft
+            h = self.vectors_along(e, gold[:, :-1], unembed)  # (N, n, r, C)
+            log_p = gold_log_prob(h, self.draft_rows, place.unsqueeze(-1))
+        else:
+            log_p = super().gold_log_probs(e, place, self.draft_rows)
+        return log_p.masked_fill(~inside.unsqueeze(-1), 0.0)
+
+    def rows(self, e, tokens, unembed):
+        """As in `CPHead`, over the K tokens: -> (N, k, K)."""
+        return super().rows(e, *self.numbered(tokens, unembed))
+
+    def draft(self, e, x1, n_drafts, sampler, unembed):
+        """As in `CPHead`: the drafts (B, k) are tokens, and q (B, k, V) has a place for all of them."""
+        first, rows = self.numbered(x1.unsqueeze(1), unembed)
+        few = sampler if type(sampler) in (Sampling, Greedy) else WholeRows(self, sampler, len(unembed))
+        x, q = super().draft(e, first.squeeze(1), n_drafts, few, rows)
+        return self.draft_ids[x], None if q is None else self.whole(q, len(unembed), 0.0)
+
+    def whole(self, rows, V, value):
+        """rows (..., K) as rows of V tokens, with the value for all others."""
+        found = rows.new_full((*rows.shape[:-1], V), value)
+        return found.index_copy_(-1, self.draft_ids, rows)
+
+
+class WholeRows:
+    """A sampler that sees rows of all tokens, where a head draws from rows of K: its own random numbers
+    may belong to tokens, as those of decoders/coupled.py do."""
+
+    plain = False
+
+    def __init__(self, head, sampler, V):
+        self.head, self.sampler, self.V = head, sampler, V
+
+    def draw(self, logits):
+        tokens, q = self.sampler.draw(self.head.whole(logits, self.V, float("-inf")))
+        return self.head.places(tokens)[0], None if q is None else q[..., self.head.draft_ids]
