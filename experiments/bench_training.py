@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model
 from bench_speculative import hardware, timed
 from common import ArgumentParser, Batches, padded, pick_device, run_script
-from heads import full, medusa
+from heads import full, masks, medusa
 from model import ROOT, BadInput, GPTConfig, new_model, widen
 from train import Run, TrainConfig, add_flags, count, optimizer_step, pick_dtype
 
@@ -119,7 +119,8 @@ def measure(cfg, vocab_size, nanogpt, at_once=False, rounds=5):
     """
     device = torch.device(cfg.device)
     if at_once:
-        model.gold_log_prob = full.gold_log_prob = medusa.gold_log_prob = all_logits
+        for module in (model, full, masks, medusa):
+            module.gold_log_prob = all_logits
     tiny = replace(cfg, n_layer=1, n_head=1, n_embd=8, block_size=8, batch_size=1, grad_accum=1)
     stepper(tiny, 64, nanogpt)[1]()  # loads what PyTorch loads at its first use
     before = peak_bytes(device)

@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_py
-from bench_speculative import Bench, Laps, check_same_target, distinct, print_card, print_table
+from bench_speculative import Bench, Laps, Mode, distinct, print_card, print_table
 from common import from_checkpoint
-from decode import Stats
+from decode import Greedy, Sampling, Stats, generate, generate_plain
 from experiments import bench_training
-from experiments.peers import add_peers, to_transformers
-from heads import full, medusa
+from experiments.peers import add_beside, add_captured, add_transformers, add_trees, check_same_target, to_transformers
+from heads import full, masks, medusa
 from model import BadInput, head_class
 from train import TrainConfig
 
@@ -48,8 +48,42 @@ def test_laps_add_up_by_part(monkeypatch):
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
     laps = Laps(torch.device("cpu"))
     for part in ("rest", "draft", "trunk", "draft"):
-        laps(part)
+        laps.lap(part)
     assert laps.seconds() == {"draft": 3.0, "trunk": 4.0}
+
+
+@pytest.mark.parametrize("sampler", [Greedy(), Sampling()], ids=["greedy", "sampled"])
+def test_clocks_stand_around_the_four_calls_of_a_step(sampler, monkeypatch):
+    """Within the block, and no longer: model, head and sampler are as they were, also after an error."""
+    model, laps = tiny_model(n_future=4), Laps(torch.device("cpu"))
+    before = [dict(vars(owner)) for owner in (model, model.head, sampler)]
+    with pytest.raises(KeyError), laps.around(model, sampler):
+        stats = Stats()
+        list(generate(model, [1], 4, sampler=sampler, stats=stats))
+        parts = [part for part, _ in laps.moments if part != "rest"]
+        assert parts[:2] == ["trunk", "target"] and stats.steps > 0  # the prefill's
+        assert parts[2:] == stats.steps * ["draft", "trunk", "target", "verify"]
+        raise KeyError
+    assert [dict(vars(owner)) for owner in (model, model.head, sampler)] == before
+    list(generate(model, [1], 4, sampler=sampler))
+    assert len([part for part, _ in laps.moments if part != "rest"]) == len(parts)
+
+
+def test_another_script_adds_its_modes(capsys):
+    """A decoder of one's own is a row like the others; its speed-up is over the mode that it names."""
+    bench = Bench(tiny_model(target="lm_head"), [[1], [2, 3]], 6, 0)
+    bench.modes["mine"] = Mode(generate_plain, bench.model)
+    bench.modes["also mine"] = Mode(generate, bench.model, True, base="mine", has_parts=False)
+    bench.about["mine"] = "a note"
+    rows, texts = bench.rows(0.0, 2)
+    assert [row["mode"] for row in rows] == ["plain", "speculative", "mine", "also mine"]
+    assert [row.get("over") for row in rows] == [None, None, None, "mine"]
+    assert "parts_ms" in rows[1] and "parts_ms" not in rows[3] and rows[3]["step_ms"] > 0
+    assert all(bench.first_difference(texts, name) is None for name in texts)
+    print_card({"target": "lm_head", **bench.about}, bench)
+    print_table(rows)
+    out = capsys.readouterr().out
+    assert "a note" in out and out.count("its speed-up is over mine") == 2
 
 
 def test_the_parts_of_a_step_are_less_than_the_whole():
@@ -79,7 +113,7 @@ def test_it_finds_where_texts_part():
 
 
 # -----------------------------------------------------------------------------
-# beside
+# other heads and our other decoders
 
 
 def test_heads_are_timed_side_by_side():
@@ -88,7 +122,8 @@ def test_heads_are_timed_side_by_side():
     model = tiny_model(target="lm_head").float()
     other = from_checkpoint(model.to_checkpoint(), rank=3, n_future=5, head="chain").eval()
     model, other = model.double(), other.double()
-    bench = Bench(model, [[1, 2]], 12, 0, beside={"out/b": other})
+    bench = Bench(model, [[1, 2]], 12, 0)
+    add_beside(bench, {"out/b": other})
     for temperature in (0.0, 1.0):
         rows, texts = bench.rows(temperature, 2)
         assert [row["mode"] for row in rows] == ["plain", "speculative", "speculative, out/b"]
@@ -115,11 +150,13 @@ def test_heads_are_timed_side_by_side():
 def test_trees_and_captured_steps_beside_the_others(capsys):
     """A row for every head, compared with the plain decoding that is its like; and the card says so. What some head
     cannot do shows before anything is measured."""
-    model = tiny_model(target="lm_head", n_future=4, block_size=40)
+    model = tiny_model(target="lm_head", n_future=4, block_size=40).float()
     other = from_checkpoint(model.to_checkpoint(), rank=3, n_future=5, head="chain").eval().double()
-    bench = Bench(model, [[1, 2], [3]], 12, 0, beside={"out/b": other})
-    bench.add_trees([4])
-    bench.add_captured(False)
+    model = model.double()
+    bench = Bench(model, [[1, 2], [3]], 12, 0)
+    add_beside(bench, {"out/b": other})
+    add_trees(bench, [4])
+    add_captured(bench, False)
     rows, texts = bench.rows(0.0, 2)
     heads = ["speculative", "speculative, out/b"]
     assert [row["mode"] for row in rows] == ["plain", *heads, *(f"{head}, tree of 4" for head in heads), "plain, captured",
@@ -135,15 +172,11 @@ def test_trees_and_captured_steps_beside_the_others(capsys):
     assert "speculative, captured: its speed-up is over plain, captured" in capsys.readouterr().out
     print_table(rows)
     with pytest.raises(BadInput, match="from 1 to 24 drafts"):
-        bench.add_trees([25])
-    bench.models["gloeckle"] = tiny_model(head="gloeckle", target="lm_head")
-    for add in (lambda: bench.add_trees([4]), lambda: bench.add_captured(False)):
-        with pytest.raises(BadInput, match="head gloeckle reads the trunk"):
-            add()
+        add_trees(bench, [25])
 
 
 # -----------------------------------------------------------------------------
-# peers
+# other people's decoders
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -157,7 +190,7 @@ def test_peers_have_our_weights(bias):
     with torch.no_grad():
         torch.testing.assert_close(peer(idx).logits, model(idx), rtol=0, atol=1e-12)
     bench = Bench(model, [[1, 2] * 6, [3]], 20, 0)  # up to the last position of the block
-    add_peers(bench)
+    add_transformers(bench)
     assert list(bench.modes) == ["plain", "speculative", "no_cache", "transformers", "transformers_prompt_lookup"]
     assert bench.about["transformers_kernels"] in ("default", "without oneDNN")
     texts = {mode: bench.decode(mode, 0.0, 0) for mode in bench.modes}
@@ -175,12 +208,12 @@ def test_peers_have_our_weights(bias):
 def test_peers_are_refused_in_one_line(monkeypatch):
     """Without transformers, and for a target that no other decoder knows."""
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(BadInput, match="^This bench needs transformers: python -m pip install transformers$"):
+    with pytest.raises(BadInput, match="^--transformers needs it: python -m pip install transformers$"):
         to_transformers(tiny_model(target="lm_head"))
-    with pytest.raises(BadInput, match="^The peers need a model with target lm_head"):
+    with pytest.raises(BadInput, match="^--transformers needs a model with target lm_head"):
         to_transformers(tiny_model(target="marginal"))
     with pytest.raises(BadInput, match="window does not move on, so --max_new_tokens must be at most 10"):
-        add_peers(Bench(tiny_model(target="lm_head", block_size=12), [[1], [1, 2]], 11, 0))
+        add_transformers(Bench(tiny_model(target="lm_head", block_size=12), [[1], [1, 2]], 11, 0))
 
 
 # -----------------------------------------------------------------------------
@@ -203,8 +236,8 @@ def test_every_head_of_the_registry_makes_a_step(head):
     """Random tokens through train.py's own step; the products that torch counts hold those of every
     map."""
     cfg = TrainConfig(block_size=2, n_layer=2, n_head=2, n_embd=16, n_future=3, rank=2, batch_size=4, joint_share=1.0,
-                      head=head)
-    run, step = bench_training.stepper(cfg, 64, torch.device("cpu"))
+                      head=head, device="cpu")
+    run, step = bench_training.stepper(cfg, 64)
     with FlopCounterMode(display=False) as counter:
         step()
     V, C = 64, 16  # 8 positions, 6 factors; forward and backward take 6 flops a weight
@@ -218,7 +251,7 @@ def test_all_logits_at_once_are_the_same_loss(head, monkeypatch):
     losses, grads = [], []
     for at_once in (False, True):
         if at_once:
-            for module in (model_py, full, medusa):
+            for module in (model_py, full, medusa, masks):
                 monkeypatch.setattr(module, "gold_log_prob", bench_training.all_logits)
         monkeypatch.setattr(model_py, "checkpoint", lambda *args, **options: pytest.fail("a chunk") if at_once else
                             checkpoint(*args, **options))
@@ -250,7 +283,7 @@ def test_a_row_for_each_cell(monkeypatch, capsys):
         assert row["bytes"] is None or row["bytes"] > 15 * (row["trunk_parameters"] + row["head_parameters"])
     bench_training.benchmark(TrainConfig(n_embd=256, n_head=2, device="cpu"), [(2**45, 3, 2, False, False)])
     assert "not enough memory" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*args, "64", "--head", "gloeckle", "--target", "marginal"])
+    monkeypatch.setattr(sys, "argv", [*args, "64", "--head", "mask", "--target", "marginal"])
     with pytest.raises(BadInput, match="needs --target lm_head"):
         bench_training.main()
     assert capsys.readouterr().out == ""  # before anything is measured

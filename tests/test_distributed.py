@@ -13,7 +13,8 @@ from unittest.mock import ANY
 import pytest
 import torch
 from test_robustness import as_a_script_finds_it, assert_same_run, call  # noqa: F401  (a fixture)
-from test_train import windows
+from test_train import eight_windows, tiny_run, windows
+from torch.nn.parallel import DistributedDataParallel
 
 import train as trainer
 from model import BadInput
@@ -36,10 +37,10 @@ def home(tmp_path_factory):
     return home
 
 
-def start_ranks(args, n=2):
-    """The processes that torchrun would start, by fork, as importing torch takes seconds: their ids. What they say goes
-    to the files error0, error1, ... The process that calls this must have computed nothing yet: threads do not survive
-    a fork."""
+def start_ranks(what, n=2):
+    """The processes that torchrun would start, by fork, as importing torch takes seconds: their ids. Each trains with
+    the flags `what`, or calls it. What they say goes to the files error0, error1, ... The process that calls this must
+    have computed nothing yet: threads do not survive a fork."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(n))
@@ -51,7 +52,7 @@ def start_ranks(args, n=2):
             trainer.RANK, trainer.RANKS, trainer.LOCAL_RANK = rank, n, rank
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(os.open(f"error{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-            code, message = call("train", args)
+            code, message = call("train", what) if isinstance(what, str) else what()
             print(message, file=sys.stderr, flush=True)
             os._exit(code)
     return ranks
@@ -89,18 +90,19 @@ def run_alone(function, cwd):
     assert result.returncode == 0, result.stderr
 
 
-def test_two_ranks_are_one_process_that_accumulates_twice(home, monkeypatch):
-    """torchrun's two ranks and --grad_accum 2 see the same windows: losses and weights agree to 1e-5. Guards gradients
-    that are each rank's own, and ranks that see the same windows."""
+@pytest.mark.parametrize("accum", [1, 2])
+def test_two_ranks_are_one_process_that_accumulates_twice_as_often(accum, home, monkeypatch):
+    """torchrun's two ranks with --grad_accum 1 or 2, and one process with 2 or 4, see the same windows: losses and
+    weights agree to 1e-5. Guards gradients that are each rank's own, and ranks that see the same windows."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py",
-               *SMALL.split(), "--out_dir", "out/two"]
+               *SMALL.split(), "--grad_accum", str(accum), "--out_dir", f"out/two{accum}"]
     result = subprocess.run(command, cwd=home, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("step 8: validation") == result.stdout.count("wrote out/two/ckpt.pt") == 1
+    assert result.stdout.count("step 8: validation") == result.stdout.count(f"wrote out/two{accum}/ckpt.pt") == 1
     assert "Traceback" not in result.stderr and "24/24" in result.stderr
     monkeypatch.chdir(home)
-    assert call("train", f"{SMALL} --grad_accum 2 --out_dir out/one") == (0, "")
-    two, one = (torch.load(f"out/{name}/ckpt.pt", weights_only=True) for name in ("two", "one"))
+    assert call("train", f"{SMALL} --grad_accum {2 * accum} --out_dir out/one{accum}") == (0, "")
+    two, one = (torch.load(f"out/{name}{accum}/ckpt.pt", weights_only=True) for name in ("two", "one"))
     for name, tensor in one["model"].items():
         torch.testing.assert_close(two["model"][name], tensor, rtol=0, atol=1e-5)
     losses = [[line["val"]["next"] for line in run["log"] if "val" in line] for run in (two, one)]
@@ -116,16 +118,17 @@ def kill_and_interrupt():
     codes, lines = ended(ranks)
     assert codes == [1, -signal.SIGKILL] and lines[0].startswith("Another process of this run has ended"), lines
 
-    killed = steps_of("out/broken/ckpt.pt")
-    ranks = start_ranks("--resume --out_dir out/broken")
-    wait_for_steps("out/broken/ckpt.pt", killed)
-    for _ in range(2):
-        os.kill(ranks[1], signal.SIGINT)
-        time.sleep(0.01)
-    codes, lines = ended(ranks)
-    reached = steps_of("out/broken/ckpt.pt")
-    assert codes == [130, 130] and lines[0].startswith(f"stopped after step {reached}, which is saved"), lines
-    assert lines[1] in ("", "interrupted") and reached > killed > 0
+    for how, rank, times in ((signal.SIGINT, 1, 2), (signal.SIGTERM, 0, 1)):
+        before = steps_of("out/broken/ckpt.pt")
+        ranks = start_ranks("--resume --out_dir out/broken")
+        wait_for_steps("out/broken/ckpt.pt", before)
+        for _ in range(times):
+            os.kill(ranks[rank], how)
+            time.sleep(0.01)
+        codes, lines = ended(ranks)
+        reached = steps_of("out/broken/ckpt.pt")
+        assert codes == [130, 130] and lines[0].startswith(f"stopped after step {reached}, which is saved"), lines
+        assert lines[1] in ("", "interrupted") and reached > before > 0
 
     for args in ("--resume --out_dir out/broken", f"{FOR_EVER} --out_dir out/whole"):
         assert ended(start_ranks(f"{args} --max_iters {reached + 2}")) == ([0, 0], ANY)
@@ -134,10 +137,10 @@ def kill_and_interrupt():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_killed_rank_and_ctrl_c_lose_nothing(home, monkeypatch):
-    """A rank that is killed ends the others in one line, and the checkpoint is whole. Ctrl-C saves its step, also where
-    it comes twice, from the terminal and from torchrun, and where it reaches one rank alone in time. Resumed after
-    both, the run is the one that nobody disturbed, with each rank's own dropout and share of the positions; as one
-    process it cannot go on."""
+    """A rank that is killed ends the others in one line, and the checkpoint is whole. Ctrl-C and SIGTERM save
+    their step on all ranks, also where they reach one alone in time, and Ctrl-C where it comes twice, from the terminal
+    and from torchrun. Resumed after all of these, the run is the one that nobody disturbed, with each rank's own
+    dropout and share of the positions; as one process it cannot go on."""
     run_alone(kill_and_interrupt, home)
     monkeypatch.chdir(home)
     assert_same_run("out/broken/ckpt.pt", "out/whole/ckpt.pt")
@@ -174,25 +177,41 @@ def test_the_ranks_share_the_batches_of_one_process(tmp_path):
     assert all(torch.equal(g.get_state(), generators[0].get_state()) for g in generators)
 
 
-def test_gradients_are_averaged_where_there_are_any(monkeypatch):
-    """The optimizer hardly sees a factor, so this looks at the gradients: every one is the mean over two ranks, of
-    which the other has 1 everywhere, and a parameter without one stays without."""
-    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
-    model[1].bias.requires_grad_(False)
-    model(torch.ones(4, 2)).sum().backward()
-    before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    monkeypatch.setattr(trainer, "RANKS", 2)
-    monkeypatch.setattr(trainer.dist, "all_reduce", lambda flat: flat.add_(1))
-    trainer.average_gradients(model)
-    for p, grad in zip(model.parameters(), before):
-        assert p.grad is None if grad is None else torch.equal(p.grad, (grad + 1) / 2)
+def one_plain_step(i=0, accum=4, wrap=lambda run: None):
+    """A step of gradient descent, without clipping, on the batches i, i + 1, ... of eight windows: its weights."""
+    batches = list(zip(*(x.chunk(4) for x in eight_windows())))[i::4 // accum]
+    run = tiny_run(batches, grad_accum=accum, grad_clip=0.0, warmup=0.0, lr=1.0, seed=i, target="lm_head")
+    wrap(run)
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=1.0)
+    trainer.optimizer_step(run)
+    return run.model.state_dict()
 
 
-def test_ranks_that_begin_with_other_weights_are_refused(home, monkeypatch):
-    monkeypatch.chdir(home)
-    monkeypatch.setattr(trainer, "of_all_ranks", lambda x: [x, [*x[:-1], x[-1] + 1]])
-    code, message = call("train", f"{SMALL} --out_dir out/other")
-    assert code == 1 and "begin with different weights" in message
+def one_rank_of_a_plain_step():
+    def wrap(run):
+        run.net = DistributedDataParallel(run.net)
+
+    trainer.dist.init_process_group("gloo")
+    torch.save(one_plain_step(trainer.RANK, 2, wrap), f"weights{trainer.RANK}.pt")
+    return 0, ""
+
+
+def two_ranks_make_a_plain_step():
+    assert ended(start_ranks(one_rank_of_a_plain_step)) == ([0, 0], ANY)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_gradients_are_the_mean_over_all_ranks_and_batches(home):
+    """AdamW hardly sees a factor, so this is gradient descent: each of two ranks with two batches steps as one process
+    does with those four. Both begin with rank 0's weights, whatever their own were."""
+    run_alone(two_ranks_make_a_plain_step, home)
+    expected = one_plain_step()
+    for rank in range(2):
+        for name, tensor in torch.load(home / f"weights{rank}.pt", weights_only=True).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+    before = tiny_run(target="lm_head").model.state_dict()
+    assert max((before[name] - tensor).abs().max() for name, tensor in expected.items()) > 0.1
+    assert not torch.equal(tiny_run(seed=1).model.lm_head.weight, before["lm_head.weight"])
 
 
 def test_only_a_rank_that_is_gone_gets_one_line(monkeypatch):
