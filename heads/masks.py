@@ -87,6 +87,12 @@ class Model(GPT):
         config = replace(self.config, block_size=self.config.block_size + n * (n - 1))
         return KVCache(config, B, self.dtype, self.device)
 
+    def hidden(self, idx, cache=None, places=None, mask=None):
+        if places is not None:
+            raise BadInput(f"head {self.config.head} has masks at places of its own, so it takes one "
+                           "text at a time, in its order; take --mode speculative or plain")
+        return super().hidden(idx, cache)
+
     def through_blocks(self, x, cache, mask):
         if isinstance(cache, Kept):  # tokens alone: `loss` says where the masks are
             return super().through_blocks(x, cache, mask)
