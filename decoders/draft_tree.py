@@ -28,6 +28,7 @@ from decode import Sampling, all_finite, check_finite, draw_next, stream, verify
 from decoders.batched import RowCache, check_head, fill, mask_of
 from decoders.coupled import Coupled
 from heads.circuits import Circuit
+from heads.few_tokens import FewTokens
 from heads.sequential import Prefixes, Sequential
 from model import BadInput
 
@@ -79,11 +80,27 @@ class Alike:
         pass
 
 
+class Few:
+    """Rows of all tokens, of a head that drafts some of them alone: see `FewTokens`."""
+
+    def __init__(self, head, prefixes, unembed):
+        self.head, self.prefixes, self.unembed = head, prefixes, unembed
+
+    def row(self, x):
+        numbers, self.prefixes.unembed = self.head.numbered(x.unsqueeze(1), self.unembed)
+        return self.head.whole(self.prefixes.row(numbers.squeeze(1)), len(self.unembed), -torch.inf)
+
+    def follow(self, rows):
+        self.prefixes.follow(rows)
+
+
 def prefixes_of(head, e, unembed, depth):
     """What gives the rows of a tree of this depth at e (1, C)."""
     if isinstance(head, Sequential):
-        return Prefixes(head, e, unembed)
-    return (Alike if head.rank == 1 else Apart)(head, e, unembed, depth)
+        prefixes = Prefixes(head, e, unembed)
+    else:
+        prefixes = (Alike if head.rank == 1 else Apart)(head, e, unembed, depth)
+    return Few(head, prefixes, unembed) if isinstance(head, FewTokens) else prefixes
 
 
 # -----------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from decoders import draft_tree as tree
 from decoders.coupled import Coupled
 from decoders.draft_tree import TreeCache, draft_tree
 from decoders.draft_tree import generate as generate_tree
-from model import BadInput
+from heads.few_tokens import few_tokens
+from model import BadInput, head_class
 
 
 # -----------------------------------------------------------------------------
@@ -27,7 +28,7 @@ def paths(found):
 
 def state_of(model):
     """What the head sees after some tokens, (1, C)."""
-    return model.split(model.hidden(torch.tensor([[1, 3, 0]])))[1][:, -1].detach()
+    return model.split(model.hidden(torch.tensor([[1, 2, 0]])))[1][:, -1].detach()
 
 
 def row_after(model, e, path):
@@ -167,6 +168,25 @@ def test_leaves_follow_the_samplers_settings(options, half_are_leaves, monkeypat
 def test_leaves_are_tokens_whatever_the_padding_has(half_are_leaves, monkeypatch):
     model = tiny_model(target="lm_head", **SMALL[0] | dict(vocab_size=5, n_token=3))
     assert distance(model, 2, 2, monkeypatch) < 1e-12
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("head", ["cp", "chain", "recurrent", "medusa"])
+def test_heads_of_few_tokens_have_trees(head, rank, monkeypatch):
+    """Of a draft vocabulary the nodes are tokens of it, and the text is the target's: by enumeration,
+    with leaves, and token for token."""
+    monkeypatch.setattr(tree, "LEAVES", 0.5)
+    model = tiny_model(target="lm_head", head=head, **SMALL[0] | dict(rank=rank))
+    few = few_tokens(head_class(head), 2)(model.config).double().eval()
+    model.head = few.requires_grad_(False)
+    for p in few.parameters():
+        p += 0.5 * torch.randn_like(p)
+    few.choose_drafts(torch.tensor([2, 0]), model.unembed.detach())
+    found = draft_tree(model, state_of(model), torch.tensor([1]), 2, 1)
+    assert sorted(found.tokens.tolist()[1:]) == [0, 2]
+    assert distance(model, 2, 2, monkeypatch) < 1e-12
+    expected = list(generate_oracle(model, [0, 1], 20, sampler=Greedy()))
+    assert list(generate_tree(model, [0, 1], 20, 4, sampler=Greedy())) == expected
 
 
 def distance(model, n_nodes, length, monkeypatch, **options):
