@@ -10,12 +10,14 @@ import pytest
 import torch
 from test_cp_head import HEADS, heads, tiny_model
 from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_py
 from bench_speculative import Bench, Laps, Mode, distinct, print_card, print_table
 from common import from_checkpoint
 from decode import Greedy, Sampling, Stats, generate, generate_plain
+from decoders.coupled import Coupled
 from experiments import bench_training
 from experiments.peers import add_beside, add_captured, add_transformers, add_trees, check_same_target, to_transformers
 from heads import full, masks, medusa
@@ -110,6 +112,84 @@ def test_it_finds_where_texts_part():
     part = bench.first_difference({"plain": [[0, 1, 2], [3, 1, 1]], "speculative": [[0, 1, 2], [3, 2, 1]]})
     logits = model(torch.tensor([[2, 3]]))[0, -1].sort().values
     assert (part["prompt"], part["token"]) == (1, 1) and part["logit_gap"] == (logits[-1] - logits[-2]).item()
+
+
+# -----------------------------------------------------------------------------
+# a step waits for the device once
+
+
+WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__")
+SIZED_BY_DATA = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique",
+                 "unique", "repeat_interleave.Tensor")
+
+
+class Waits(TorchDispatchMode):
+    """Counts, within the block, what makes Python wait for a GPU: values that become Python's, and operators whose
+    result has a size that depends on values. Of nested ones, the outermost counts."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.n, self.inside = 0, False
+        for name in WAITS:
+            monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
+
+    def counted(self, method):
+        def call(*args, **options):
+            if self.inside:
+                return method(*args, **options)
+            self.n, self.inside = self.n + 1, True
+            try:
+                return method(*args, **options)
+            finally:
+                self.inside = False
+
+        return call
+
+    def __torch_dispatch__(self, function, types, args=(), options=None):
+        name, options = function.name(), options or {}
+        places = args[1] if name.startswith(("aten::index.", "aten::index_put")) else ()
+        waits = any(x is not None and x.dtype == torch.bool for x in places)  # a mask as index
+        waits |= name.startswith(tuple(f"aten::{op}" for op in SIZED_BY_DATA)) and "output_size" not in options
+        return (self.counted(function) if waits else function)(*args, **options)
+
+
+def waits_of(monkeypatch, decoder, model, sampler):
+    """(how often a decoder waits, its forward passes) for a text within one window."""
+    stats = Stats()
+    with monkeypatch.context() as patch, Waits(patch) as waits:
+        text = list(decoder(model, [1, 2], 25, sampler=sampler, stats=stats))
+    assert len(text) == 25
+    return waits.n, stats.steps + 1  # the prefill
+
+
+@heads
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_step_waits_for_the_device_once(head, rank, monkeypatch):
+    """For its tokens, whatever head drafts, however they are drawn; mask_linear also looks whether there is anything to
+    draft from. Guards a GPU that idles while Python looks at its numbers one by one."""
+    model = tiny_model(head=head, rank=rank, target="lm_head", block_size=64, n_future=4)
+    for sampler in (Sampling(), Sampling(0.7, top_k=3, top_p=0.9), Greedy()):
+        for decoder in (generate, generate_plain):
+            n, passes = waits_of(monkeypatch, decoder, model, sampler)
+            assert n == passes + (passes - 1 if head == "mask_linear" and decoder is generate else 0)
+
+
+def test_waits_are_counted(monkeypatch):
+    """Negative controls: coupled noise looks at each number that it accepts; and every way to wait that is named."""
+    n, passes = waits_of(monkeypatch, generate, tiny_model(block_size=64), Coupled(0))
+    assert n == 2 * passes - 1
+    x = torch.tensor([1.0])
+    ways = (lambda: x.item(), lambda: x.tolist(), lambda: x.cpu(), lambda: bool(x), lambda: int(x), lambda: float(x),
+            lambda: [0, 1, 2][x.long()], lambda: x[x > 0], lambda: x.nonzero(), lambda: torch.equal(x, x),
+            lambda: 1.0 in x, lambda: x.numpy(), lambda: x.masked_select(x > 0), lambda: torch.unique(x),
+            lambda: x.repeat_interleave(torch.tensor([2])))
+    for way in ways:
+        with monkeypatch.context() as patch, Waits(patch) as waits:
+            way()
+        assert waits.n >= 1
+    with monkeypatch.context() as patch, Waits(patch) as waits:
+        x[:1].clamp(0)[torch.zeros(1, dtype=torch.long)].where(x > 0, x)
+    assert waits.n == 0
 
 
 # -----------------------------------------------------------------------------
