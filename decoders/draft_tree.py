@@ -83,12 +83,11 @@ class Alike:
 class Few:
     """Rows of all tokens, of a head that drafts some of them alone: see `FewTokens`."""
 
-    def __init__(self, head, prefixes, unembed):
-        self.head, self.prefixes, self.unembed = head, prefixes, unembed
+    def __init__(self, head, prefixes, V):
+        self.head, self.prefixes, self.V = head, prefixes, V
 
     def row(self, x):
-        numbers, self.prefixes.unembed = self.head.numbered(x.unsqueeze(1), self.unembed)
-        return self.head.whole(self.prefixes.row(numbers.squeeze(1)), len(self.unembed), -torch.inf)
+        return self.head.whole(self.prefixes.row(self.head.numbered(x)), self.V, -torch.inf)
 
     def follow(self, rows):
         self.prefixes.follow(rows)
@@ -100,7 +99,7 @@ def prefixes_of(head, e, unembed, depth):
         prefixes = Prefixes(head, e, unembed)
     else:
         prefixes = (Alike if head.rank == 1 else Apart)(head, e, unembed, depth)
-    return Few(head, prefixes, unembed) if isinstance(head, FewTokens) else prefixes
+    return Few(head, prefixes, len(unembed)) if isinstance(head, FewTokens) else prefixes
 
 
 # -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from torch.nn import functional as F
 
 from decode import Greedy, Sampling
 from heads.sequential import Sequential
@@ -44,13 +45,15 @@ class FewTokens:
         place = torch.searchsorted(self.draft_ids, tokens.contiguous()).clamp_max(self.K - 1)
         return place, self.draft_ids[place] == tokens
 
-    def numbered(self, tokens, unembed):
-        """tokens (N, k) and W in the numbers of this head: the K tokens are 0..K - 1, and after their
-        rows come those of the tokens given, for those that are not among the K."""
+    def numbered(self, tokens):
+        """Tokens (...) in the numbers of this head: the K tokens are 0..K - 1, any other is K + its id."""
         place, inside = self.places(tokens)
-        others = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
-        rows = torch.cat((self.draft_rows, unembed[tokens.flatten()]))  # (K + N k, C)
-        return torch.where(inside, place, self.K + others), rows
+        return torch.where(inside, place, self.K + tokens)
+
+    def embed(self, x, unembed):
+        """Heads that see the tokens before their own see all of them, in these numbers."""
+        tokens = torch.where(x < self.K, self.draft_ids[x.clamp_max(self.K - 1)], x - self.K)
+        return F.embedding(tokens, unembed)
 
     def logits(self, h, unembed):
         return super().logits(h, self.draft_rows)
@@ -61,8 +64,8 @@ class FewTokens:
 
     def gold_log_probs(self, e, gold, unembed):
         place, inside = self.places(gold)
-        if isinstance(self, Sequential):  # its factors see all tokens, also those it does not draft
-            h = self.vectors_along(e, gold[:, :-1], unembed)  # (N, n, r, C)
+        if isinstance(self, Sequential):
+            h = self.vectors_along(e, self.numbered(gold[:, :-1]), unembed)  # (N, n, r, C)
             log_p = gold_log_prob(h, self.draft_rows, place.unsqueeze(-1))
         else:
             log_p = super().gold_log_probs(e, place, self.draft_rows)
@@ -70,13 +73,12 @@ class FewTokens:
 
     def rows(self, e, tokens, unembed):
         """As in `CPHead`, over the K tokens: -> (N, k, K)."""
-        return super().rows(e, *self.numbered(tokens, unembed))
+        return super().rows(e, self.numbered(tokens), unembed)
 
     def draft(self, e, x1, n_drafts, sampler, unembed):
         """As in `CPHead`: the drafts (B, k) are tokens, and q (B, k, V) has a place for all of them."""
-        first, rows = self.numbered(x1.unsqueeze(1), unembed)
         few = sampler if type(sampler) in (Sampling, Greedy) else WholeRows(self, sampler, len(unembed))
-        x, q = super().draft(e, first.squeeze(1), n_drafts, few, rows)
+        x, q = super().draft(e, self.numbered(x1), n_drafts, few, unembed)
         return self.draft_ids[x], None if q is None else self.whole(q, len(unembed), 0.0)
 
     def whole(self, rows, V, value):

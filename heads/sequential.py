@@ -14,11 +14,15 @@ class Sequential(CPHead):
                                    the token before, None where s = 1
     """
 
+    def embed(self, x, unembed):
+        """The rows of W of tokens x (...) -> (..., C)."""
+        return F.embedding(x, unembed)
+
     def vectors_along(self, e, tokens, unembed):
         h, state = self.advance(self.start(e), 1, None)
         found = [h]
         for s, x in enumerate(tokens.unbind(1), 2):
-            h, state = self.advance(state, s, F.embedding(x, unembed))
+            h, state = self.advance(state, s, self.embed(x, unembed))
             found.append(h)
         return torch.stack(found, 1)  # (N, k + 1, r, C)
 
@@ -49,7 +53,8 @@ class Prefixes:
     def row(self, x):
         """Tokens x (B,) stand at the place s: -> log q_{s+1} (B, V), up to a constant."""
         self.s += 1
-        h, self.state = self.head.advance(self.state, self.s, F.embedding(x, self.unembed))
+        row = self.head.embed(x, self.unembed)  # (B, C)
+        h, self.state = self.head.advance(self.state, self.s, row)
         logits = self.head.logits(h, self.unembed)  # (B, r, V)
         if self.head.rank == 1:
             return logits.squeeze(1)
