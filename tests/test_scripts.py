@@ -316,6 +316,7 @@ def documents():
 
 
 @pytest.mark.parametrize("script", ["prepare_tinystories", "train", "sample", "bench_speculative", "decoders.batched",
+                                    "pretrained.nanogpt", "pretrained.train",
                                     "pretrained.generate", "experiments.bench_training", "experiments.plots",
                                     "experiments.peers", "experiments.reproduce"])
 def test_help_knows_every_flag_that_the_documents_use(script, monkeypatch, capsys):

@@ -167,6 +167,7 @@ def test_every_head_trains_within_distributed_data_parallel(head, rank, target, 
             run.net(idx, gold)[0].backward()
             assert all(p.grad is not None for p in run.model.parameters() if p.requires_grad)
             run.optimizer.zero_grad()
+        torch.manual_seed(1)  # masks draw the order of their places
         for _ in range(3):
             trainer.optimizer_step(run)
         steps.append(run.model.state_dict())
