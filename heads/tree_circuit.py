@@ -4,6 +4,7 @@
 import torch
 
 from heads.circuits import Circuit, Transitions, move
+from model import widen
 
 
 class Head(Circuit):
@@ -43,9 +44,11 @@ class Head(Circuit):
         return log_b + self.below(node, log_T, seen)
 
     def log_marginal(self, e, unembed):
-        log_b = self.prefix(self.log_weights(e), self.transitions(e), e.new_zeros(*e.shape[:-1], 0, self.rank))
-        log_P = self.logits(self.vectors(e, slice(1)), unembed).log_softmax(-1).squeeze(-3)  # (..., r, V)
-        return torch.logsumexp(log_b.unsqueeze(-1) + log_P, dim=-2)
+        shape, e = e.shape[:-1], e.reshape(-1, e.size(-1))
+        nothing = widen(e.new_zeros(len(e), 0, self.rank))  # is seen
+        log_b = self.prefix(self.log_weights(e), self.transitions(e), nothing)  # (N, r)
+        log_P = self.logits(self.vectors(e, slice(1)), unembed).log_softmax(-1).squeeze(1)  # (N, r, V)
+        return torch.logsumexp(log_b.unsqueeze(-1) + log_P, dim=1).view(*shape, -1)
 
     def path(self, log_w, log_T, seen, k, pick):
         """From the root down: a node's component is drawn given its parent's, and x_1 below it."""
