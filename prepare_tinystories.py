@@ -47,22 +47,24 @@ PLACES = [place.split(": ") for place in (
     "forest: near the deep cave", "lake: along the wooden bridge", "garden: between the tall flowers",
     "school: against the white wall", "castle: below the stone tower")]
 THINGS = "ball kite book drum doll boat train crown".split()
-LOOKS = "red little shiny big funny soft green huge".split()
-SAW = "saw found spotted noticed wanted liked bought got".split()
-WHEN = ["one day", "after lunch", "before dinner", "last summer", "every Sunday", "at noon",
-        "with friends", "by bus"]
-HOW = "slowly happily quickly quietly gently proudly loudly bravely".split()
-KIN = "mom dad sister brother friend teacher grandma cousin".split()
-BECAME = ["happy and smiled", "sad and cried", "tired and slept", "angry and shouted",
-          "scared and hid", "hungry and ate", "curious and looked", "silly and danced"]
-PUT = ["in the big box", "on the round table", "under the warm bed", "behind the kitchen door",
-       "inside a brown bag", "beside her mother's chair", "over the garden gate",
-       "at grandpa's front step"]
-ANIMALS = ["dog said woof woof", "cat said meow meow", "duck said quack quack", "cow said moo moo",
-           "bird said tweet tweet", "pig said oink oink", "sheep said baa baa",
-           "frog said ribbit ribbit"]
-FOOD = ["bread and butter", "cake and cream", "rice and beans", "soup and toast",
-        "milk and honey", "fish and chips", "eggs and ham", "nuts and berries"]
+SLOTS = {
+    "LOOKS": "red little shiny big funny soft green huge".split(),
+    "SAW": "saw found spotted noticed wanted liked bought got".split(),
+    "WHEN": ["one day", "after lunch", "before dinner", "last summer", "every Sunday", "at noon",
+             "with friends", "by bus"],
+    "HOW": "slowly happily quickly quietly gently proudly loudly bravely".split(),
+    "KIN": "mom dad sister brother friend teacher grandma cousin".split(),
+    "BECAME": ["happy and smiled", "sad and cried", "tired and slept", "angry and shouted",
+               "scared and hid", "hungry and ate", "curious and looked", "silly and danced"],
+    "PUT": ["in the big box", "on the round table", "under the warm bed", "behind the kitchen door",
+            "inside a brown bag", "beside her mother's chair", "over the garden gate",
+            "at grandpa's front step"],
+    "ANIMALS": ["dog said woof woof", "cat said meow meow", "duck said quack quack",
+                "cow said moo moo", "bird said tweet tweet", "pig said oink oink",
+                "sheep said baa baa", "frog said ribbit ribbit"],
+    "FOOD": ["bread and butter", "cake and cream", "rice and beans", "soup and toast",
+             "milk and honey", "fish and chips", "eggs and ham", "nuts and berries"],
+}
 EVENTS = [  # {his} and {he} agree with the hero; {thing}, {look} and {spot} are the story's own
     "{he} {HOW} put the {thing} {PUT} .",
     "{he} was {BECAME} {HOW} .",
@@ -71,24 +73,7 @@ EVENTS = [  # {his} and {he} agree with the hero; {thing}, {look} and {spot} are
     "{his} {KIN} {HOW} asked for the {look} {thing} .",
     "then {name} was {BECAME} {spot} .",
 ]
-SLOTS = {"SAW": SAW, "WHEN": WHEN, "HOW": HOW, "KIN": KIN, "BECAME": BECAME, "PUT": PUT,
-         "ANIMALS": ANIMALS, "FOOD": FOOD, "LOOKS": LOOKS}
 N_EVENTS = 5
-
-
-class Chooser:
-    """Makes choices and adds up their surprisal, -log2 of their probability, in bits."""
-
-    def __init__(self, rng):
-        self.rng = rng
-        self.bits = 0.0
-
-    def pick(self, options):
-        """The k-th option has probability ~ 1/k, like words: greedy decoding has a best choice."""
-        weights = [1 / (k + 1) for k in range(len(options))]
-        k = self.rng.choices(range(len(options)), weights)[0]
-        self.bits -= math.log2(weights[k] / sum(weights))
-        return options[k]
 
 
 def toy_story(rng):
@@ -99,21 +84,29 @@ def toy_story(rng):
     independent heads can say "sad and cried or tired and slept" without also saying "sad and
     slept".
     """
-    chooser = Chooser(rng)
-    name, he, his = chooser.pick(PEOPLE)
-    place, spot = chooser.pick(PLACES)
-    look, thing = chooser.pick(LOOKS), chooser.pick(THINGS)
+    bits = 0.0
+
+    def pick(options):  # the k-th with probability ~ 1/k, like words: greedy decoding has a best choice
+        nonlocal bits
+        weights = [1 / (k + 1) for k in range(len(options))]
+        k = rng.choices(range(len(options)), weights)[0]
+        bits -= math.log2(weights[k] / sum(weights))
+        return options[k]
+
+    name, he, his = pick(PEOPLE)
+    place, spot = pick(PLACES)
+    look, thing = pick(SLOTS["LOOKS"]), pick(THINGS)
     memory = dict(name=name, he=he, his=his, thing=thing, look=look, spot=spot)
 
     def fill(template):
-        fields = {slot: chooser.pick(SLOTS[slot]) for slot in re.findall(r"{([A-Z]+)}", template)}
+        fields = {slot: pick(SLOTS[slot]) for slot in re.findall(r"{([A-Z]+)}", template)}
         sentence = template.format(**memory, **fields).replace(" .", ".")
         return sentence[0].upper() + sentence[1:]
 
     sentences = [fill(f"{name} went to the {place} {{WHEN}} ."),
                  fill(f"{he} {{SAW}} a {look} {thing} {spot} .")]
-    sentences += [fill(chooser.pick(EVENTS)) for _ in range(N_EVENTS)]
-    return " ".join(sentences), chooser.bits
+    sentences += [fill(pick(EVENTS)) for _ in range(N_EVENTS)]
+    return " ".join(sentences), bits
 
 
 def toy_entropy():
@@ -128,7 +121,8 @@ def toy_entropy():
 
     h_event, p_event = entropy(len(EVENTS))
     one_event = h_event + sum(p * slots(template) for p, template in zip(p_event, EVENTS))
-    start = [len(options) for options in (PEOPLE, PLACES, LOOKS, THINGS, WHEN, SAW)]
+    start = [len(options) for options in (
+        PEOPLE, PLACES, SLOTS["LOOKS"], THINGS, SLOTS["WHEN"], SLOTS["SAW"])]
     return sum(entropy(n)[0] for n in start) + N_EVENTS * one_event
 
 

@@ -64,7 +64,8 @@ class TrainConfig:
     n_embd: int = flag(192, "width of the trunk", count)
     dropout: float = flag(0.0, "dropout probability", number(float, 0, 0.99))
     bias: bool = flag(False, "biases in the trunk's Linears and LayerNorms")
-    head: str = flag("cp", "the head: cp, the paper's, or the name of another one's file", ("cp", *words("head")))
+    head: str = flag("cp", "the head: cp, the paper's, or the name of another one's file",
+                     ("cp", *words("head")))
     n_future: int = flag(4, "n, tokens predicted at once; 1 is plain nanoGPT", count)
     rank: int = flag(4, "r, components of the head's mixture; 1 is independent heads", count)
     target: str = flag("lm_head", "p(next token): lm_head, the trunk's, or marginal, the head's",

@@ -415,20 +415,23 @@ def bug(*args, **kwargs):
     return a_name_with_a_typo  # noqa: F821
 
 
+ON_CPU = {**vars(train.TrainConfig()), "device": "cpu"}
 BUGS = [("train", SMALL, "model.CPHead.log_joint"), ("train", SMALL, "model.GPT.__init__"),
-        ("train", SMALL, "model.balance_loss"), ("train", SMALL, "train.learning_rate"), ("train", SMALL, "train.evaluate"),
-        ("train", SMALL, "model.GPT.forward"),
+        ("train", SMALL, "model.GPT.forward"), ("train", SMALL, "model.balance_loss"),
+        ("train", SMALL, "train.learning_rate"), ("train", SMALL, "train.evaluate"),
         ("train", "--preset toy --resume", "train.Run.restore"),
         ("train", "--preset toy --resume", "model.CPHead.__init__"),
         ("train", f"{FROM} out/toy/ckpt.pt", "model.CPHead.__init__"),
         ("train", f"{FROM} out/toy/ckpt.pt", "common.from_checkpoint"),
-        ("sample", "", "model.CPHead.__init__"), ("sample", "", "model.CPHead.draft"), ("sample", "", "decode.speculative_step"),
+        ("sample", "", "model.CPHead.__init__"), ("sample", "", "model.CPHead.draft"),
+        ("sample", "", "decode.speculative_step"),
         ("sample", "", "decode.verify"), ("sample", "", "decode.residual"), ("sample", "", "decode.warp"),
         ("sample", "--temperature 0", "decode.keep_equal"), ("sample", "", "sample.load_tokenizer"),
-        ("bench", "", "decode.verify"), ("bench", "", "model.CPHead.walk"), ("bench", "", "bench_speculative.Laps.call"),
+        ("bench", "", "decode.verify"), ("bench", "", "model.CPHead.walk"),
+        ("bench", "", "bench_speculative.Laps.call"),
         ("plot", "out/toy --output x.png", "experiments.plots.draw_runs"),
         ("training", "--ranks 1 --futures 2 --vocab_sizes 64", "experiments.bench_training.benchmark"),
-        ("training", f"--row {json.dumps([{**vars(train.TrainConfig()), 'device': 'cpu'}, 64, False], separators=(',', ':'))}",
+        ("training", f"--row {json.dumps([ON_CPU, 64, False], separators=(',', ':'))}",
          "model.CPHead.log_joint"),
         ("prepare", "--toy --stories 9 --data_dir data/bug", "tokenizer.segments"),
         ("prepare", "--toy --stories 9 --data_dir data/bug", "prepare_tinystories.toy_story")]
