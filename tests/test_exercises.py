@@ -358,34 +358,12 @@ def test_verify_block(answer, monkeypatch):
 # 6. which decoder is wrong?
 
 
-def argmax_draft(head, e, x1, n_drafts, sampler, unembed):
-    """Drafts the most probable token, and says that it was drawn from its row."""
-    x = [x1]
-    for _ in range(n_drafts):
-        rows = head.rows(e, torch.stack(x, 1), unembed).exp()
-        x.append(rows[:, -1].argmax(-1))
-    return torch.stack(x[1:], 1), rows
-
-
-def prior_component(head, e, x1, n_drafts, sampler, unembed):
-    """The component is drawn without x_1, which q knows."""
-    P = head.logits(head.vectors(e, slice(1, n_drafts + 1)), unembed).softmax(-1)  # (1, k, r, V)
-    x = sampler.pick(P[0, :, sampler.pick(head.log_weights(e).exp())[0]]).unsqueeze(0)
-    return x, head.rows(e, torch.cat((x1.unsqueeze(1), x[:, :-1]), 1), unembed).exp()
-
-
-DRAFTS = {"argmax_draft": argmax_draft, "prior_component": prior_component}
-RULES = {"residual_p": shared.residual_p, "residual_without_keep": shared.residual_without_keep}
-
-
 @functools.lru_cache
 def texts_of(wrong):
-    """The distribution of the real decoder's texts, with a bug or None: (texts, probabilities)."""
+    """The distribution of the real decoder's texts, with a bug of test_cp_head.py or None: (texts, probabilities)."""
     model = shared.chi_square_model("full")
-    draft = functools.partial(DRAFTS[wrong], model.head) if wrong in DRAFTS else None
     with pytest.MonkeyPatch.context() as patch:
-        if wrong in RULES:
-            patch.setattr(decode, "residual", RULES[wrong])
+        draft = shared.wrong_draft(wrong, model, patch) if wrong else None
         texts = shared.enumerated(lambda choose: generate(model, [0, 1], 3, draft=draft), patch)
     return list(texts), torch.tensor(list(texts.values()), dtype=torch.float64)
 
@@ -657,18 +635,12 @@ class SaysSharperRows(WithAnMLP):
 
 class DraftsFromThePrior(WithAnMLP):
     def draft(self, *args):
-        return prior_component(self, *args)
+        return shared.prior_component(self, *args)
 
 
 class ForgetsTheDrafts(WithAnMLP):
-    def draft(self, e, x1, n_drafts, sampler, unembed):
-        x, _ = super().draft(e, x1, n_drafts, sampler, unembed)
-        rows = [self.rows(e, x1.unsqueeze(1), unembed)[:, 0].exp()]
-        for s in range(2, n_drafts + 1):  # as if x_1 alone said which component it is
-            P = self.logits(self.vectors(e, slice(s + 1)), unembed).softmax(-1)
-            b = (self.log_weights(e) + self.log_along(P[:, 0], x1)).softmax(-1)
-            rows.append(torch.einsum("br,brv->bv", b, P[:, s]))
-        return x, torch.stack(rows, 1)
+    def draft(self, *args):
+        return shared.stale_posterior(self, *args)
 
 
 class MixesAtEachOffset(WithAnMLP):
