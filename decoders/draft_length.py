@@ -236,5 +236,9 @@ def add_modes(bench, args):
     bench.rows = partial(rows_of, clp, costs, bench.rows)
 
 
+def main():
+    bench_speculative.main(__doc__, add_flags, add_modes)
+
+
 if __name__ == "__main__":
-    run_script(partial(bench_speculative.main, __doc__, add_flags, add_modes))
+    run_script(main)

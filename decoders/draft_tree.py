@@ -312,5 +312,9 @@ def add_modes(bench, args):
         bench.modes[f"tree of {n_nodes}"] = Mode(decoder, bench.model, True, has_parts=False)
 
 
+def main():
+    bench_speculative.main(__doc__, add_flags, add_modes)
+
+
 if __name__ == "__main__":
-    run_script(partial(bench_speculative.main, __doc__, add_flags, add_modes))
+    run_script(main)

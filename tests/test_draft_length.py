@@ -7,19 +7,22 @@ import random
 
 import pytest
 import torch
-from test_cp_head import chi_square_model, counting_model, enumerated, expected_texts, tiny_model, total_variation
+from test_batched import LOOK_BACK
+from test_cp_head import (chi_square_model, counting_model, enumerated, expected_texts, tiny_model,
+                          total_variation)
 from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
 from test_scripts import SMALL, run
 
-from decode import Greedy, Sampling, Stats, draft, generate, generate_speculative
+from decode import Greedy, Sampling, Stats, generate, generate_oracle
 from decoders.coupled import Coupled
-from decoders.draft_length import CLP, Confident, Fixed, agreement, collect, fit, generate_unverified, repetition
+from decoders.draft_length import (CLP, agreement, at_most, collect, confident, fit, fixed,
+                                   generate_unverified, promising, repetition)
 from model import BadInput
 
 
 def random_clp(model, cost=0.2, scale=3.0):
     """A CLP of random weights, as wide as what the head sees."""
-    width = model.head.see(torch.zeros(1, model.config.n_embd).double()).size(-1)
+    width = model.split(model.hidden(torch.tensor([[0]])))[1].size(-1)
     clp = CLP(width, model.config.n_future, cost)
     clp.linear.double()
     torch.nn.init.normal_(clp.linear.weight, std=scale)
@@ -33,62 +36,79 @@ def certain_clp(model, L):
     return clp
 
 
-class ByPrefix(Fixed):
+def by_prefix(head):
     """Ends the drafts by chance, but always alike after the same tokens."""
+    def draft(*args):
+        x, q = head.draft(*args)
+        ends = [random.Random(str(x[0, : k + 1].tolist())).random() < 0.4 for k in range(x.size(1))]
+        k = ends.index(True) + 1 if True in ends else len(ends)
+        return x[:, :k], None if q is None else q[:, :k]
 
-    def stops(self, row, x):
-        return random.Random(str(torch.cat(x).tolist())).random() < 0.4
+    return draft
 
 
-class Scripted(Fixed):
+def scripted(head, lengths):
     """These numbers of drafts, step after step."""
-
-    def __init__(self, lengths):
-        self.lengths = itertools.cycle(lengths)
-
-    def most(self, e):
-        return next(self.lengths)
+    lengths = itertools.cycle(lengths)
+    return lambda *args: at_most(head, next(lengths), *args)
 
 
-POLICIES = {"none": lambda model: Fixed(0), "one": lambda model: Fixed(1), "confident": lambda model: Confident(0.7),
-            "clp": random_clp, "prefix": lambda model: ByPrefix(9)}
+POLICIES = {"none": lambda model: fixed(model.head, 0), "one": lambda model: fixed(model.head, 1),
+            "confident": lambda model: confident(model.head, 0.6),
+            "clp": lambda model: promising(model.head, random_clp(model)),
+            "prefix": lambda model: by_prefix(model.head)}
 policies = pytest.mark.parametrize("policy", POLICIES)
 
 
 @policies
-@pytest.mark.parametrize("head, target", [("cp", "marginal"), ("recurrent", "marginal"),
-                                          ("gloeckle", "lm_head")])
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("head, target, rank", [
+    ("cp", "marginal", 2), ("cp", "marginal", 1), ("chain", "lm_head", 2), ("hmm", "lm_head", 2),
+    ("gloeckle", "lm_head", 1)])
 def test_decoding_is_exact_whatever_chooses_the_length(policy, head, target, rank, monkeypatch):
-    """Every path of the real decoder, to 1e-12, on random models; with those policies that look at something, steps
-    of more than one length occur."""
+    """Every path of the real decoder, to 1e-12, on random models; with those policies that look at
+    something, steps of more than one length occur."""
     seen = set()
     for seed in range(2):
-        model = tiny_model(seed, vocab_size=2, n_future=4, n_layer=1, head=head, target=target, rank=rank)
-        drafter = POLICIES[policy](model)
+        n = 3 if rank == 2 and head != "chain" else 4  # components are drawn, too: more outcomes
+        model = tiny_model(seed, vocab_size=2, n_future=n, n_layer=1, head=head, target=target, rank=rank)
+        draft = POLICIES[policy](model)
 
         def noted(*args):
-            x, q = drafter(*args)
-            seen.add(x.size(1) - 1)
+            x, q = draft(*args)
+            seen.add(x.size(1))
             return x, q
 
-        texts = enumerated(lambda choose: generate_speculative(model, [0, 1], 4, drafter=noted), monkeypatch)
-        assert total_variation(texts, expected_texts(model, [0, 1], 4)) < 1e-12
+        texts = enumerated(lambda choose: generate(model, [0, 1], n, draft=noted), monkeypatch)
+        assert total_variation(texts, expected_texts(model, [0, 1], n)) < 1e-12
     assert seen == {0} if policy == "none" else seen == {1} if policy == "one" else len(seen) > 1
 
 
-def take_back(model, e, token, n_drafts, sampler):
+@pytest.mark.parametrize("options", [dict(temperature=0.7), dict(top_k=2)], ids=str)
+@pytest.mark.parametrize("policy", ["confident", "prefix"])
+def test_cut_windows_are_exact_under_warping(policy, options, monkeypatch):
+    """The walk draws them, and confident looks at rows without the temperature."""
+    model = tiny_model(vocab_size=3, n_future=3, n_layer=1)
+    draft = POLICIES[policy](model)
+    texts = enumerated(lambda choose: generate(model, [0, 1], 3, draft=draft, sampler=Sampling(**options)),
+                       monkeypatch)
+    assert total_variation(texts, expected_texts(model, [0, 1], 3, **options)) < 1e-12
+
+
+def take_back(head):
     """Wrong: throws the last draft away where the head gave it less than half."""
-    x, q = draft(model, e, token, n_drafts, sampler)
-    if n_drafts and q[0, -2, x[0, -1]] < 0.5:
-        return x[:, :-1], torch.cat((q[:, :-2], q[:, -1:]), 1)
-    return x, q
+    def draft(*args):
+        x, q = head.draft(*args)
+        k = x.size(1) - (q[0, -1, x[0, -1]] < 0.5).long().item()
+        return x[:, :k], q[:, :k]
+
+    return draft
 
 
 @pytest.mark.parametrize("head", ["cp", "chain", "recurrent"])
 def test_enumeration_rejects_a_length_that_looks_at_the_draft_it_throws_away(head, monkeypatch):
     model = chi_square_model(head)
-    texts = enumerated(lambda choose: generate_speculative(model, [0, 1], 3, drafter=take_back), monkeypatch)
+    wrong = take_back(model.head)
+    texts = enumerated(lambda choose: generate(model, [0, 1], 3, draft=wrong), monkeypatch)
     assert total_variation(texts, expected_texts(model, [0, 1], 3)) > 0.01
 
 
@@ -99,9 +119,9 @@ def test_greedy_and_coupled_texts_are_the_oracles(policy, seed):
     model = tiny_model(seed, vocab_size=7, n_token=6, n_future=2 + seed, block_size=9, rank=1 + seed % 2,
                        head=("cp", "chain", "recurrent", "cp")[seed])
     for sampler in (Greedy, lambda: Coupled(seed)):
-        expected = list(generate(model, [3, 1], 25, sampler=sampler()))
+        expected = list(generate_oracle(model, [3, 1], 25, sampler=sampler()))
         for length in range(26):
-            text = generate_speculative(model, [3, 1], length, sampler=sampler(), drafter=POLICIES[policy](model))
+            text = generate(model, [3, 1], length, sampler=sampler(), draft=POLICIES[policy](model))
             assert list(text) == expected[:length]
 
 
@@ -110,35 +130,51 @@ def test_every_sequence_of_lengths_writes_the_same_text_and_is_counted(rank):
     """With right heads a step of k drafts writes k + 1 tokens: 3 steps of all 64 kinds; and with random ones the text
     is the oracle's."""
     right, model = counting_model(7, 4, "marginal", rank), tiny_model(3, n_future=4, rank=rank, vocab_size=9)
-    expected = list(generate(model, [1], 16, sampler=Greedy()))
+    expected = list(generate_oracle(model, [1], 16, sampler=Greedy()))
     for lengths in itertools.product(range(4), repeat=3):
-        stats, n_tokens, drafter = Stats(), 1 + sum(lengths) + 3, Scripted(lengths)
-        text = list(generate_speculative(right, [3], n_tokens, sampler=Greedy(), stats=stats, drafter=drafter))
+        stats, n_tokens, draft = Stats(), 1 + sum(lengths) + 3, scripted(right.head, lengths)
+        text = list(generate(right, [3], n_tokens, sampler=Greedy(), stats=stats, draft=draft))
         assert text == [(4 + i) % 7 for i in range(n_tokens)] and stats.steps == 3
         steps = [[*range(1, k + 1), "bonus" if k else "plain"] for k in lengths]
         assert stats.origins == ["plain", *itertools.chain(*steps)]
-        assert list(generate_speculative(model, [1], 16, sampler=Greedy(), drafter=Scripted(lengths))) == expected
+        draft = scripted(model.head, lengths)
+        assert list(generate(model, [1], 16, sampler=Greedy(), draft=draft)) == expected
 
 
-def test_independent_heads_draw_at_once_unless_a_draft_may_be_the_last(monkeypatch):
-    """A length that is known before keeps the one draw; one that is not draws no draft after the last one."""
-    model, sampler, calls = tiny_model(rank=1, n_future=5), Sampling(), []
-    draw = sampler.draw
-    sampler.draw = lambda logits: calls.append(logits.size(-2)) or draw(logits)
-    for policy, expected in ((Fixed(3), [3]), (certain_clp(model, 2), [2]), (Confident(1.0), [1]),
-                             (Confident(0), [1] * 4)):
-        calls.clear()
+@pytest.mark.parametrize("sampler", [Sampling(), Sampling(0.7), Greedy()])
+def test_each_policy_makes_the_drafts_that_it_says(sampler):
+    """fixed and CLP ask the head for no more than they keep; confident cuts after the first place where
+    the product of the rows' largest probabilities is below its threshold."""
+    model = tiny_model(n_future=6, rank=2)
+    e, x1, asked = torch.ones(1, 8).double(), torch.tensor([1]), []
+    draw = model.head.draft
+
+    def noted(e, x1, n_drafts, *rest):
+        asked.append(n_drafts)
+        return draw(e, x1, n_drafts, *rest)
+
+    model.head.draft = noted
+    for policy, expected in ((fixed(model.head, 3), 3), (promising(model.head, certain_clp(model, 2)), 2),
+                             (fixed(model.head, 9), 5)):
         with torch.no_grad():
-            x, q = policy(model, torch.ones(1, 8).double(), torch.tensor([1]), 4, sampler)
-        assert calls == expected and x.size(1) == q.size(1) == sum(expected) + 1 and not q[0, -1].any()
-
-
-def test_confident_stops_by_the_product_of_the_largest_probabilities():
-    """Rows of 0.8 at most: 0.8, 0.64, 0.512; each step begins anew."""
-    policy, row = Confident(0.6), torch.tensor([[0.1, 0.8, 0.1]]).log() + 3
-    for _ in range(2):
-        assert policy.most(None) > 99
-        assert [policy.stops(row, None) for _ in range(3)] == [False, False, True]
+            x, q = policy(e, x1, 5, sampler, model.unembed)
+        assert asked.pop() == x.size(1) == expected and (q is None or q.size(1) == expected)
+    lengths = set()
+    for threshold in (0.0, 0.01, 0.05, 0.1, 0.2, 0.4, 1.0):
+        with torch.no_grad():
+            torch.manual_seed(0)
+            whole, _ = draw(e, x1, 5, sampler, model.unembed)
+            torch.manual_seed(0)
+            x, q = confident(model.head, threshold)(e, x1, 5, sampler, model.unembed)
+            tokens = torch.cat((x1[None], whole[:, :-1]), 1)
+            chance, k = 1.0, 0
+            for row in model.head.rows(e, tokens, model.unembed)[0]:
+                chance, k = chance * row.exp().max().item(), k + 1
+                if chance < threshold:
+                    break
+        assert torch.equal(x, whole[:, :k]) and (q is None or q.size(1) == k)
+        lengths.add(k)
+    assert {1, 5} < lengths
 
 
 @pytest.mark.parametrize("cost", [0.0, 0.1, 0.5, 2.0])
@@ -156,7 +192,15 @@ def test_clp_drafts_what_promises_most_tokens_per_cost(cost):
     assert chosen == {4} if cost == 0 else chosen == {0} if cost > 1 else len(chosen) > 1
 
 
-@pytest.mark.parametrize("head", ["cp", "chain", "recurrent", "gloeckle", "layers"])
+def likeliest(model, e, x1, k):
+    """The head's argmax drafts at e (C,), one by one along its rows."""
+    x = [x1]
+    for _ in range(k):
+        x.append(model.head.rows(e[None], torch.tensor([x]), model.unembed)[0, -1].argmax().item())
+    return x[1:]
+
+
+@pytest.mark.parametrize("head", LOOK_BACK)
 @pytest.mark.parametrize("sampler", [Greedy, lambda: Coupled(5)], ids=["greedy", "sampled"])
 def test_labels_and_states_by_brute_force(head, sampler):
     """Each token of the text: the head's argmax drafts, one by one, beside the oracle's greedy continuation; and the
@@ -165,16 +209,13 @@ def test_labels_and_states_by_brute_force(head, sampler):
     for prompt in ([0, 1], [2], [1, 1, 0]):
         states, labels = collect(model, [prompt], 11, sampler())
         data = iter(zip(states, labels.tolist(), strict=True))
-        text = prompt + list(generate(model, prompt, 12, sampler=sampler()))
+        text = prompt + list(generate_oracle(model, prompt, 12, sampler=sampler()))
         for t in range(len(prompt), min(len(prompt) + 11, 16 - 4 + 1)):  # t tokens are before it, and n follow
-            e = model.head.see(model.hidden(torch.tensor([text[:t]]))[0])[-1]
+            e = model.split(model.hidden(torch.tensor([text[:t]]))[0, -1])[1]
             state, label = next(data)
             torch.testing.assert_close(state, e, rtol=0, atol=1e-12)
-            oracle = list(generate(model, text[: t + 1], 3, sampler=Greedy()))
-            conditionals, x, drafts = model.conditionals(e[None]), torch.tensor(text[t : t + 1]), []
-            for _ in range(3):
-                x = conditionals.next(x).argmax(-1)
-                drafts.append(x.item())
+            oracle = list(generate_oracle(model, text[: t + 1], 3, sampler=Greedy()))
+            drafts = likeliest(model, e, text[t], 3)
             same = [a == b for a, b in zip(drafts, oracle)] + [False]
             assert label == same.index(False)
             labels_seen.add(label)
@@ -206,18 +247,14 @@ def test_fit_finds_the_frequencies(dtype):
 def test_the_lossy_mode_writes_what_the_head_drafts(rank):
     """Greedy: each step L argmax drafts, and one token of the model's own; below tau the text is the model's."""
     model, prompt = tiny_model(3, n_future=4, rank=rank, block_size=32, vocab_size=9, target="lm_head"), [2]
-    tokens = prompt + list(generate(model, prompt, 1, sampler=Greedy()))
+    tokens = prompt + list(generate_oracle(model, prompt, 1, sampler=Greedy()))
     for _ in range(4):
-        e, x = model.hidden(torch.tensor([tokens[:-1]]))[0, -1], torch.tensor(tokens[-1:])
-        conditionals = model.conditionals(e[None])
-        for _ in range(2):
-            x = conditionals.next(x).argmax(-1)
-            tokens.append(x.item())
-        tokens += generate(model, tokens, 1, sampler=Greedy())
+        tokens += likeliest(model, model.hidden(torch.tensor([tokens[:-1]]))[0, -1], tokens[-1], 2)
+        tokens += generate_oracle(model, tokens, 1, sampler=Greedy())
     stats, expected, clp = Stats(), tokens[1:], certain_clp(model, 2)
     lossy = list(generate_unverified(model, prompt, 13, clp, 0.9, sampler=Greedy(), stats=stats))
     assert lossy == expected and stats.tokens_per_step == 3
-    plain = list(generate(model, prompt, 13, sampler=Greedy()))
+    plain = list(generate_oracle(model, prompt, 13, sampler=Greedy()))
     assert lossy != plain  # it is lossy here
     clp.linear.bias.data.zero_()  # sure of nothing
     assert list(generate_unverified(model, prompt, 13, clp, 0.9, sampler=Greedy())) == plain
@@ -243,10 +280,10 @@ def test_repetition_and_agreement_of_known_texts():
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (lambda model, clp: Fixed(-1), "whole number of at least 0, not -1"),
-    (lambda model, clp: Fixed(1.5), "not 1.5"),
-    (lambda model, clp: Confident(1.5), "threshold must be at least 0 and at most 1, not 1.5"),
-    (lambda model, clp: Confident(float("nan")), "not nan"),
+    (lambda model, clp: fixed(model.head, -1), "whole number of at least 0, not -1"),
+    (lambda model, clp: fixed(model.head, 1.5), "not 1.5"),
+    (lambda model, clp: confident(model.head, 1.5), "threshold must be at least 0 and at most 1, not 1.5"),
+    (lambda model, clp: confident(model.head, float("nan")), "not nan"),
     (lambda model, clp: generate_unverified(model, [1], 2, clp, 0), "tau must be above 0"),
     (lambda model, clp: generate_unverified(model, [1], 2, clp, 1.1), "at most 1, not 1.1"),
     (lambda model, clp: generate_unverified(tiny_model(n_future=1), [1], 2, clp, 0.5), "no head to draft from"),
@@ -264,7 +301,7 @@ def test_the_script_end_to_end(tmp_path, monkeypatch, capsys):
     """All modes in one JSON object; the lossless ones write the text of plain decoding. What cannot be is one line."""
     run(tmp_path, "prepare_tinystories.py", "--toy", "--stories", 300)
     run(tmp_path, "train.py", "--preset", "toy", "--rank", 2, *SMALL)
-    out = run(tmp_path, "decoders.draft_length", "--rounds", 1, "--max_new_tokens", 8, "--fit_texts", 1, "--lengths", 2, 7,
+    out = run(tmp_path, "decoders.draft_length", "--rounds", 5, "--max_new_tokens", 8, "--fit_texts", 1, "--lengths", 2, 7,
               "--thresholds", 0.2, "--taus", 0.1)
     result = json.loads(out.splitlines()[-1])
     names = ["plain", "speculative", "fixed 2", "confident 0.2", "CLP", "LOSSY 0.1"]
