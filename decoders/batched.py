@@ -81,7 +81,7 @@ class RowCache:
 
 
 def hidden_of_rows(model, x, cache, rows=slice(None)):
-    """`GPT.hidden` of the tokens x (B', T) that follow those of some rows of a RowCache: (B', T, C)."""
+    """`GPT.hidden` of tokens x (B', T) that follow those of some rows of a RowCache: (B', T, C)."""
     places = cache.begin(x.size(1), x.device, rows)
     return model.hidden(x, cache, places, mask_of(visible(places, cache.reach), model.dtype))
 
@@ -93,12 +93,12 @@ def visible(places, n):
 
 
 def mask_of(seen, dtype):
-    """What attention adds, once for all layers: 0 where a token is seen, else a number near -inf."""
+    """What attention adds, once for all layers: 0 where a token is seen, else almost -inf."""
     return seen.to(dtype).sub(1).mul(torch.finfo(dtype).max)
 
 
 def fill(model, cache, row, window):
-    """Compute a row's cache from its window (1, T), by itself and so without padding: -> (1, T, C)."""
+    """Compute a row's cache from its window (1, T), by itself, without padding: -> (1, T, C)."""
     cache.length[row] = 0
     hidden = hidden_of_rows(model, window, cache, slice(row, row + 1))
     cache.length[row] = window.size(1)
@@ -152,10 +152,14 @@ class EachItsOwn:
 
     def draft(self, draft, e, x1, n_drafts, sampler, unembed):
         """Rows that draw a window at once, and those that go token by token, each as by itself."""
-        groups = [[i for i, own in enumerate(self.samplers) if own.plain == plain] for plain in (True, False)]
-        found = [draft(e[rows], x1[rows], n_drafts, EachItsOwn([self.samplers[i] for i in rows]), unembed)
-                 for rows in groups if rows]
-        back = torch.tensor(sum(groups, []), device=e.device).argsort()
+        order, found = [], []
+        for plain in (True, False):
+            rows = [i for i, own in enumerate(self.samplers) if own.plain == plain]
+            if rows:
+                own = EachItsOwn([self.samplers[i] for i in rows])
+                found.append(draft(e[rows], x1[rows], n_drafts, own, unembed))
+                order += rows
+        back = torch.tensor(order, device=e.device).argsort()
         return tuple(torch.cat(parts)[back] for parts in zip(*found))
 
 
@@ -241,7 +245,8 @@ def check_head(model):
         raise BadInput("n_future = 1: there is no head to draft from; decode plainly")
 
 
-def generate_plain_batch(model, prompts, max_new_tokens, *, samplers=None, stop_token=None, stats=None):
+def generate_plain_batch(model, prompts, max_new_tokens, *, samplers=None, stop_token=None,
+                         stats=None):
     """Plain decoding of B prompts, lists of ids, one token of each per forward pass: -> B texts.
 
     samplers: one that all rows draw from in turn, or a list of B; with a generator of its own, a

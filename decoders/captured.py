@@ -30,9 +30,9 @@ NUMBERS = 4  # random ones that a step may take for each place
 
 
 class FixedCache(RowCache):
-    """A RowCache of one text whose length is on the device, too, and of which every pass looks at all
-    places: those past the length are masked. replay: what does a step with all its drafts, once it
-    is recorded."""
+    """A RowCache of one text whose length is on the device, too, and of which every pass looks at
+    all places: those past the length are masked. replay: what does a step with all its drafts, once
+    it is recorded."""
 
     def __init__(self, room, device):
         super().__init__(1, room)
@@ -60,14 +60,16 @@ class Captured:
     def __init__(self, model, sampler=None, speculative=True, compile=False):
         sampler = Sampling() if sampler is None else sampler
         if type(sampler) not in (Greedy, Sampling):
-            raise BadInput(f"captured steps draw by Sampling or Greedy, not by {type(sampler).__name__}, "
-                           "whose random numbers or state they do not know; take --mode speculative")
+            raise BadInput("captured steps draw by Sampling or Greedy, not by "
+                           f"{type(sampler).__name__}, whose random numbers or state they do not "
+                           "know; take --mode speculative")
         if speculative:
             check_head(model)
         if compile:
             check_compiler(model.device)
         self.model, self.compile = model, compile
-        self.draft, self.most = (model.head.draft, model.config.n_future - 1) if speculative else (None, 0)
+        self.draft = model.head.draft if speculative else None
+        self.most = model.config.n_future - 1 if speculative else 0
         self.sampler, self.generator = copy.copy(sampler), sampler.generator
         self.sampler.uniform = self.take  # a generator's numbers cannot be drawn within a recording
         wide = torch.float32 if model.device.type == "mps" else torch.float64
@@ -79,24 +81,23 @@ class Captured:
         """A text, as the decoders of decode.py yield it. generator: in the place of the sampler's.
         Options: see `stream`, but for the sampler."""
         blocks = partial(self.blocks, generator=generator or self.generator)
-        return stream(lambda model, tokens, _: blocks(tokens), self.model, prompt, max_new_tokens, **options)
+        return stream(blocks, self.model, prompt, max_new_tokens, **options)
 
-    def blocks(self, tokens, generator):
+    def blocks(self, model, tokens, unused, generator):
         self.n_texts += 1
-        own, block_size = self.n_texts, self.model.config.block_size
-        cache, hidden = self.begin(window_ids(tokens, self.model))
+        own, block_size = self.n_texts, model.config.block_size
+        cache, hidden = self.begin(window_ids(tokens, model))
         self.draw_numbers(generator)
-        token = draw_next(self.model, hidden, self.sampler, tokens)
+        token = draw_next(model, hidden, self.sampler, tokens)
         self.token = token.clone() if self.token is None else self.token.copy_(token)
         yield tokens[-1:], None
         while True:
             if own != self.n_texts:
-                raise BadInput("another text has begun in the same Captured, which holds the state of one")
-            length = cache.length[0]
-            if length == block_size or (cache.room < block_size and length + self.most >= cache.room):
-                cache, _ = self.begin(window_ids(tokens, self.model)[:, :-1])  # but the pending token
-                length = cache.length[0]
-            n_drafts = min(self.most, cache.room - length - 1)
+                raise BadInput("another text has begun in the same Captured, which holds one")
+            # at a block's end, or where the text needs more room: anew, but for the pending token
+            if cache.length[0] + (self.most if cache.room < block_size else 0) >= cache.room:
+                cache, _ = self.begin(window_ids(tokens, model)[:, :-1])
+            n_drafts = min(self.most, cache.room - cache.length[0] - 1)
             new = self.run(cache, n_drafts, generator)
             tokens += new
             yield new, n_drafts
@@ -125,8 +126,8 @@ class Captured:
         """In the place of torch.rand: the next numbers of `draw_numbers`."""
         first, self.used = self.used, self.used + math.prod(shape)
         if self.used > len(self.numbers):
-            raise BadInput(f"a captured step has {NUMBERS} random numbers for each place; this head wants "
-                           "more, so take --mode speculative")
+            raise BadInput(f"a captured step has {NUMBERS} random numbers for each place, and this "
+                           "head wants more; take --mode speculative")
         return self.numbers[first : self.used].view(shape)
 
     def run(self, cache, n_drafts, generator):
@@ -145,7 +146,8 @@ class Captured:
     def step(self, cache, n_drafts):
         """`pass_of_rows`, and the state after it. Nothing here waits."""
         self.used = 0
-        hidden, found = pass_of_rows(self.model, cache, self.e, self.token, n_drafts, self.sampler, self.draft)
+        hidden, found = pass_of_rows(self.model, cache, self.e, self.token, n_drafts, self.sampler,
+                                     self.draft)
         k = found[0, :1]  # (1,), the accepted drafts
         self.token.copy_(found[0, -1:])
         self.e.copy_(hidden[0].index_select(0, k))  # row 0 is x_1's, row k the last token's
@@ -187,12 +189,12 @@ def check_compiler(device):
     try:
         torch.compile(torch.neg)(torch.ones(8, device=device))
     except Exception as e:  # of a compiler, a linker, Triton: torch raises many kinds
-        raise BadInput(f"--compile does not work here ({type(e).__name__}); it needs a C++ compiler, "
-                       "on a GPU also Triton. Leave --compile away.") from None
+        raise BadInput(f"--compile does not work here ({type(e).__name__}); it needs a C++ "
+                       "compiler, on a GPU also Triton. Leave --compile away.") from None
 
 
 def generate(model, prompt, max_new_tokens, *, sampler=None, compile=False, **options):
-    """Self-speculative decoding (arXiv 2410.17765), 1..n tokens per step, recorded for this one text.
+    """Self-speculative decoding (arXiv 2410.17765), 1..n tokens per step, recorded for this text.
     Options: see `Captured`, and `stream` of decode.py."""
     return Captured(model, sampler, compile=compile).generate(prompt, max_new_tokens, **options)
 
@@ -216,8 +218,8 @@ def kept(speculative, compile):
 
 def add_flags(parser):
     parser.add_argument("--compile", action="store_true",
-                        help="also in steps that torch.compile has compiled, some 15 s for each decoder, "
-                             "temperature and size of the cache (needs a C++ compiler)")
+                        help="also in steps that torch.compile has compiled, some 15 s for each "
+                             "decoder, temperature and size of the cache (needs a C++ compiler)")
 
 
 def add_modes(bench, args):

@@ -31,7 +31,7 @@ class Coupled(Sampling):
         return tokens, None  # `verify` asks for no rows
 
     def verify(self, logits, q, drafted):
-        self.place = self.verified  # of the first draft; some that were drawn may have been thrown away
+        self.place = self.verified  # of the first draft; others may have been drawn and thrown away
         n_accepted, token = keep_equal(self.draw(logits)[0], drafted)
         self.place = self.verified = self.verified + n_accepted.item() + 1
         return n_accepted, token

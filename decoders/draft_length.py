@@ -23,9 +23,9 @@ from model import BadInput, widen
 from sample import fast_kernels
 
 # -----------------------------------------------------------------------------
-# policies: functions in the place of `CPHead.draft`. That is exact, for whether a draft is kept depends
-# on nothing but e, the drafts before it and the row that it was drawn from. A policy that looks at a
-# draft and throws it away is wrong: the drafts that stay would not be drawn from q.
+# policies: functions in the place of `CPHead.draft`. That is exact, for whether a draft is kept
+# depends on nothing but e, the drafts before it and the row that it was drawn from. A policy that
+# looks at a draft and throws it away is wrong: the drafts that stay would not be drawn from q.
 
 
 def at_most(head, most, e, x1, n_drafts, sampler, unembed):
@@ -44,9 +44,9 @@ def fixed(head, k):
 
 
 def confident(head, threshold):
-    """Draws a window, and cuts it after the first draft s where prod_{j<=s} max_x q_j(x), the chance
-    that the head gives its likeliest drafts, is below the threshold, 0..1. Temperature is left out. On
-    a GPU every step waits for the device once more."""
+    """Draws a window, and cuts it after the first draft s where prod_{j<=s} max_x q_j(x), the
+    chance that the head gives its likeliest drafts, is below the threshold, 0..1. Temperature is
+    left out. On a GPU every step waits for the device once more."""
     if not 0 <= threshold <= 1:
         raise BadInput(f"threshold must be at least 0 and at most 1, not {threshold}")
 
@@ -70,8 +70,8 @@ class CLP:
     """Tells how many drafts will hold, by one linear layer (arXiv 2606.10935 has the predictor):
     P(L | e) = softmax(A e + b), L = 0..n - 1.
 
-    A step with k drafts is expected to yield 1 + sum_{i=1..k} P(L >= i) tokens, and takes as long as
-    1 + cost k steps without any. The caller measures cost, at least 0; `fit` learns A and b.
+    A step with k drafts is expected to yield 1 + sum_{i=1..k} P(L >= i) tokens, and takes as long
+    as 1 + cost k steps without any. The caller measures cost, at least 0; `fit` learns A and b.
     """
 
     def __init__(self, width, n_future, cost):
@@ -83,7 +83,8 @@ class CLP:
 
     def most(self, e):
         """The k of most tokens per second: e (1, width)."""
-        at_least = self.log_probs(e[0]).exp().flip(-1).cumsum(-1).flip(-1)  # P(L >= k); k = 0 is the 1
+        p = self.log_probs(e[0]).exp()  # (n,)
+        at_least = p.flip(-1).cumsum(-1).flip(-1)  # P(L >= k); k = 0 is the 1
         k = torch.arange(len(at_least), device=e.device)
         return (at_least.cumsum(-1) / (1 + self.cost * k)).argmax().item()
 
@@ -106,8 +107,8 @@ def collect(model, prompts, n_tokens, sampler, stop_token=None):
             e, length = model.split(hidden[:, -1])[1], cache.length  # (1, C)
             drafted, _ = model.head.draft(e, token, n - 1, Greedy(), model.unembed)
             if drafted.size(1) < n - 1:
-                raise BadInput(f"head {model.config.head} does not draft after every token, which CLP "
-                               "learns from")
+                raise BadInput(f"head {model.config.head} does not draft after every token, which "
+                               "CLP learns from")
             hidden = model.hidden(torch.cat((token.unsqueeze(1), drafted), 1), cache)  # (1, n, C)
             label, _ = Greedy().verify(model.target_logits(hidden), None, drafted)
             states.append(e[0])
@@ -199,7 +200,8 @@ def rows_of(clp, costs, rows, temperature, n_rounds):
 
 
 def add_flags(parser):
-    several, chance = partial(parser.add_argument, nargs="+", metavar="X"), number(float, 0, 1, above=True)
+    several = partial(parser.add_argument, nargs="+", metavar="X")
+    chance = number(float, 0, 1, above=True)
     several("--lengths", type=number(int, 0), default=[1, 3], help="numbers of drafts (1 3)")
     several("--thresholds", type=chance, default=[0.1, 0.3, 0.6], help="of confident (0.1 0.3 0.6)")
     several("--taus", type=chance, default=[0.5, 0.9], help="of the lossy mode (0.5 0.9)")
@@ -222,8 +224,9 @@ def add_modes(bench, args):
         clp = fit(*collect(model, learn * args.fit_texts, *options), model.config.n_future)
         states, labels = collect(model, bench.prompts, *options)
     share = labels.bincount() / len(labels)
-    costs = {temperature: cost_of_a_draft(bench, temperature, args.rounds) for temperature in (0.0, 1.0)}
-    bench.about |= {"clp_loss": F.nll_loss(clp.log_probs(states), labels).item(),  # nats, new prompts
+    costs = {t: cost_of_a_draft(bench, t, args.rounds) for t in (0.0, 1.0)}  # by temperature
+    # nats, after prompts that it did not learn from
+    bench.about |= {"clp_loss": F.nll_loss(clp.log_probs(states), labels).item(),
                     "clp_loss_of_a_constant": torch.special.entr(share).sum().item(),
                     "cost_of_a_draft": [*costs.values()]}
     policies = {f"fixed {k}": fixed(head, k) for k in args.lengths if k < model.config.n_future - 1}

@@ -11,8 +11,9 @@ equation (1), grown by beam search. Trees of drafts are from SpecInfer (arXiv 23
 Every token follows the target, whatever the tree: for each node the next token is drawn from the
 target's own distribution there, and the text goes along the draws for as long as they are in the
 tree. At temperature 0 that is all one can do. At others some nodes get one more child, a *leaf*,
-which is drawn from what the head gives all tokens but the node's children. It is kept by `verify` of
-decode.py, which takes a draft that the target might have drawn, and not only one that it did draw.
+which is drawn from what the head gives all tokens but the node's children. It is kept by `verify`
+of decode.py, which takes a draft that the target might have drawn, and not only one that it did
+draw.
 """
 
 from functools import partial
@@ -41,13 +42,14 @@ STOPS_EARLY = ("cpu",)  # where the search asks whether it may end; a GPU would 
 
 
 class Apart:
-    """`Prefixes` of a head whose factors do not see the drafts: the rows of all offsets are computed
-    once, and each prefix has its own posterior over the components."""
+    """`Prefixes` of a head whose factors do not see the drafts: the rows of all offsets are
+    computed once, and each prefix has its own posterior over the components."""
 
     def __init__(self, head, e, unembed, depth):
         self.head, self.log_w = head, head.log_weights(e)  # (1, r)
         self.log_T = head.transitions(e) if isinstance(head, Circuit) else None
-        self.P = head.logits(head.vectors(e, slice(depth + 1)), unembed)[0].softmax(-1)  # (k + 1, r, V)
+        h = head.vectors(e, slice(depth + 1))
+        self.P = head.logits(h, unembed)[0].softmax(-1)  # (k + 1, r, V)
         self.seen = self.log_w.new_zeros(1, 0, self.log_w.size(1))  # log P_a^(s)(x_s) (B, s, r)
 
     def row(self, x):
@@ -169,19 +171,21 @@ def without(rows, tokens, out, value):
 
 
 def add_leaves(tree, n_leaves, sampler):
-    """One more child for the n_leaves nodes where the head finds it most probable that the text comes
-    there and leaves the tree: -> the Tree with them at its end, and q (n_leaves, n_token).
+    """One more child for the n_leaves nodes where the head finds it most probable that the text
+    comes there and leaves the tree: -> the Tree with them at its end, and q (n_leaves, n_token).
 
-    A leaf is drawn from q, its node's row without the other children. Which nodes have one does not
-    depend on the leaves that are drawn, nor do the other nodes: else they would not be drawn from q.
+    A leaf is drawn from q, its node's row without the other children. Which nodes have one does
+    not depend on the leaves that are drawn, nor do the other nodes: else they would not be drawn
+    from q.
     """
     chance, searched = tree.score.exp(), len(tree.rows)
     lost = chance - (tree.children(torch.arange(len(chance), device=chance.device)) * chance).sum(1)
-    lost = lost.where(tree.depth < searched, -1.0)  # the others have no row, and get no leaf: either
-    # all nodes have rows, or there is one of depth `searched`, and above it as many that have
+    # nodes of this depth have no row, and get no leaf; above one there are as many that have
+    lost = lost.where(tree.depth < searched, -1.0)
     node = lost.topk(min(n_leaves, searched, len(lost))).indices  # (M,)
-    rows = torch.cat(tree.rows)[tree.row[node]].nan_to_num(0.0)  # if a head gives NaN, any q will do
-    drafted, q = sampler.draw(without(rows, tree.tokens, tree.children(node), -1e30))  # (M,), (M, n_token)
+    rows = torch.cat(tree.rows)[tree.row[node]].nan_to_num(0.0)  # of NaN, any q will do
+    rows = without(rows, tree.tokens, tree.children(node), -1e30)
+    drafted, q = sampler.draw(rows)  # (M,), (M, n_token)
     itself = torch.eye(len(node), device=node.device).bool()
     above = torch.cat((F.pad(tree.above, (0, len(node))), torch.cat((tree.above[node], itself), 1)))
     return Tree(torch.cat((tree.tokens, drafted)), torch.cat((tree.parent, node)), above), q
@@ -190,16 +194,18 @@ def add_leaves(tree, n_leaves, sampler):
 def judge_leaves(drawn, p, tree, q, uniform):
     """Let leaves be accepted: what follows each node (N,), and whether the leaves are kept (M,).
 
-    drawn (N,) from p (N, n_token) says whether the text goes on with another child. If not, the next
-    token is to follow p without these, against which `verify` judges the leaf.
+    drawn (N,) from p (N, n_token) says whether the text goes on with another child. If not, the
+    next token is to follow p without these, against which `verify` judges the leaf.
     """
     first = len(drawn) - len(q)  # of the leaves
     node, drafted = tree.parent[first:], tree.tokens[first:]
     others = tree.children(node)[:, :first]  # (M, N - M)
     rest = without(p[node], tree.tokens[:first], others, 0.0)  # (M, n_token)
     rest = rest / rest.sum(-1, keepdim=True).clamp_min(1e-30)
-    kept, after = verify(torch.stack((rest, p[first:]), 1), q.unsqueeze(1), drafted.unsqueeze(1), uniform)
-    after, to_other = after.squeeze(1), (others & (tree.tokens[:first] == drawn[node].unsqueeze(1))).any(1)
+    p = torch.stack((rest, p[first:]), 1)  # (M, 2, n_token)
+    kept, after = verify(p, q.unsqueeze(1), drafted.unsqueeze(1), uniform)
+    after = after.squeeze(1)
+    to_other = (others & (tree.tokens[:first] == drawn[node].unsqueeze(1))).any(1)
     kept = (kept.squeeze(1) == 1) & ~to_other
     follows = drawn[node].where(to_other, drafted.where(kept, after))
     return torch.cat((drawn[:first].index_copy(0, node, follows), after)), kept
@@ -248,7 +254,8 @@ def tree_step(model, cache, e, token, n_nodes, depth, sampler):
     kept = ~(tree.above & wrong).any(1)  # (N,): a path, as at most one child is what was drawn
     finite = all_finite(logits.unsqueeze(0))[0].expand_as(drawn)
     # the one time that a step waits
-    finite, kept, tokens, parent, after = torch.stack((finite, kept, tree.tokens, tree.parent, drawn)).tolist()
+    found = torch.stack((finite, kept, tree.tokens, tree.parent, drawn))
+    finite, kept, tokens, parent, after = found.tolist()
     check_finite(finite[0])
     path = [i for i, is_kept in enumerate(kept) if is_kept]
     new = [*(tokens[i] for i in path[1:]), after[path[-1]]]
@@ -281,8 +288,8 @@ def check_tree(model, n_nodes):
     check_head(model)
     most = BEAMS * (model.config.n_future - 1)
     if not 1 <= n_nodes <= most:
-        raise BadInput(f"a tree has from 1 to {most} drafts here, {BEAMS} for each offset of the head, not "
-                       f"{n_nodes}")
+        raise BadInput(f"a tree has from 1 to {most} drafts here, {BEAMS} for each offset of the "
+                       f"head, not {n_nodes}")
 
 
 def generate(model, prompt, max_new_tokens, n_nodes=8, *, sampler=None, **options):
@@ -301,8 +308,8 @@ def generate(model, prompt, max_new_tokens, n_nodes=8, *, sampler=None, **option
 
 
 def add_flags(parser):
-    parser.add_argument("--nodes", type=number(int, 1, 1024), nargs="+", default=[8], metavar="NODES",
-                        help="numbers of drafts in a tree (8)")
+    parser.add_argument("--nodes", type=number(int, 1, 1024), nargs="+", default=[8],
+                        metavar="NODES", help="numbers of drafts in a tree (8)")
 
 
 def add_modes(bench, args):
