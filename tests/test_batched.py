@@ -50,8 +50,8 @@ def greedy(model, prompts, length, **options):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_greedy_rows_are_the_oracles_texts(seed):
-    """Temperature 0, float64, past the block, of prompts whose windows move at different times; with a stop token the
-    rows end at different times, and inside an accepted block."""
+    """Temperature 0, float64, past the block, of prompts whose windows move at different times;
+    with a stop token the rows end at different times, and inside an accepted block."""
     model = a_model(seed, block_size=5 + 2 * seed)
     prompts, length = some_prompts(seed, model.config.block_size), 2 * model.config.block_size + 5
     expected = greedy(model, prompts, length)
@@ -69,8 +69,9 @@ def test_greedy_rows_are_the_oracles_texts(seed):
 @decoders
 @pytest.mark.parametrize("seed", range(6))
 def test_a_row_does_not_depend_on_the_others(decoder, seed):
-    """With a generator of its own, a row is the text of the decoder for one: whoever else is in the batch, in whatever
-    order, and also where each row's sampler is another one; when drafting, before the block is full."""
+    """With a generator of its own, a row is the text of the decoder for one: whoever else is in the
+    batch, in whatever order, and also where each row's sampler is another one; when drafting,
+    before the block is full."""
     single = generate_plain if decoder is generate_plain_batch else decode.generate
     model = a_model(seed)
     prompts = some_prompts(seed, model.config.block_size)
@@ -94,8 +95,8 @@ def test_a_row_does_not_depend_on_the_others(decoder, seed):
 @decoders
 @pytest.mark.parametrize("seed", range(6))
 def test_attention_meets_nothing_stale(decoder, seed, monkeypatch):
-    """A huge number in all that is in the cache after a row's length, that is drafts that were rolled
-    back, and the rest of a window that moved, changes nothing."""
+    """A huge number in all that is in the cache after a row's length, that is drafts that were
+    rolled back, and the rest of a window that moved, changes nothing."""
     model, stale = a_model(seed, block_size=24), []
     prompts, hidden_of_rows = some_prompts(seed, model.config.block_size), batched.hidden_of_rows
     expected = greedy(model, prompts, 40)
@@ -152,8 +153,8 @@ def test_wrong_batches_write_other_texts(name, monkeypatch):
 @pytest.mark.parametrize("head", LOOK_BACK)
 @pytest.mark.parametrize("rank", [1, 2])
 def test_drafts_of_a_batch_come_from_the_rows_of_each_text(head, rank):
-    """The conditionals of three texts at once, along different drafts, are those of each by itself; and
-    so are the drafts, where each has its own generator, one draw or token by token."""
+    """The conditionals of three texts at once, along different drafts, are those of each by itself;
+    and so are the drafts, where each has its own generator, one draw or token by token."""
     model = tiny_model(head=head, rank=rank, n_future=4, target="lm_head")
     e = model.split(model.hidden(torch.tensor([[1, 2], [3, 0], [2, 4]])))[1][:, -1].detach()
     x, W = torch.tensor([[0, 3, 1], [4, 4, 2], [1, 2, 0]]), model.unembed.detach()
@@ -235,7 +236,8 @@ def test_enumeration_rejects_rows_that_see_what_is_stale(monkeypatch):
 
 @pytest.mark.parametrize("target", ["marginal", "lm_head"])
 def test_right_heads_are_always_accepted_in_every_row(target):
-    """Every row's every step yields n tokens: an off-by-one in the state that a row drafts from stays lossless."""
+    """Every row's every step yields n tokens: an off-by-one in the state that a row drafts from
+    stays lossless."""
     stats, model = Stats(), counting_model(7, 4, target)
     prompts = [[3], [0, 1], [5, 6, 0, 1]]
     texts = generate_batch(model, prompts, 21, samplers=Greedy(), stats=stats)
@@ -245,7 +247,8 @@ def test_right_heads_are_always_accepted_in_every_row(target):
 
 @decoders
 def test_rows_leave_when_their_text_ends(decoder, monkeypatch):
-    """The stop token falls into every place of an accepted block; a pass has the rows that go on, and no others."""
+    """The stop token falls into every place of an accepted block; a pass has the rows that go on,
+    and no others."""
     sizes, model, pass_of_rows = [], counting_model(7, 5, "marginal"), batched.pass_of_rows
 
     def noted(model, cache, e, *args):
@@ -274,6 +277,8 @@ def test_bad_calls_are_refused():
         generate_plain_batch(model, [[1], [2]], 3, samplers=Coupled(0))
     with pytest.raises(BadInput, match="n_future = 1"):
         generate_batch(tiny_model(n_future=1), [[1]], 3)
+    with pytest.raises(BadInput, match="masks at places of its own"):
+        generate_batch(tiny_model(head="mask", target="lm_head"), [[1]], 3)
     with pytest.raises(BadInput, match="eval"):
         generate_plain_batch(tiny_model().train(), [[1]], 3)
     model.transformer.wpe.weight.data[5] = float("nan")  # which no prompt reaches
@@ -284,13 +289,14 @@ def test_bad_calls_are_refused():
 
 @pytest.mark.parametrize("head", LOOK_BACK)
 def test_both_decoders_are_measured_alike(head, monkeypatch):
-    """By a clock that makes each plain round take 4 s and each speculative one 2 s, but for the first round, which does
-    not count; and the greedy texts agree."""
+    """By a clock that makes each plain round take 4 s and each speculative one 2 s, but for the
+    first round, which does not count; and the greedy texts agree."""
     clock = iter([0.0, 1.0, 10.0, 99.0] + 5 * [0.0, 4.0, 10.0, 12.0])
     monkeypatch.setattr(batched.timed.__globals__["time"], "perf_counter", lambda: next(clock))
     row = measure(tiny_model(head=head, target="lm_head"), [[1], [2, 3]], 20, 0.0, 5, 0)
     assert row["speedup"] == 2.0 and row["speedup_range"] == [2.0, 2.0] and row["same_texts"]
-    assert (row["plain"], row["speculative"], row["batch_size"]) == (10.0, 20.0, 2) and row["tokens_per_step"] > 1
+    assert (row["plain"], row["speculative"], row["batch_size"]) == (10.0, 20.0, 2)
+    assert row["tokens_per_step"] > 1 or head == "full"  # whose drafts are noise here
 
 
 def test_one_prompt_is_written_as_by_other_decoders():

@@ -1,4 +1,5 @@
-"""Steps of fixed shapes: the same texts as step by step, on a GPU also when a graph replays them."""
+"""Steps of fixed shapes: the same texts as step by step, on a GPU also when a graph replays
+them."""
 
 import itertools
 from functools import partial
@@ -33,8 +34,8 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 @pytest.mark.parametrize("smallest", [2, 256])
 @pytest.mark.parametrize("seed", range(8))
 def test_greedy_texts_are_the_oracles(seed, smallest, monkeypatch):
-    """Temperature 0, float64, past the block, and with a cache that has to grow; a stop token ends the text inside a
-    block."""
+    """Temperature 0, float64, past the block, and with a cache that has to grow; a stop token ends
+    the text inside a block."""
     monkeypatch.setattr(captured, "SMALLEST", smallest)
     model = a_model(seed, block_size=5 + 2 * seed)
     length = 2 * model.config.block_size + 5
@@ -60,8 +61,8 @@ def test_steps_accept_what_they_do_one_by_one(head):
 
 @pytest.mark.parametrize("speculative", [False, True])
 def test_texts_of_one_object_do_not_meet(speculative):
-    """One after another, shorter and longer; a text that goes on after another has begun is refused,
-    and the other one is right. Two objects write at the same time."""
+    """One after another, shorter and longer; a text that goes on after another has begun is
+    refused, and the other one is right. Two objects write at the same time."""
     model, prompts = a_model(3, block_size=20), ([1, 2], [3], [4, 5, 6])
     expected = [list(generate_oracle(model, prompt, 30, sampler=Greedy())) for prompt in prompts]
     steps, other = (Captured(model, Greedy(), speculative) for _ in range(2))
@@ -98,7 +99,8 @@ def test_a_text_is_a_function_of_the_seed(decoder):
 
 @decoders
 def test_a_text_keeps_to_its_samplers_rule(decoder, monkeypatch):
-    """top_k = 1 is greedy; a `warp` of one's own forbids tokens; another `draw` is what is drawn by."""
+    """top_k = 1 is greedy; a `warp` of one's own forbids tokens; another `draw` is what is drawn
+    by."""
     model = a_model(5, block_size=12)
     expected = list(generate_oracle(model, [1], 20, sampler=Greedy()))
     assert list(decoder(model, [1], 20, sampler=Sampling(1.3, top_k=1))) == expected
@@ -134,7 +136,8 @@ def test_another_generator_draws_another_text():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own
 def test_a_compiled_text_is_the_oracles(monkeypatch):
-    """Greedy in float64, past the block, with a cache that grows; and draws that are a function of the seed."""
+    """Greedy in float64, past the block, with a cache that grows; and draws that are a function of
+    the seed."""
     try:
         captured.check_compiler(torch.device("cpu"))
     except BadInput:
@@ -189,7 +192,8 @@ WRONG = {"roll-back": (Captured, "step", step_without_roll_back), "mask": (batch
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_steps_are_caught(name, monkeypatch):
-    """No roll-back of the drafts, no mask, a wrong place: the enumeration of the last test fails."""
+    """No roll-back of the drafts, no mask, a wrong place: the enumeration of the last test
+    fails."""
     model = chi_square_model("full")
     monkeypatch.setattr(*WRONG[name])
     write = partial(generate, model, [0, 1], 3)
@@ -218,6 +222,8 @@ def test_what_cannot_be_recorded_is_refused():
             list(decoder(tiny_model().train(), [1], 3))
     with pytest.raises(BadInput, match="n_future = 1"):
         generate(tiny_model(n_future=1), [1], 3)
+    with pytest.raises(BadInput, match="masks at places of its own"):
+        list(generate(tiny_model(head="mask", target="lm_head"), [1], 3))
 
 
 @pytest.mark.parametrize("speculative", [False, True])
@@ -257,8 +263,8 @@ def test_a_replayed_greedy_text_is_the_oracles(head, speculative):
 @on_cuda
 @pytest.mark.parametrize("speculative", [False, True])
 def test_replayed_draws_follow_the_target(speculative):
-    """Chi-square of 3,000 texts of 3 tokens, each drawn by a replay with random numbers of its own; the
-    same seed gives the same text, recorded or replayed. Chance of a false alarm: 1e-9."""
+    """Chi-square of 3,000 texts of 3 tokens, each drawn by a replay with random numbers of its own;
+    the same seed gives the same text, recorded or replayed. Chance of a false alarm: 1e-9."""
     model = chi_square_model("full")
     expected = expected_texts(model, [0, 1], 3)
     generator = torch.Generator("cuda").manual_seed(0)

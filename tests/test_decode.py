@@ -124,8 +124,8 @@ def test_verify_survives_tiny_probabilities():
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("sampler", [Sampling, partial(Sampling, 0.7), Greedy])
 def test_drafts_are_tokens_whatever_the_padding_has(sampler, rank, head):
-    """A head that gives all its mass to ids that are no tokens drafts tokens all the same, from rows of
-    q that sum to 1 without them."""
+    """A head that gives all its mass to ids that are no tokens drafts tokens all the same, from
+    rows of q that sum to 1 without them."""
     model = tiny_model(rank=rank, head=head, vocab_size=6, n_token=4, target="lm_head").float()
     with torch.no_grad():
         if head == "full":
@@ -144,8 +144,8 @@ def test_drafts_are_tokens_whatever_the_padding_has(sampler, rank, head):
 
 
 def test_nan_and_infinite_logits_are_refused_by_every_decoder_and_sampler():
-    """One NaN in the trunk, or weights that overflow in half precision: BadInput, a ValueError, that
-    names the cause and float32. Guards token 0 for ever, and an id outside the vocabulary."""
+    """One NaN in the trunk, or weights that overflow in half precision: BadInput, a ValueError,
+    that names the cause and float32. Guards token 0 for ever, and an id outside the vocabulary."""
     damaged = tiny_model(target="lm_head")
     damaged.transformer.h[0].mlp.c_fc.weight.data[0, 0] = float("nan")
     overflowing = tiny_model(target="lm_head").half()
@@ -172,8 +172,8 @@ def test_a_head_that_gives_nan_never_changes_a_text(head, rank):
 @pytest.mark.parametrize("head", ["cp", "chain", "hmm"])
 @pytest.mark.parametrize("rank", [1, 2])
 def test_drafts_are_drawn_by_the_samplers_own_rule(rank, head):
-    """Every sampler that is not plain gets the whole row of a draft, P(. | the drafts before), and q is
-    what it says it drew from: also a subclass, one with a `warp` of its own, and Coupled."""
+    """Every sampler that is not plain gets the whole row of a draft, P(. | the drafts before), and
+    q is what it says it drew from: also a subclass, one with a `warp` of its own, and Coupled."""
     class Own(Sampling):
         def draw(self, logits):
             return logits.argmax(-1), logits.softmax(-1)
@@ -261,7 +261,8 @@ def test_statistics_add_up():
 
 
 def test_the_mode_coupled_takes_its_seed_from_a_generator():
-    """And all else from the sampler: its text is that of a Coupled with this seed, in any decoder."""
+    """And all else from the sampler: its text is that of a Coupled with this seed, in any
+    decoder."""
     model, options, seed = tiny_model(), dict(temperature=0.7, top_k=4), torch.Generator().manual_seed(5)
     drawn = torch.randint(2**32, (), generator=torch.Generator().manual_seed(5)).item()
     expected = list(generate_plain(model, [1, 2], 12, sampler=Coupled(drawn, **options)))

@@ -1,5 +1,5 @@
-"""The number of drafts of a step: decoding stays exact as long as it depends on e and the drafts before, and the
-paper's lossy use of CLP does not."""
+"""The number of drafts of a step: decoding stays exact as long as it depends on e and the drafts
+before, and the paper's lossy use of CLP does not."""
 
 import itertools
 import json
@@ -115,7 +115,8 @@ def test_enumeration_rejects_a_length_that_looks_at_the_draft_it_throws_away(hea
 @policies
 @pytest.mark.parametrize("seed", range(4))
 def test_greedy_and_coupled_texts_are_the_oracles(policy, seed):
-    """Token for token, at every length of the text, past the block; Coupled counts the drafts that were drawn."""
+    """Token for token, at every length of the text, past the block; Coupled counts the drafts that
+    were drawn."""
     model = tiny_model(seed, vocab_size=7, n_token=6, n_future=2 + seed, block_size=9, rank=1 + seed % 2,
                        head=("cp", "chain", "recurrent", "cp")[seed])
     for sampler in (Greedy, lambda: Coupled(seed)):
@@ -127,8 +128,8 @@ def test_greedy_and_coupled_texts_are_the_oracles(policy, seed):
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_every_sequence_of_lengths_writes_the_same_text_and_is_counted(rank):
-    """With right heads a step of k drafts writes k + 1 tokens: 3 steps of all 64 kinds; and with random ones the text
-    is the oracle's."""
+    """With right heads a step of k drafts writes k + 1 tokens: 3 steps of all 64 kinds; and with
+    random ones the text is the oracle's."""
     right, model = counting_model(7, 4, "marginal", rank), tiny_model(3, n_future=4, rank=rank, vocab_size=9)
     expected = list(generate_oracle(model, [1], 16, sampler=Greedy()))
     for lengths in itertools.product(range(4), repeat=3):
@@ -143,8 +144,8 @@ def test_every_sequence_of_lengths_writes_the_same_text_and_is_counted(rank):
 
 @pytest.mark.parametrize("sampler", [Sampling(), Sampling(0.7), Greedy()])
 def test_each_policy_makes_the_drafts_that_it_says(sampler):
-    """fixed and CLP ask the head for no more than they keep; confident cuts after the first place where
-    the product of the rows' largest probabilities is below its threshold."""
+    """fixed and CLP ask the head for no more than they keep; confident cuts after the first place
+    where the product of the rows' largest probabilities is below its threshold."""
     model = tiny_model(n_future=6, rank=2)
     e, x1, asked = torch.ones(1, 8).double(), torch.tensor([1]), []
     draw = model.head.draft
@@ -203,8 +204,8 @@ def likeliest(model, e, x1, k):
 @pytest.mark.parametrize("head", LOOK_BACK)
 @pytest.mark.parametrize("sampler", [Greedy, lambda: Coupled(5)], ids=["greedy", "sampled"])
 def test_labels_and_states_by_brute_force(head, sampler):
-    """Each token of the text: the head's argmax drafts, one by one, beside the oracle's greedy continuation; and the
-    state from a pass over all tokens before."""
+    """Each token of the text: the head's argmax drafts, one by one, beside the oracle's greedy
+    continuation; and the state from a pass over all tokens before."""
     model, labels_seen = tiny_model(head=head, target="lm_head", vocab_size=3, n_future=4, block_size=16), set()
     for prompt in ([0, 1], [2], [1, 1, 0]):
         states, labels = collect(model, [prompt], 11, sampler())
@@ -245,7 +246,8 @@ def test_fit_finds_the_frequencies(dtype):
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_the_lossy_mode_writes_what_the_head_drafts(rank):
-    """Greedy: each step L argmax drafts, and one token of the model's own; below tau the text is the model's."""
+    """Greedy: each step L argmax drafts, and one token of the model's own; below tau the text is
+    the model's."""
     model, prompt = tiny_model(3, n_future=4, rank=rank, block_size=32, vocab_size=9, target="lm_head"), [2]
     tokens = prompt + list(generate_oracle(model, prompt, 1, sampler=Greedy()))
     for _ in range(4):
@@ -298,7 +300,8 @@ def test_bad_input_is_named(wrong, words):
 
 
 def test_the_script_end_to_end(tmp_path, monkeypatch, capsys):
-    """All modes in one JSON object; the lossless ones write the text of plain decoding. What cannot be is one line."""
+    """All modes in one JSON object; the lossless ones write the text of plain decoding. What cannot
+    be is one line."""
     run(tmp_path, "prepare_tinystories.py", "--toy", "--stories", 300)
     run(tmp_path, "train.py", "--preset", "toy", "--rank", 2, *SMALL)
     out = run(tmp_path, "decoders.draft_length", "--rounds", 5, "--max_new_tokens", 8, "--fit_texts", 1, "--lengths", 2, 7,

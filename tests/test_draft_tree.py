@@ -40,8 +40,8 @@ def row_after(model, e, path):
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("head", LOOK_BACK)
 def test_a_tree_holds_the_most_probable_paths(head, rank, monkeypatch):
-    """With beams enough for all paths: exactly those that a loop over all of them finds; and the nodes
-    are in order. The rows that it keeps are those of the head along each path."""
+    """With beams enough for all paths: exactly those that a loop over all of them finds; and the
+    nodes are in order. The rows that it keeps are those of the head along each path."""
     monkeypatch.setattr(tree, "BEAMS", 40)
     model = tiny_model(head=head, rank=rank, n_future=4, target="lm_head", n_token=4)
     e, token = state_of(model), torch.tensor([2])
@@ -121,7 +121,8 @@ def test_a_head_that_gives_nan_never_changes_a_text(head, rank):
 
 
 def test_drafts_are_counted_along_the_path():
-    """A text that leaves the tree at a node without children has a bonus there, and nothing was rejected."""
+    """A text that leaves the tree at a node without children has a bonus there, and nothing was
+    rejected."""
     model, stats = counting_model(7, 5, "marginal"), Stats()
     text = list(generate_tree(model, [3], 31, 2, sampler=Greedy(), stats=stats))
     assert text == [(4 + i) % 7 for i in range(31)] and stats.tokens_per_step == 3
@@ -133,7 +134,8 @@ def test_drafts_are_counted_along_the_path():
     (SMALL[0], 1, 3), (SMALL[0], 2, 2), (SMALL[1], 3, 2), (SMALL[2], 1, 3), (SMALL[2], 3, 2),
     (SMALL[0] | dict(block_size=3, n_token=2), 2, 3)], ids=str)
 def test_the_distribution_is_the_targets(config, n_nodes, length, variant, monkeypatch):
-    """Float64, over all random outcomes, those of nodes that the text does not reach included: to 1e-12."""
+    """Float64, over all random outcomes, those of nodes that the text does not reach included: to
+    1e-12."""
     model = tiny_model(**variant, **config)
     assert distance(model, n_nodes, length, monkeypatch) < 1e-12
 
@@ -173,8 +175,8 @@ def test_leaves_are_tokens_whatever_the_padding_has(half_are_leaves, monkeypatch
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("head", ["cp", "chain", "recurrent", "medusa"])
 def test_heads_of_few_tokens_have_trees(head, rank, monkeypatch):
-    """Of a draft vocabulary the nodes are tokens of it, and the text is the target's: by enumeration,
-    with leaves, and token for token."""
+    """Of a draft vocabulary the nodes are tokens of it, and the text is the target's: by
+    enumeration, with leaves, and token for token."""
     monkeypatch.setattr(tree, "LEAVES", 0.5)
     model = tiny_model(target="lm_head", head=head, **SMALL[0] | dict(rank=rank))
     few = few_tokens(head_class(head), 2)(model.config).double().eval()
@@ -190,7 +192,8 @@ def test_heads_of_few_tokens_have_trees(head, rank, monkeypatch):
 
 
 def distance(model, n_nodes, length, monkeypatch, **options):
-    """Total variation between the distribution of texts and the target's, over all random outcomes."""
+    """Total variation between the distribution of texts and the target's, over all random
+    outcomes."""
     write = partial(generate_tree, model, [0, 1], length, n_nodes)
     texts = enumerated(lambda choose: write(sampler=Sampling(**options)), monkeypatch)
     return total_variation(texts, expected_texts(model, [0, 1], length, **options))
@@ -253,8 +256,8 @@ WRONG_LEAVES = {"q": ("add_leaves", q_of_all_tokens), "rest": ("without", childr
 
 @pytest.mark.parametrize("name", WRONG_LEAVES)
 def test_wrong_leaves_are_caught(name, monkeypatch):
-    """A q that the leaf was not drawn from, a target that still has the other children, a leaf that sees no draft
-    above it, no verification at all, and the wrong row after a leaf."""
+    """A q that the leaf was not drawn from, a target that still has the other children, a leaf that
+    sees no draft above it, no verification at all, and the wrong row after a leaf."""
     monkeypatch.setattr(tree, "LEAVES", 0.5)
     config, n_nodes, length = (SMALL[0], 2, 2) if name in ("q", "rest", "verify") else (SMALL[2], 4, 3)
     model = tiny_model(target="lm_head", **config)
@@ -267,7 +270,8 @@ def test_wrong_leaves_are_caught(name, monkeypatch):
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("head", LOOK_BACK)
 def test_leaves_are_drawn_from_what_their_nodes_children_leave(head, rank):
-    """q is the head's row without the other children; the nodes are those where most is left, one leaf for each."""
+    """q is the head's row without the other children; the nodes are those where most is left, one
+    leaf for each."""
     model = tiny_model(head=head, rank=rank, n_future=4, target="lm_head", n_token=5)
     e, token = state_of(model), torch.tensor([2])
     with torch.no_grad():
@@ -310,7 +314,8 @@ WRONG = {"cache": (TreeCache, "keep_path", a_path_too_far), "mask": (tree, "mask
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_trees_are_caught(name, monkeypatch):
-    """The wrong rows in the cache, a node that sees another path, a draw from the wrong node: greedy texts part."""
+    """The wrong rows in the cache, a node that sees another path, a draw from the wrong node:
+    greedy texts part."""
     model = tiny_model(target="lm_head", n_future=4, block_size=40)
     expected = [list(generate_oracle(model, [x], 38, sampler=Greedy())) for x in range(5)]
     write = partial(generate_tree, model, max_new_tokens=38, sampler=Greedy())
@@ -332,6 +337,8 @@ def test_what_a_tree_cannot_do_is_refused():
             generate_tree(model, [1], 3, n_nodes)
     with pytest.raises(BadInput, match="n_future = 1"):
         generate_tree(tiny_model(n_future=1), [1], 3)
+    with pytest.raises(BadInput, match="masks at places of its own"):
+        list(generate_tree(tiny_model(head="mask", target="lm_head"), [1], 3))
     model.transformer.wpe.weight.data[5] = float("nan")
     with pytest.raises(BadInput, match="NaN or infinite logits"):
         list(generate_tree(model, [1], 8, sampler=Greedy()))
