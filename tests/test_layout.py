@@ -138,14 +138,16 @@ def test_a_wrong_arrow_is_found(name):
 def test_words_are_files():
     """A word opens what is there; files without a class Head or a function generate are no words."""
     assert {"chain", "full", "recurrent", "tree_circuit", "mask"} <= set(words("head"))
-    assert not {"cp", "tree", "__init__", "circuits", "masks"} & set(words("head"))
+    shared = {"circuits", "few_tokens", "masks", "sequential"}  # of several heads
+    assert not {"cp", "tree", "__init__", *shared} & set(words("head"))
     assert words("mode") == ["batched", "captured", "coupled", "draft_tree"]
-    assert {"adapter", "texts", "losses"} <= set(words("trunk")) and "__init__" not in words("trunk")
+    assert words("trunk") == ["adapter"]
     assert head_class("cp") is model.CPHead
     for word in words("head"):
         assert head_class(word).__module__ == f"heads.{word}" and issubclass(head_class(word), model.CPHead)
     for word in words("mode"):
         assert callable(door("mode", word).generate)
+    assert callable(door("trunk", "adapter").load)
 
 
 @pytest.mark.parametrize("word", ["", "os", "../model", "..model", "chain.py", "heads.chain", "__init__",
