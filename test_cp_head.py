@@ -4,8 +4,8 @@ is shown.
 Every head is checked in float64 against equation (1) written out, never against itself. That
 decoding is exact has three kinds of proof:
 
-    enumeration   runs the real decoder through every outcome of its random choices and adds up their
-                  probabilities: equal to the target's distribution to 1e-12
+    enumeration   runs the real decoder through every outcome of its random choices and adds up
+                  their probabilities: equal to the target's distribution to 1e-12
     chi-square    the same with real random numbers, over thousands of texts
     greedy        token for token the text of the oracle, over many random models
 
@@ -25,8 +25,8 @@ import torch
 from torch.nn import functional as F
 
 import decode
-from decode import (Greedy, Sampling, Stats, generate, generate_oracle, generate_plain, make_sampler,
-                    verify, warp, window_start)
+from decode import (Greedy, Sampling, Stats, generate, generate_oracle, generate_plain,
+                    make_sampler, verify, warp, window_start)
 from decoders.coupled import Coupled
 from model import GPT, GPTConfig, balance_loss, head_class, joint_log_probs, new_model, words
 
@@ -140,7 +140,8 @@ def mask(head, e, s, a, x, W):  # tests/test_masks.py has the pass that e comes 
 
 
 FACTORS = dict(cp=cp, full=full, chain=chain, recurrent=recurrent, layers=layers, wide=wide,
-               medusa=medusa, gloeckle=gloeckle, hmm=cp, tree_circuit=cp, mask=mask, mask_linear=mask)
+               medusa=medusa, gloeckle=gloeckle, hmm=cp, tree_circuit=cp, mask=mask,
+               mask_linear=mask)
 LOOKS_BACK = dict(chain=1, mask=1, mask_linear=1, recurrent=99, layers=99)  # at so many tokens
 
 
@@ -173,11 +174,11 @@ def paths(model, e):
 
 
 def joint_table(model, e, W=None):
-    """P(x_1, ..., x_n) of every combination of tokens, (V,) * n: of all ids, or those of the rows W."""
+    """P(x_1, ..., x_n) of all windows, (V,) * n: of all ids, or of those of the rows W."""
     W = model.lm_head.weight if W is None else W
     n, V, head = model.config.n_future, len(W), model.config.head
 
-    def factor(s, a):  # P_a^(s + 1), given the tokens before it: (V,) * s + (V,), 1 for what it ignores
+    def factor(s, a):  # P_a^(s + 1) after each prefix: (V,) * s + (V,), with 1 for what it ignores
         seen = min(s, LOOKS_BACK.get(head, 0))
         rows = [torch.softmax(FACTORS[head](model.head, e, s, a, x, W), -1)
                 for x in itertools.product(range(V), repeat=seen)]
@@ -230,8 +231,8 @@ def close(a, b, atol=1e-12):
 
 @variants
 def test_target_is_the_marginal_of_the_joint_or_the_lm_head(variant):
-    """target "marginal" is the joint summed over x_2..x_n, over the real tokens; target "lm_head" is
-    the trunk's own softmax."""
+    """target "marginal" is the joint summed over x_2..x_n, over the real tokens; target "lm_head"
+    is the trunk's own softmax."""
     model = tiny_model(**variant, n_token=4)
     hidden = model.hidden(torch.randint(4, (1, 3)))[0, -1]
     expected = torch.softmax(model.lm_head(hidden[:8]), -1)
@@ -398,10 +399,10 @@ def learned(phrases, head="cp", rank=1, balance_weight=0.05, seed=0):
     phrase, and usage."""
     torch.manual_seed(seed)
     words = sorted(set(sum(phrases, ())))
-    gold = torch.tensor([[words.index(word) for word in phrase] for phrase in phrases]).unsqueeze(1)  # (B, T = 1, n)
+    gold = torch.tensor([[[words.index(x) for x in phrase]] for phrase in phrases])  # (B, 1, n)
     idx = torch.zeros(len(phrases), 1, dtype=torch.long)
-    model = GPT(GPTConfig(block_size=2, vocab_size=len(words), n_layer=1, n_head=1, n_embd=16, head=head, rank=rank,
-                          n_future=gold.size(-1)))
+    model = GPT(GPTConfig(block_size=2, vocab_size=len(words), n_layer=1, n_head=1, n_embd=16,
+                          head=head, rank=rank, n_future=gold.size(-1)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(300):
         loss, parts = model.loss(idx, gold, balance_weight=balance_weight)
@@ -412,7 +413,7 @@ def learned(phrases, head="cp", rank=1, balance_weight=0.05, seed=0):
 
 
 @pytest.mark.parametrize("phrases,head,rank,bits", [
-    (SAD_CRIED, "cp", 1, 2),  # two marginals, half and half: a product knows nothing of what its other factors drew
+    (SAD_CRIED, "cp", 1, 2),  # two marginals: a factor knows nothing of what the other one drew
     (SAD_CRIED, "cp", 2, 1),  # a component for each phrase
     (SAD_CRIED, "full", 2, 1),
     (SAD_CRIED, "chain", 1, 1),  # the word before says it
@@ -430,8 +431,8 @@ def test_balance_loss_prevents_a_collapse_that_happens_without_it():
     """Without it, from most starts, one component takes both phrases and stays at 2 bits; with it,
     from the same starts, each component gets one. Here 8 of 10 starts collapse, and none of the
     four does with a weight of 0.05."""
-    without, balanced = ([learned(SAD_CRIED, rank=2, balance_weight=weight, seed=seed) for seed in range(1, 5)]
-                         for weight in (0.0, 0.05))
+    without, balanced = ([learned(SAD_CRIED, rank=2, balance_weight=weight, seed=seed)
+                          for seed in range(1, 5)] for weight in (0.0, 0.05))
     assert sum(bits > 1.9 and usage.min() < 0.01 for bits, usage in without) >= 2
     assert all(bits < 1.02 and usage.min() > 0.4 for bits, usage in balanced)
 
@@ -440,14 +441,15 @@ def test_balance_loss_extremes():
     """1 when the components share the work, r when one does it all, whatever the single positions
     do."""
     sharp = 40.0 * torch.eye(4, dtype=torch.float64)
-    assert balance_loss(F.log_softmax(sharp, -1)).item() == pytest.approx(1)  # each position its own component
-    assert balance_loss(torch.full((6, 4), 0.25, dtype=torch.float64).log()).item() == pytest.approx(1)
+    equal = torch.full((6, 4), 0.25, dtype=torch.float64).log()
+    assert balance_loss(F.log_softmax(sharp, -1)).item() == pytest.approx(1)  # one position each
+    assert balance_loss(equal).item() == pytest.approx(1)
     assert balance_loss(F.log_softmax(sharp[:1].expand(6, 4), -1)).item() == pytest.approx(4)
 
 
 def test_balance_loss_pulls_towards_balance():
     """A gradient step on the balance loss alone takes weight from the overused component."""
-    logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.5, 0.0]], dtype=torch.float64, requires_grad=True)
+    logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.5, 0.0]]).double().requires_grad_()
     balance_loss(F.log_softmax(logits, -1)).backward()
     assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1] < 0).all()
 
@@ -492,7 +494,8 @@ def enumerated(run, monkeypatch):
         return torch.tensor(draws, dtype=torch.long).view(p.shape[:-1])
 
     def all_coins(p, uniform):
-        flips = [bool(choose(torch.stack((1 - p_k, p_k)))) for p_k in p.nan_to_num(0).clamp(max=1).flatten()]
+        p = p.nan_to_num(0).clamp(max=1)
+        flips = [bool(choose(torch.stack((1 - p_k, p_k)))) for p_k in p.flatten()]
         return torch.tensor(flips, dtype=torch.bool).view(p.shape)
 
     with monkeypatch.context() as patch:
@@ -511,7 +514,8 @@ def expected_texts(model, prompt, length, **warp_options):
     for _ in range(length):
         longer = {}
         for text, p in texts.items():
-            window = (prompt + list(text))[window_start(len(prompt) + len(text), model.config.block_size) :]
+            start = window_start(len(prompt) + len(text), model.config.block_size)
+            window = (prompt + list(text))[start:]
             rows = warp(model(torch.tensor([window]))[0, -1], **warp_options)
             longer |= {text + (x,): p * p_x for x, p_x in enumerate(rows.tolist())}
         texts = longer
@@ -542,14 +546,14 @@ def random_distributions(kind, seed, V=3, n=3, scale=2.0):
     """A target over n tokens and a draft over n - 1, given those before: p[k], q[k] of shape (V,) *
     (k + 1)."""
     torch.manual_seed(seed)
-    if kind == "flat":  # nobody is sure of anything: the residual has several tokens, whatever the rule
+    if kind == "flat":  # nobody is sure: the residual has several tokens, whatever the rule
         V, scale = 4, 1.0
     if kind == "deep":
         V, n = 2, 5
     if kind == "no draft":
         n = 1
-    p = [torch.softmax(scale * torch.randn((V,) * (k + 1), dtype=torch.float64), -1) for k in range(n)]
-    q = [torch.softmax(scale * torch.randn((V,) * (k + 1), dtype=torch.float64), -1) for k in range(n - 1)]
+    p, q = ([torch.softmax(scale * torch.randn((V,) * (k + 1), dtype=torch.float64), -1)
+             for k in range(places)] for places in (n, n - 1))
     if kind == "equal":
         q = p[:-1]
     if kind == "greedy":
@@ -561,9 +565,9 @@ def random_distributions(kind, seed, V=3, n=3, scale=2.0):
 
 
 def rows_along(p, q, drafted):
-    """The rows for the places of a draft, each given the drafts before it: p (n, V), q (n - 1, V)."""
-    rows_p, rows_q = ([t[tuple(drafted[:k])] for k, t in enumerate(ts)] for ts in (p, q))
-    return torch.stack(rows_p), torch.stack(rows_q) if rows_q else torch.zeros(0, len(p[0])).double()
+    """The rows at the places of a draft, given the drafts before them: p (n, V), q (n - 1, V)."""
+    rows = [[t[tuple(drafted[:k])] for k, t in enumerate(ts)] for ts in (p, q)]
+    return torch.stack(rows[0]), torch.stack([*rows[1], rows[0][0]])[:-1]
 
 
 def draft_and_verify(p, q, choose):
@@ -571,7 +575,8 @@ def draft_and_verify(p, q, choose):
     drafted = []
     for t in q:
         drafted.append(choose(t[tuple(drafted)]))
-    n_accepted, token = verify(*rows_along(p, q, drafted), torch.tensor(drafted, dtype=torch.long), None)
+    x = torch.tensor(drafted, dtype=torch.long)
+    n_accepted, token = verify(*rows_along(p, q, drafted), x, None)
     return drafted, n_accepted.item(), token.item()
 
 
@@ -752,8 +757,8 @@ def test_texts_draft_beside_one_another(head, options):
 
 
 def loop_draft(model, e, x1, n_drafts, sampler):
-    """Drafts of a mixture one by one, with a row of V tokens for each, over its factors written out:
-    the posterior of the component, its mixture of rows, a draw, the next token."""
+    """Drafts of a mixture one by one, with a row of V tokens for each, over its factors written
+    out: the posterior of the component, its mixture of rows, a draw, the next token."""
     factor, head, W = FACTORS[model.config.head], model.head, model.unembed
     log_b, window = weights(model, e).log(), [x1]
     for s in range(n_drafts + 1):
@@ -767,15 +772,15 @@ def loop_draft(model, e, x1, n_drafts, sampler):
 
 
 @pytest.mark.parametrize("make", [
-    partial(Sampling, 0.7), partial(Sampling, top_k=3), partial(Sampling, top_p=0.8), Greedy, Coupled],
-    ids=["temperature", "top_k", "top_p", "greedy", "coupled"])
+    partial(Sampling, 0.7), partial(Sampling, top_k=3), partial(Sampling, top_p=0.8), Greedy,
+    Coupled], ids=["temperature", "top_k", "top_p", "greedy", "coupled"])
 @pytest.mark.parametrize("head", [head for head in HEADS if head not in CIRCUITS])
 @torch.no_grad()
 def test_the_walk_drafts_what_the_loop_drafts(head, make):
     """Token for token, with the same random numbers."""
     for seed in range(6):
-        model = tiny_model(seed, head=head, rank=1 + seed % 3, target=target_of(head), vocab_size=11,
-                           n_token=9, n_future=6)
+        model = tiny_model(seed, head=head, rank=1 + seed % 3, target=target_of(head), n_future=6,
+                           vocab_size=11, n_token=9)
         e, x1 = a_state(model), seed % 9
         torch.manual_seed(seed)
         expected = loop_draft(model, e, x1, 5, make(**dict(seed=seed) if make is Coupled else {}))
@@ -885,8 +890,8 @@ def step_without_residual(model, cache, e, token, n_drafts, sampler, draft):
     return hidden[:, k - 1], drafted[:, k - 1], drafted[0, :k].tolist(), n_drafts
 
 
-DRAFTS = dict(argmax_draft=argmax_draft, prior_component=prior_component, own_row_first=own_row_first,
-              stale_posterior=stale_posterior, blind_rows=blind_rows)
+DRAFTS = dict(argmax_draft=argmax_draft, prior_component=prior_component, blind_rows=blind_rows,
+              own_row_first=own_row_first, stale_posterior=stale_posterior)
 PATCHES = dict(residual_p=("residual", residual_p),
                residual_without_keep=("residual", residual_without_keep),
                no_residual=("speculative_step", step_without_residual))
@@ -919,8 +924,8 @@ def test_speculative_decoding_is_exact_by_enumeration(config, variant, monkeypat
 
 
 def first_step(model, prompt, length, choose, sampler, draft=None):
-    """A text of the real decoder's first step alone: what is missing after it comes from the target,
-    by choose, which ends sooner than all steps do."""
+    """A text of the real decoder's first step alone: what is missing after it comes from the
+    target, by choose, which ends sooner than all steps do."""
     tokens = list(prompt)
     with torch.inference_mode():
         blocks = decode.speculative_blocks(model, tokens, sampler, draft or model.head.draft)
@@ -949,8 +954,8 @@ def test_a_step_of_any_head_is_exact_under_warping(i, head, monkeypatch):
     """One step of two drafts, at ranks 1 to 3, with an id of four that is padding."""
     model = tiny_model(head=head, target=target_of(head), rank=3 - i % 3, vocab_size=4, n_token=3,
                        n_layer=1)
-    options = WARPS[i % 4]
-    texts = enumerated(lambda choose: first_step(model, [1], 3, choose, Sampling(**options)), monkeypatch)
+    options, sampler = WARPS[i % 4], Sampling(**WARPS[i % 4])
+    texts = enumerated(lambda choose: first_step(model, [1], 3, choose, sampler), monkeypatch)
     assert total_variation(texts, expected_texts(model, [1], 3, **options)) < 1e-12
 
 
@@ -984,8 +989,8 @@ def chi_square_model(head):
 
 
 def torn_model():
-    """Components that agree on x_1, and on later tokens ever less: so what the drafts before a token
-    say of the component counts most."""
+    """Components that agree on x_1, and on later tokens ever less: so what the drafts before a
+    token say of the component counts most."""
     model = tiny_model(8, vocab_size=3, n_future=3, n_layer=1, target="lm_head", head="full")
     model.head.maps.data *= torch.tensor([1, 20, 60])[:, None, None, None]
     return model
@@ -1000,7 +1005,8 @@ def model_for(wrong):
 
 def first_steps(model, monkeypatch, draft=None):
     """The distribution of texts of three tokens, and that of the target."""
-    texts = enumerated(lambda choose: first_step(model, [0, 1], 3, choose, Sampling(), draft), monkeypatch)
+    texts = enumerated(lambda choose: first_step(model, [0, 1], 3, choose, Sampling(), draft),
+                       monkeypatch)
     return texts, expected_texts(model, [0, 1], 3)
 
 
@@ -1023,9 +1029,11 @@ def sampled(decoder, model):
     return [tuple(decoder(model, [0, 1], LENGTH, sampler=sampler)) for _ in range(N_SAMPLES)]
 
 
+FULL, CHAIN = partial(chi_square_model, "full"), partial(chi_square_model, "chain")
+
+
 @pytest.mark.parametrize("decoder,make", [
-    (generate_oracle, partial(chi_square_model, "full")), (generate_plain, partial(chi_square_model, "full")),
-    (generate, partial(chi_square_model, "full")), (generate, partial(chi_square_model, "chain")),
+    (generate_oracle, FULL), (generate_plain, FULL), (generate, FULL), (generate, CHAIN),
     (generate, torn_model)], ids=["oracle", "plain", "full", "chain", "torn"])
 def test_sampled_texts_follow_the_target(decoder, make):
     """Chi-square of 4,000 texts of 3 tokens, with real random numbers. Chance of a false alarm:
@@ -1036,7 +1044,7 @@ def test_sampled_texts_follow_the_target(decoder, make):
 
 @pytest.mark.parametrize("name", WRONG)
 def test_chi_square_rejects_wrong_decoders(name, monkeypatch):
-    """Negative controls: the same test, with the same number of texts, rejects all wrong decoders."""
+    """Negative controls: the same test, with as many texts, rejects all wrong decoders."""
     model = model_for(name)
     decoder = partial(generate, draft=wrong_draft(name, model, monkeypatch))
     assert chi_square_p_value(sampled(decoder, model), expected_texts(model, [0, 1], LENGTH)) < 1e-9
@@ -1052,7 +1060,8 @@ def test_coupled_texts_follow_the_target(monkeypatch):
     assert chi_square_p_value(texts, expected) > 1e-9
     frozen = property(lambda self: 0, lambda self, place: None)
     monkeypatch.setattr(Coupled, "place", frozen, raising=False)
-    texts = [tuple(generate_oracle(model, [0, 1], LENGTH, sampler=Coupled(s))) for s in range(N_SAMPLES)]
+    texts = [tuple(generate_oracle(model, [0, 1], LENGTH, sampler=Coupled(s)))
+             for s in range(N_SAMPLES)]
     assert chi_square_p_value(texts, expected) < 1e-9
 
 
@@ -1066,7 +1075,8 @@ def test_greedy_texts_are_the_oracles(seed):
     1, 2, n, n + 1 and past the block. Guards the first token lost between prefill and loop (litgpt
     #2307) and every off-by-one."""
     rng = torch.Generator().manual_seed(seed)
-    n, rank, block_size = (int(torch.randint(*lohi, (), generator=rng)) for lohi in ((2, 6), (1, 5), (2, 14)))
+    n, rank, block_size = (int(torch.randint(low, high, (), generator=rng))
+                           for low, high in ((2, 6), (1, 5), (2, 14)))
     model = tiny_model(seed, n_future=n, rank=rank, block_size=block_size, vocab_size=11, n_token=9,
                        **VARIANTS[seed % len(VARIANTS)])
     for T in (1, 2, block_size - 1 or 1, block_size, block_size + 1, 2 * block_size + 3):
@@ -1097,8 +1107,8 @@ def counting_model(V, n, target, rank=2, block_size=64):
     The residual stream carries the one-hot embedding of the last token alone (attention and MLP
     write nothing).
     """
-    model = tiny_model(vocab_size=V, n_embd=V, n_head=1, n_layer=1, n_future=n, rank=rank, head="full",
-                       target=target, block_size=block_size, bias=False)
+    model = tiny_model(vocab_size=V, n_embd=V, n_head=1, n_layer=1, n_future=n, rank=rank,
+                       head="full", target=target, block_size=block_size, bias=False)
     eye = torch.eye(V, dtype=torch.float64)
     with torch.no_grad():
         model.transformer.wte.weight = torch.nn.Parameter(eye)

@@ -10,7 +10,7 @@ from heads.sequential import Sequential
 class Head(Sequential):
     """A CP head whose factors also see the token before their own.
 
-        h_a^(s) = M_a^(s) e + U (norm(W[x_{t+s-1}]) * G^(s) e),   s > 1                             (5)
+        h_a^(s) = M_a^(s) e + U (norm(W[x_{t+s-1}]) * G^(s) e),   s > 1                          (5)
 
     It is not in the paper. * goes element by element, and norm is a LayerNorm without weights. In
     the logits the term is a table of token pairs of rank C, whose C parts are weighted by what e

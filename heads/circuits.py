@@ -1,5 +1,5 @@
-"""Mixtures whose component moves along the window: what hmm.py and tree_circuit.py share (MTPC, arXiv
-2511.11346)."""
+"""Mixtures whose component moves along the window: what hmm.py and tree_circuit.py share (MTPC,
+arXiv 2511.11346)."""
 
 import torch
 import torch.nn as nn
@@ -8,7 +8,7 @@ from model import CPHead, widen
 
 
 class Transitions(nn.Module):
-    """Distributions of the next component given one: m matrices (r, r) with rows that sum to 1, made from e.
+    """Distributions of the next component given one, from e: m matrices (r, r) whose rows sum to 1.
 
         T = (1 - l) I + l softmax(A e),    l = min(|p|, 1)
 
@@ -61,7 +61,8 @@ class Circuit(CPHead):
     def draft(self, e, x1, n_drafts, sampler, unembed):
         """The path of components first, r numbers at a time; then all tokens at once, or one by one
         where the sampler warps rows."""
-        P = self.logits(self.vectors(e, slice(n_drafts + 1)), unembed).softmax(-1)  # (B, k + 1, r, V)
+        h = self.vectors(e, slice(n_drafts + 1))  # (B, k + 1, r, C)
+        P = self.logits(h, unembed).softmax(-1)  # (B, k + 1, r, V)
         log_w, log_T = self.log_weights(e), self.transitions(e)
         seen, P = self.log_along(P[:, :1], x1.unsqueeze(1)), P[:, 1:]  # (B, 1, r)
         if sampler.plain:

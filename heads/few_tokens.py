@@ -11,7 +11,7 @@ from model import BadInput, gold_log_prob
 
 
 def few_tokens(Head, K):
-    """The class of a Head (cp, medusa, chain or recurrent) whose factors are softmaxes over K tokens.
+    """The class of a Head (cp, medusa, chain, recurrent) whose factors are softmaxes over K tokens.
 
     With a vocabulary of tens of thousands the products with W are most of what a draft costs, and a
     few thousand tokens are most of any text. `choose_drafts` says which, before anything else.
@@ -36,7 +36,7 @@ class FewTokens:
     def choose_drafts(self, ids, unembed):
         """Draft these ids (K,) from now on; unembed W (V, C) must not change after that."""
         if len(ids.unique()) != self.K or len(ids) != self.K:
-            raise BadInput(f"the head drafts {self.K} tokens: give it as many ids, each of them once")
+            raise BadInput(f"the head drafts {self.K} tokens: give it as many ids, each once")
         self.draft_ids.copy_(ids.sort().values)
         self.draft_rows.copy_(unembed[self.draft_ids])
 
@@ -46,7 +46,7 @@ class FewTokens:
         return place, self.draft_ids[place] == tokens
 
     def numbered(self, tokens):
-        """Tokens (...) in the numbers of this head: the K tokens are 0..K - 1, any other is K + its id."""
+        """Tokens (...) in the numbers of this head: 0..K - 1, or K + its id for any other token."""
         place, inside = self.places(tokens)
         return torch.where(inside, place, self.K + tokens)
 
@@ -76,8 +76,10 @@ class FewTokens:
         return super().rows(e, self.numbered(tokens), unembed)
 
     def draft(self, e, x1, n_drafts, sampler, unembed):
-        """As in `CPHead`: the drafts (B, k) are tokens, and q (B, k, V) has a place for all of them."""
-        few = sampler if type(sampler) in (Sampling, Greedy) else WholeRows(self, sampler, len(unembed))
+        """As in `CPHead`: the drafts (B, k) are tokens, and q (B, k, V) is of all of them."""
+        few = sampler
+        if type(sampler) not in (Sampling, Greedy):
+            few = WholeRows(self, sampler, len(unembed))
         x, q = super().draft(e, self.numbered(x1), n_drafts, few, unembed)
         return self.draft_ids[x], None if q is None else self.whole(q, len(unembed), 0.0)
 
@@ -88,7 +90,7 @@ class FewTokens:
 
 
 class WholeRows:
-    """A sampler that sees rows of all tokens, where a head draws from rows of K: its own random numbers
+    """A sampler that sees rows of all tokens, where a head draws from rows of K: its random numbers
     may belong to tokens, as those of decoders/coupled.py do."""
 
     plain = False

@@ -13,9 +13,9 @@ class Head(CPHead):
     """P^(s) = softmax(W norm(layer^(s)(e_1, ..., e_t)))
 
     One component, whatever --rank says. The layers begin as the identity: c_proj starts at 0. Here
-    they take the states after the trunk's final norm, theirs before it. To have a model with as many
-    parameters as one without these heads, take n - 1 layers off the trunk (--n_layer). The state that
-    this head looks at is that of all layers, norm(layer^(s)(e)), in one vector (..., n C).
+    they take the states after the trunk's final norm, theirs before it. To have a model with as
+    many parameters as one without these heads, take n - 1 layers off the trunk (--n_layer). The
+    state that this head looks at is that of all layers, norm(layer^(s)(e)), in a vector (..., n C).
     """
 
     def __init__(self, config):

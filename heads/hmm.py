@@ -1,4 +1,5 @@
-"""A mixture whose component moves along the window, a hidden Markov model (MTPC, arXiv 2511.11346)."""
+"""A mixture whose component moves along the window: a hidden Markov model (MTPC, arXiv
+2511.11346)."""
 
 import torch
 
@@ -6,7 +7,10 @@ from heads.circuits import Circuit, Transitions, move
 
 
 class Head(Circuit):
-    """P(x_1..x_n | e) = sum_{a_1..a_n} w_{a_1} P_{a_1}^(1)(x_1) prod_{s>1} T^(s)(a_{s-1}, a_s) P_{a_s}^(s)(x_s)
+    """A CP head whose component a_s moves from each offset to the next one.
+
+        P(x_1..x_n | e) = sum_{a_1..a_n} w_{a_1} prod_{s>1} T^(s)(a_{s-1}, a_s)
+                                                 prod_s P_{a_s}^(s)(x_s)
 
     It starts as the CP head, whose component stays.
     """

@@ -76,10 +76,10 @@ class Kept:
 
 
 class Model(GPT):
-    """A GPT whose passes carry masks. Its states are [e; z_1; ...; z_{n-1}] (B, T, n C), where z is 0
-    after tokens that had no masks. In a pass that begins a text, only the last token has some, as no
-    other will be the last one that is left of the pass. A pass that goes on with it has at most n
-    tokens that may be."""
+    """A GPT whose passes carry masks. Its states are [e; z_1; ...; z_{n-1}] (B, T, n C), where z is
+    0 after tokens that had no masks. In a pass that begins a text, only the last token has some, as
+    no other will be the last one that is left of the pass. A pass that goes on with it has at most
+    n tokens that may be."""
 
     def new_cache(self, B=1):
         """Its rows after the text are for the masks of a pass: stale as soon as it ends."""
@@ -89,8 +89,8 @@ class Model(GPT):
 
     def hidden(self, idx, cache=None, places=None, mask=None):
         if places is not None:
-            raise BadInput(f"head {self.config.head} has masks at places of its own, so it takes one "
-                           "text at a time, in its order; take --mode speculative or plain")
+            raise BadInput(f"head {self.config.head} has masks at places of its own, so it takes "
+                           "one text at a time, in its order; take --mode speculative or plain")
         return super().hidden(idx, cache)
 
     def through_blocks(self, x, cache, mask):
@@ -146,17 +146,19 @@ class Model(GPT):
         return x + F.dropout(linear(3, block.mlp.c_proj, inner), dropout)
 
     def loss(self, idx, gold, joint_weight=1.0, balance_weight=0.0, joint_share=1.0):
-        """`GPT.loss`, of which the joint has one more term, the latent consistency of the paper: the
-        mean of (z_j - e_{t+j})^2, where e_{t+j} is the state that predicts the same token. It has
-        the weight of the joint. Masks go through the trunk after joint_share of each text's tokens.
+        """`GPT.loss`, of which the joint has one more term, the latent consistency of the paper:
+        the mean of (z_j - e_{t+j})^2, where e_{t+j} is the state that predicts the same token. It
+        has the weight of the joint. joint_share of each text's tokens have masks.
         """
         (B, T), n, W = idx.shape, self.config.n_future, self.lm_head.weight
         kept = Kept()
         e = self.hidden(idx, kept)  # (B, T, C)
-        after = torch.rand(B, T, device=e.device).argsort(1)[:, : math.ceil(joint_share * T)]  # (B, G)
+        G = math.ceil(joint_share * T)
+        after = torch.rand(B, T, device=e.device).argsort(1)[:, :G]  # (B, G)
         # groups do not see each other, so a few at a time need less memory
         parts = after.split(max(T // (n - 1), 1), dim=1)
-        z = torch.cat([self.carry(e[:, :0], part, kept)[1] for part in parts], 1)  # (B, G, n - 1, C)
+        z = [self.carry(e[:, :0], part, kept)[1] for part in parts]
+        z = torch.cat(z, dim=1)  # (B, G, n - 1, C)
         texts = torch.arange(B, device=e.device).unsqueeze(1)
         seen = torch.cat((e[texts, after].unsqueeze(2), z), dim=2).flatten(0, 1).flatten(1)
         joint = self.head.log_joint(seen, gold[texts, after].flatten(0, 1), W)  # (B G, n)

@@ -10,7 +10,8 @@ from model import CPHead, gold_log_prob
 class Head(CPHead):
     """P^(s) = softmax((W + D^(s)) (e + silu(A^(s) e + b^(s))))
 
-    One component, whatever --rank says. A, b and D start at 0, where every unembedding is the trunk's.
+    One component, whatever --rank says. A, b and D start at 0, where every offset is the trunk's
+    own prediction.
     """
 
     def __init__(self, config):

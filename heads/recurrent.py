@@ -13,7 +13,7 @@ class Head(Sequential):
     """A CP head whose components are recurrent: they see all tokens between t and their own.
 
         h_a^(1) = M_a e
-        h_a^(s) = h_a^(s-1) + W3 gelu(W2 gelu(W1 [norm(h_a^(s-1)); norm(W[x_{t+s-1}])])),   s > 1   (6)
+        h_a^(s) = h_a^(s-1) + W3 gelu(W2 gelu(W1 [norm(h_a^(s-1)); norm(W[x_{t+s-1}])])),  s > 1 (6)
 
     It is not in the paper; r = 1 is after NextLat (arXiv 2511.05963), and akin to ReDrafter
     (2403.09919) and Hydra (2402.05109). One MLP serves all offsets and components. W3 starts at 0,

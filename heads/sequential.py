@@ -1,4 +1,4 @@
-"""Heads whose factors see the tokens of the window before their own: drafts come one after another."""
+"""Heads whose factors see the tokens of the window before their own: drafts come one by one."""
 
 import torch
 from torch.nn import functional as F
@@ -10,8 +10,8 @@ class Sequential(CPHead):
     """A CP head whose h_a^(s) depends on x_1, ..., x_{s-1}. A head overrides two methods:
 
         start(e)                -> what the window begins with, a tuple of tensors (B, ...)
-        advance(state, s, row)  -> h_a^(s) (B, r, C) and the state after it; row (B, C) of W is that of
-                                   the token before, None where s = 1
+        advance(state, s, row)  -> h_a^(s) (B, r, C) and the state after it; row (B, C) of W is
+                                   that of the token before, None where s = 1
     """
 
     def embed(self, x, unembed):

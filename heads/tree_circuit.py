@@ -8,8 +8,8 @@ from model import widen
 
 
 class Head(Circuit):
-    """The root chooses a component for the window by w. It goes to each half by a transition, and so
-    on down to pairs of offsets (or one, where a half is odd). It starts as the CP head, whose
+    """The root chooses a component for the window by w. It goes to each half by a transition, and
+    so on down to pairs of offsets (or one, where a half is odd). It starts as the CP head, whose
     component is the same everywhere.
     """
 
@@ -47,7 +47,8 @@ class Head(Circuit):
         shape, e = e.shape[:-1], e.reshape(-1, e.size(-1))
         nothing = widen(e.new_zeros(len(e), 0, self.rank))  # is seen
         log_b = self.prefix(self.log_weights(e), self.transitions(e), nothing)  # (N, r)
-        log_P = self.logits(self.vectors(e, slice(1)), unembed).log_softmax(-1).squeeze(1)  # (N, r, V)
+        h = self.vectors(e, slice(1)).squeeze(1)  # (N, r, C)
+        log_P = self.logits(h, unembed).log_softmax(-1)  # (N, r, V)
         return torch.logsumexp(log_b.unsqueeze(-1) + log_P, dim=1).view(*shape, -1)
 
     def path(self, log_w, log_T, seen, k, pick):
@@ -69,8 +70,8 @@ class Head(Circuit):
 
 
 def branch(first, last, n_edges):
-    """A node of the offsets first..last: (first, last, [(edge, child), ...]), and the number of edges
-    so far."""
+    """A node of the offsets first..last: (first, last, [(edge, child), ...]), and the number of
+    edges so far."""
     children = []
     if last - first > 1:
         middle = (first + last) // 2

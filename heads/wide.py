@@ -13,8 +13,8 @@ class Head(CPHead):
     """h^(s) = M^(s) e + B^(s) gelu(A^(s) e)
 
     One component, whatever --rank r says: r gives the MLP its width (r - 1) C / 2, so A^(s) and
-    B^(s) have as many parameters as the CP head's other r - 1 maps. B starts at 0, where this is the
-    CP head of rank 1.
+    B^(s) have as many parameters as the CP head's other r - 1 maps. B starts at 0, where this is
+    the CP head of rank 1.
     """
 
     def __init__(self, config):

@@ -17,6 +17,7 @@ from decoders.coupled import Coupled
 from decoders.draft_length import collect
 from heads.masks import Kept
 from model import BadInput, GPTConfig, new_model
+from pretrained.adapter import check_last_states
 
 both_ways = pytest.mark.parametrize("quadratic", [True, False], ids=["quadratic", "linear"])
 
@@ -326,6 +327,8 @@ def test_bad_input():
         model, idx = tiny_model(head=head, target="lm_head"), torch.tensor([[1, 2]])
         with pytest.raises(BadInput, match="one text at a time"):
             model.hidden(idx, None, torch.tensor([[0, 1]]), torch.zeros(1, 1, 2, 2).double())
+        with pytest.raises(BadInput, match=f"head {head} looks further into the trunk"):
+            check_last_states(head)  # of a pretrained model
 
 
 def test_the_states_that_clp_learns_from_are_those_of_each_prefix():
