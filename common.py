@@ -276,6 +276,8 @@ def from_checkpoint(ckpt, fresh_head=False, **changes):
     # nanoGPT saves a compiled model's names with a prefix, and once saved the causal mask
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in ckpt["model"].items()
              if not name.endswith(".attn.bias")}
+    if config.rank == 1:  # an older version had a router for one component, too
+        state = {name: tensor for name, tensor in state.items() if ".router." not in name}
     if fresh_head or any(old[name] != getattr(config, name) for name in ("head", "n_future", "rank")):
         fresh = model.state_dict()
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
@@ -294,8 +296,9 @@ def load_model(ckpt, path, fresh_head=False, **changes):
     except BadInput as e:
         if fresh_head:
             raise
-        raise BadInput(f"{path} holds no model that fits: {e}. If only its head is at fault, train.py "
-                       f"--init_from {path} --fresh_head keeps the trunk.") from None
+        raise BadInput(f"{path} holds no model that fits: {e}. README says how to convert one of an "
+                       f"older version; train.py --init_from {path} --fresh_head keeps the trunk "
+                       "alone.") from None
 
 
 def read_checkpoint(path):

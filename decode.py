@@ -76,7 +76,7 @@ def verify(p, q, drafted, uniform=torch.rand):
     This is block verification (arXiv 2403.10444). drafted (..., k) were drawn from the rows q
     (..., k, V); p (..., k + 1, V) are the target's rows for the same places and the one after them,
     of one text or of several. Returns how many drafts are accepted (..., 1), and the token after
-    them (..., 1). NaN in p or q accepts nothing in particular: whoever reads the tokens must look.
+    them (..., 1). Where p or q is NaN, it gives some token: the caller must look.
 
     i or more drafts are kept with probability keep[i]:
 
@@ -87,16 +87,16 @@ def verify(p, q, drafted, uniform=torch.rand):
     After i kept drafts, token x comes out of the next draft and is kept with probability min(keep_i
     p(x), q(x)). What that lacks of keep_i p(x) is the residual, max(keep_i p(x) - q(x), 0), so the
     token is drawn from the residual where no further draft is kept. That must happen with
-    probability m_i, the residual's sum. So every place i tosses a coin that shows heads with
-    probability m_i / (m_i + 1 - keep_i), and the last place with heads wins: its i drafts are
-    accepted. docs/exactness.md has the proof.
+    probability m_i, the residual's sum. So each place i has a coin that says yes with probability
+    m_i / (m_i + 1 - keep_i). The last place that says yes wins: its i drafts are accepted.
+    docs/exactness.md has the proof.
     """
     keep = keep_probability(p, q, drafted)  # (..., k + 1), the loop above in closed form
     q = F.pad(q, (0, 0, 0, 1))  # 0 in the place after the last draft: nothing was drafted there
     rest = residual(keep.unsqueeze(-1), p, q)  # (..., k + 1, V)
     m = rest.sum(-1)  # (..., k + 1)
     coins = bernoulli(m / (m + 1 - keep), uniform)
-    n_accepted = coins.cumsum(-1).argmax(-1, keepdim=True)  # (..., 1), the last heads, or 0
+    n_accepted = coins.cumsum(-1).argmax(-1, keepdim=True)  # (..., 1), the last yes, or 0
     rest = rest.add(p, alpha=1e-30)  # a row that rounding left empty becomes p
     rest = rest.take_along_dim(n_accepted.unsqueeze(-1), -2)  # (..., 1, V)
     return n_accepted, categorical(rest, uniform)
@@ -121,11 +121,26 @@ def residual(keep, p, q):
 
 
 # -----------------------------------------------------------------------------
-# samplers: draw and verify. `plain` says that draw takes rows as they are, so that a whole window
-# may be drawn at once, by `pick`; every other sampler's drafts are drawn one after another.
+# samplers
 
 
-class Sampling:
+class Sampler:
+    """How tokens are chosen. One of your own is a subclass with two methods:
+
+        draw(logits)    a token for each row of logits (..., V): tokens (...), and the probabilities
+                        (..., V) that they were drawn from, or None where its verify asks for none
+        verify(logits, q, drafted)
+                        how many drafts (..., k) are kept, and the token after them, (..., 1) both;
+                        logits (..., k + 1, V) of the target, q (..., k, V) of the draft
+
+    plain: draw takes rows as they are, so a whole window may be drawn at once, by `Sampling.pick`.
+    Else the drafts are drawn one after another, by draw.
+    """
+
+    plain, generator = False, None
+
+
+class Sampling(Sampler):
     """Draws from softmax(logits / temperature), cut to top_k tokens or the top_p share: see `warp`.
 
     temperature 1e-6..1e6 (0 is `Greedy`), top_k >= 1, top_p in (0, 1]; generator: a torch.Generator
@@ -155,18 +170,14 @@ class Sampling:
         return self.pick(p), p
 
     def verify(self, logits, q, drafted):
-        """logits (..., k + 1, V) of the target, q (..., k, V), drafted (..., k): see `verify`."""
         return verify(self.warp(logits), q, drafted, self.uniform)
 
 
-class Greedy:
+class Greedy(Sampler):
     """Temperature 0: a row's token is its argmax, and a draft is kept if it is the argmax.
 
     `verify` would do the same to one-hot rows, more slowly.
     """
-
-    plain = False
-    generator = None  # nothing is random
 
     def draw(self, logits):
         return logits.argmax(-1), None  # its `verify` asks for no rows
@@ -256,16 +267,17 @@ def generate_oracle(model, prompt, max_new_tokens, **options):
 def stream(blocks, model, prompt, max_new_tokens, *, sampler=None, stop_token=None, stats=None):
     """What all decoders share: yields up to max_new_tokens ids that continue prompt, a list of ids.
 
-    sampler: `Sampling` (the default, at temperature 1), `Greedy` or one of your own. stop_token:
-    the id that ends the text; it is yielded. stats: a Stats to count in. BadInput for a model in
-    training mode and for a prompt that is no list of the model's ids, at the call.
+    sampler: `Sampling` (the default, at temperature 1), `Greedy` or one of your own, see `Sampler`.
+    stop_token: the id that ends the text; it is yielded. stats: a Stats to count in. BadInput for a
+    model in training mode and for a prompt that is no list of the model's ids, at the call.
 
     blocks(model, tokens, sampler) yields (new tokens, number of drafts or None for the prefill) for
     ever. `until_end` is the one place where text ends, so no decoder can overshoot or miss a stop
     token inside a block.
     """
-    check_call(model, prompt)
-    steps = blocks(model, list(prompt), sampler or Sampling())
+    sampler = Sampling() if sampler is None else sampler
+    check_call(model, prompt, sampler)
+    steps = blocks(model, list(prompt), sampler)
     return yield_tokens(steps, max_new_tokens, stop_token, stats)
 
 
@@ -279,14 +291,16 @@ def yield_tokens(steps, left, stop_token, stats):
         yield from block
 
 
-def check_call(model, prompt):
-    """BadInput unless the model is in evaluation mode, and prompt a list of its ids."""
+def check_call(model, prompt, sampler):
+    """BadInput unless the model is in evaluation mode, prompt a list of its ids, sampler a Sampler."""
     if model.training:
         raise BadInput("call model.eval() first: dropout would change the distribution")
     n_token = model.config.n_token
     is_list = isinstance(prompt, (list, tuple)) and len(prompt)
     if not is_list or not all(isinstance(x, int) and 0 <= x < n_token for x in prompt):
         raise BadInput(f"a prompt must be a non-empty list of ids below {n_token}")
+    if not isinstance(sampler, Sampler):
+        raise BadInput(f"a sampler is an object of decode.Sampler or of a subclass, not {sampler!r}")
 
 
 def until_end(new, left, stop_token):

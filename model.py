@@ -188,7 +188,7 @@ class CPHead(nn.Module):
     (and __init__, for parameters of its own). test_cp_head.py runs over all heads.
 
     The components must not start as copies of one another: where they agree, the router has no
-    gradient, and nothing but its own noise parts them.
+    gradient, so nothing would ever part them.
     """
 
     def __init__(self, config):
@@ -263,31 +263,15 @@ class CPHead(nn.Module):
             return sampler.draw(self.logits(h, unembed).squeeze(2))
         h = self.vectors(e, slice(n_drafts + 1))  # (B, k + 1, r, C)
         P = self.logits(h, unembed).softmax(-1)  # (B, k + 1, r, V)
-        log_b = self.log_weights(e) + self.log_along(P[:, 0], x1)  # (B, r), (2)
-        P = P[:, 1:]
-        if not sampler.plain:
-            return self.walk(log_b.softmax(-1), P, sampler)
+        log_w = self.log_weights(e)
+        if not sampler.plain:  # warping a row does not commute with the mixture
+            return walk(Mixture(self, log_w, P).row, x1, n_drafts, sampler)
+        log_b, P = log_w + self.log_along(P[:, 0], x1), P[:, 1:]  # (B, r), (2)
         a = sampler.pick(log_b.softmax(-1))  # (B,)
         x = sampler.pick(P[torch.arange(len(a), device=a.device), :, a])  # (B, k), from (B, k, V)
         seen = F.pad(self.log_along(P, x), (0, 0, 1, -1))  # (B, k, r): 0, then of the drafts before
         b = (log_b.unsqueeze(1) + seen.cumsum(1)).softmax(-1)  # (B, k, r)
         return x, (b.unsqueeze(2) @ P).squeeze(2)  # (3)
-
-    def walk(self, b, P, sampler):
-        """`draft` token by token, for samplers that change a row before they draw from it, since
-        warping does not commute with the mixture: b (B, r), P (B, k, r, V) -> (B, k), (B, k, V).
-
-        What has the size r x V is computed before. A token is one product, one draw, one column.
-        """
-        x, q = [], []
-        for P_s in P.unbind(1):  # (B, r, V)
-            row = torch.bmm(b.unsqueeze(1), P_s).squeeze(1)  # (B, V), (3)
-            x_s, q_s = sampler.draw(row.log())
-            b = b * self.along(P_s, x_s)  # its sum is row[x_s], above 0, as x_s was drawn from row
-            b = b / b.sum(-1, keepdim=True)
-            x.append(x_s)
-            q.append(q_s)
-        return torch.stack(x, 1), None if q[0] is None else torch.stack(q, 1)
 
     def along(self, P, x):
         """The columns of tokens x (...) in P (..., r, V) -> (..., r)."""
@@ -296,6 +280,33 @@ class CPHead(nn.Module):
     def log_along(self, P, x):
         """Their logs, and finite: a token that no component has points to none of them."""
         return self.along(P, x).clamp_min(1e-30).log()
+
+
+class Mixture:
+    """The rows q_s of (3) one after another, along tokens that are told one by one.
+
+    What has the size r x V is computed before: log_w (B, r), P (B, k + 1, r, V).
+    """
+
+    def __init__(self, head, log_w, P):
+        self.head, self.log_b, self.P, self.s = head, log_w, P, 0
+
+    def row(self, x):
+        """x_s (B,) -> log q_{s+1} (B, V), for s = 1, 2, ..., k."""
+        self.log_b = self.log_b + self.head.log_along(self.P[:, self.s], x)  # (B, r)
+        self.s += 1
+        return torch.bmm(self.log_b.softmax(-1).unsqueeze(1), self.P[:, self.s]).squeeze(1).log()
+
+
+def walk(row, x1, n_drafts, sampler):
+    """`CPHead.draft` token by token, for samplers that change a row before they draw from it, and for
+    heads whose rows depend on the drafts: row(x_s) -> log q_{s+1} (B, V), up to a constant."""
+    x, q = [x1], []
+    for _ in range(n_drafts):
+        x_s, q_s = sampler.draw(row(x[-1]))  # (B,), (B, V)
+        x.append(x_s)
+        q.append(q_s)
+    return torch.stack(x[1:], 1), None if q[0] is None else torch.stack(q, 1)
 
 
 # -----------------------------------------------------------------------------
@@ -365,8 +376,8 @@ class GPT(nn.Module):
     def _init_weights(module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     @property
     def device(self):
@@ -456,7 +467,7 @@ class GPT(nn.Module):
 
         log_w = self.head.log_weights(seen)  # (N, r)
         balance = balance_loss(log_w)
-        some = slice(None)
+        some = slice(None)  # positions that the joint sees
         if joint_share < 1:
             some = torch.randperm(len(e), device=e.device)[: math.ceil(joint_share * len(e))]
         joint = self.head.log_joint(seen[some], gold[some], W)  # (positions, n)

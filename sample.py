@@ -29,8 +29,11 @@ def load(out_dir, device="auto", dtype="auto"):
     path, device = Path(out_dir) / "ckpt.pt", pick_device(device)
     ckpt = read_checkpoint(path)
     if "trunk" in ckpt:  # a head on a model from elsewhere
-        word = ckpt["trunk"].get("door") if isinstance(ckpt["trunk"], dict) else ckpt["trunk"]
-        model, enc = door("trunk", word).load(ckpt, path, device, dtype)
+        trunk = ckpt["trunk"] if isinstance(ckpt["trunk"], dict) else {}
+        if "door" not in trunk:
+            raise BadInput(f"{path} does not say what its trunk is. README says how to convert a "
+                           "checkpoint of an older version; else train anew.")
+        model, enc = door("trunk", trunk["door"]).load(ckpt, path, device, dtype)
         return model, enc, ckpt
     dtype = "float32" if dtype == "auto" else dtype
     if device.type == "mps" and dtype == "float64":
@@ -52,8 +55,7 @@ def load(out_dir, device="auto", dtype="auto"):
 
 
 def fast_kernels(model):
-    """A context in which passes of a few rows are fastest: in float32 on a CPU, without oneDNN, but for
-    packed layers, which are its own all the same."""
+    """A context in which passes of a few rows are fastest: in float32 on a CPU, without oneDNN."""
     return onednn(not (model.device.type == "cpu" and model.dtype == torch.float32))
 
 

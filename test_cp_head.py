@@ -158,7 +158,7 @@ def paths(model, e):
     """The components of the offsets 1..n, and their probability: one for all, but in circuits."""
     head, n, w = model.config.head, model.config.n_future, weights(model, e)
     r = len(w)
-    if head in CIRCUITS:
+    if head in CIRCUITS and (n > 2 or head == "hmm"):
         parts = model.head.transitions
         S = torch.softmax((parts.rows.weight @ e + parts.rows.bias).view(-1, r, r), -1)
         mix = parts.mix.abs().clamp_max(1)
@@ -969,6 +969,18 @@ def test_speculative_decoding_is_exact_past_the_block(i, head, monkeypatch):
     assert total_variation(texts, expected_texts(model, [0, 1], 5)) < 1e-12
 
 
+@pytest.mark.parametrize("target", ["marginal", "lm_head"])
+@pytest.mark.parametrize("head,rank", [("cp", 2), ("cp", 3), ("full", 2), ("full", 3), ("hmm", 2),
+                                       ("tree_circuit", 2)])
+def test_windows_of_one_draw_are_exact_past_the_block(head, rank, target, monkeypatch):
+    """The same for those that draw a window at once, with two drafts, which the block's end clamps
+    to one and to none."""
+    model = tiny_model(head=head, rank=rank, target=target, vocab_size=3, n_token=2, n_future=3,
+                       n_layer=1, block_size=4)
+    texts = enumerated(lambda choose: generate(model, [0, 1], 4), monkeypatch)
+    assert total_variation(texts, expected_texts(model, [0, 1], 4)) < 1e-12
+
+
 def test_other_decoders_by_enumeration(monkeypatch):
     """The oracle's and the plain decoder's texts: the product of next-token probabilities, padded
     ids left out."""
@@ -991,7 +1003,7 @@ def chi_square_model(head):
 def torn_model():
     """Components that agree on x_1, and on later tokens ever less: so what the drafts before a
     token say of the component counts most."""
-    model = tiny_model(8, vocab_size=3, n_future=3, n_layer=1, target="lm_head", head="full")
+    model = tiny_model(vocab_size=3, n_future=3, n_layer=1, target="lm_head", head="full")
     model.head.maps.data *= torch.tensor([1, 20, 60])[:, None, None, None]
     return model
 
@@ -1010,12 +1022,16 @@ def first_steps(model, monkeypatch, draft=None):
     return texts, expected_texts(model, [0, 1], 3)
 
 
-@pytest.mark.parametrize("name", [name for name in WRONG if name != "no_residual"])  # it never ends
+CAUGHT = [(name, None) for name in WRONG if name != "no_residual"]  # whose enumeration never ends
+CAUGHT += [(name, "chain") for name in ("argmax_draft", "residual_p", "residual_without_keep")]
+
+
+@pytest.mark.parametrize("name,head", CAUGHT)
 @torch.no_grad()
-def test_enumeration_rejects_wrong_decoders(name, monkeypatch):
+def test_enumeration_rejects_wrong_decoders(name, head, monkeypatch):
     """Negative controls: each bug moves the distribution by more than 1 % on the model that the
     chi-square test uses, in the first step alone; and the right decoder does not."""
-    model = model_for(name)
+    model = chi_square_model(head) if head else model_for(name)
     assert total_variation(*first_steps(model, monkeypatch)) < 1e-12
     draft = wrong_draft(name, model, monkeypatch)
     assert total_variation(*first_steps(model, monkeypatch, draft)) > 0.01

@@ -137,17 +137,17 @@ def load_tokenizer(description):
     are characters: see `Characters`.
     """
     name, pattern = description["name"], description["pattern"]
-    if pattern is None:
-        characters = [token.encode("latin-1").decode() for token in description["tokens"]]
-        return Characters(name, characters)
-    ranks = {token.encode("latin-1"): i for i, token in enumerate(description["tokens"])}
-    if not all(bytes([b]) in ranks for b in range(256)):
+    tokens = [token.encode("latin-1") for token in description["tokens"]]
+    ranks = {token: i for i, token in enumerate(tokens)}
+    if pattern is not None and not all(bytes([b]) in ranks for b in range(256)):
         raise BadInput(f"the tokenizer {name} lacks some of the 256 single bytes, so it cannot encode "
                        "every text")
     try:
+        if pattern is None:
+            return Characters(name, [token.decode() for token in tokens])
         return Tokenizer(name, pat_str=pattern, mergeable_ranks=ranks,
                          special_tokens={EOT: len(ranks)})
-    except Exception as e:  # for a wrong pattern tiktoken raises many kinds
+    except Exception as e:  # bytes that are no character; for a wrong pattern many kinds
         raise BadInput(f"the tokenizer {name} cannot be read ({type(e).__name__}: {e})") from None
 
 

@@ -271,8 +271,8 @@ SAVED = ("train_config", "meta", "optimizer", "scaler", "random", "random_of_oth
 class Run:
     """All that changes while training, and what a checkpoint holds for --resume to go on from.
 
-    Another script's run overrides the four methods that say what it is made of: read_meta, read_data,
-    build and load.
+    Another script's run overrides the methods that say what it is made of: read_meta, read_data,
+    build and load; and report.
     """
 
     Config, presets, script = TrainConfig, PRESETS, "train.py"
@@ -362,6 +362,10 @@ class Run:
         """The model of a checkpoint that is gone on with."""
         return load_model(ckpt, Path(self.cfg.out_dir) / "ckpt.pt")
 
+    def report(self, val):
+        """Print the table at the end of a run."""
+        report(val, self.meta)
+
     # progress
 
     @property
@@ -429,11 +433,12 @@ class Run:
         """The Run that out_dir/ckpt.pt holds, with its settings but for flags that may differ."""
         path = Path(out_dir) / "ckpt.pt"
         ckpt = read_checkpoint(path)
-        known = asdict(cls.Config()).keys()
-        if any(name not in ckpt for name in SAVED) or ckpt["train_config"].keys() != known:
+        known, settings = set(asdict(cls.Config())), ckpt.get("train_config")
+        if any(name not in ckpt for name in SAVED) or not isinstance(settings, dict) or (
+                set(settings) != known):
             raise BadInput(f"{path} holds no state of training to go on from; --init_from {path} starts "
                            "a new run with its weights.")
-        old = cls.Config(**ckpt["train_config"])
+        old = cls.Config(**settings)
         for name, value in given.items():
             if name not in CHANGEABLE and value != getattr(old, name):
                 raise BadInput(f"--resume goes on with {name} = {getattr(old, name)}, not {value}; leave "
@@ -489,16 +494,20 @@ def pick_dtype(name, device):
 
 
 def compiled(model, device):
-    """torch.compile(model), after a trial of its own: BadInput where nothing can be compiled."""
     if device.type == "cpu" and torch.__version__.startswith("2.6"):
         raise BadInput("--compile gives wrong gradients on a CPU in torch 2.6. Take a newer torch, or "
                        "train without --compile.")
+    check_compiler(device)
+    return torch.compile(model)
+
+
+def check_compiler(device):
+    """BadInput where nothing can be compiled."""
     try:
         torch.compile(torch.neg)(torch.ones(8, device=device))
     except Exception as e:  # of a compiler, a linker, Triton: torch raises many kinds
         raise BadInput(f"--compile does not work here ({type(e).__name__}); it needs a C++ compiler, "
                        "on a GPU also Triton. Leave --compile away.") from None
-    return torch.compile(model)
 
 
 # -----------------------------------------------------------------------------
@@ -534,9 +543,6 @@ def report(val, meta):
         line(f"  offset {s}", loss, "given the true tokens before it in the window" if s == 2 else "")
     usage = " ".join(f"{w:.3f}" for w in val["usage"])
     print(f"component usage       {usage}   balance {val['balance']:.3f}")
-    if "accept" in val:  # of a head that learns from its trunk's rows
-        print("a draft is accepted   " + " ".join(f"{share:.3f}" for share in val["accept"]) +
-              f"   at temperature 1, by offset; {val['per_step']:.2f} tokens per step")
 
 
 def as_flag(name, value):
@@ -600,7 +606,7 @@ def main(Run=Run, description=__doc__):
     if RANK > 0:
         return
     for line in [line for line in run.log if "val" in line][-1:]:
-        report(line["val"], run.meta)
+        run.report(line["val"])
     if run.iter_num == first:
         print(f"\nThis run was complete after {first} steps and {run.seconds:.0f} s (--max_iters "
               f"{run.cfg.max_iters}, --max_seconds {run.cfg.max_seconds:g}); larger ones train on.")

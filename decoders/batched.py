@@ -192,9 +192,9 @@ class Row:
 @torch.inference_mode()
 def write(model, draft, prompts, max_new_tokens, samplers, stop_token, stats):
     """The texts after all prompts; draft None is plain decoding."""
-    for prompt in prompts:
-        check_call(model, prompt)
     samplers = own_samplers(Sampling() if samplers is None else samplers, len(prompts))
+    for prompt, own in zip(prompts, samplers):
+        check_call(model, prompt, own)
     everyone = [Row(list(prompt), own, max_new_tokens) for prompt, own in zip(prompts, samplers)]
     rows, n, block_size = everyone, model.config.n_future, model.config.block_size
     room = max(map(len, prompts), default=0) + max_new_tokens + n  # drafts may go past a text's end

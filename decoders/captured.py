@@ -12,7 +12,6 @@ The texts have the distribution of those of decode.py, from other random numbers
 """
 
 import copy
-import functools
 import math
 from functools import partial
 
@@ -24,9 +23,11 @@ from common import run_script
 from decode import Greedy, Sampling, check_finite, draw_next, stream, window_ids
 from decoders.batched import RowCache, check_head, fill, pass_of_rows
 from model import BadInput
+from train import check_compiler
 
 SMALLEST = 256  # places of a cache; a longer text gets twice as many
-NUMBERS = 4  # random ones that a step may take for each place
+# random numbers that a step may take for each place: a component, a token, a coin, the next token
+NUMBERS = 4
 
 
 class FixedCache(RowCache):
@@ -181,16 +182,6 @@ class Captured:
             return found
 
         return replay
-
-
-@functools.cache
-def check_compiler(device):
-    """BadInput where torch.compile does not work."""
-    try:
-        torch.compile(torch.neg)(torch.ones(8, device=device))
-    except Exception as e:  # of a compiler, a linker, Triton: torch raises many kinds
-        raise BadInput(f"--compile does not work here ({type(e).__name__}); it needs a C++ "
-                       "compiler, on a GPU also Triton. Leave --compile away.") from None
 
 
 def generate(model, prompt, max_new_tokens, *, sampler=None, compile=False, **options):

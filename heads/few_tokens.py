@@ -30,13 +30,16 @@ class FewTokens:
         if not 1 <= self.K <= config.n_token:
             raise BadInput(f"a head can draft 1 to {config.n_token} tokens, not {self.K}")
         super().__init__(replace(config, vocab_size=self.K, n_token=self.K))
+        self.V = config.n_token
         self.register_buffer("draft_ids", torch.zeros(self.K, dtype=torch.long))  # sorted
         self.register_buffer("draft_rows", torch.zeros(self.K, config.n_embd))  # W_K
 
     def choose_drafts(self, ids, unembed):
         """Draft these ids (K,) from now on; unembed W (V, C) must not change after that."""
-        if len(ids.unique()) != self.K or len(ids) != self.K:
-            raise BadInput(f"the head drafts {self.K} tokens: give it as many ids, each once")
+        known = len(ids) == len(ids.unique()) == self.K and 0 <= ids.min() <= ids.max() < self.V
+        if not known:
+            raise BadInput(f"the head drafts {self.K} of {self.V} tokens: give it as many ids, each "
+                           "once")
         self.draft_ids.copy_(ids.sort().values)
         self.draft_rows.copy_(unembed[self.draft_ids])
 

@@ -13,8 +13,9 @@ class Head(CPHead):
     """
 
     def __init__(self, config):
-        super().__init__(config)
+        nn.Module.__init__(self)
         n, r, V, C = config.n_future, config.rank, config.vocab_size, config.n_embd
+        self.rank, self.router = r, nn.Linear(C, r) if r > 1 else None
         self.maps = nn.Parameter(0.02 * torch.randn(n, r, V, C))  # W_a^(s)
 
     def logits(self, h, unembed):

@@ -20,12 +20,16 @@ class Head(Circuit):
         self.transitions = Transitions(config.n_future - 1, config.rank, config.n_embd)
 
     def prefix(self, log_w, log_T, seen):
-        log_b = log_w
+        return self.prefixes(log_w, log_T, seen)[:, -1]
+
+    def prefixes(self, log_w, log_T, seen):
+        log_b, found = log_w, []
         for s, log_p in enumerate(seen.unbind(1)):
             log_b = log_b + log_p
             if s < len(log_T):  # after the window's last token there is no next one
                 log_b = move(log_b, log_T[s])
-        return log_b
+            found.append(log_b)
+        return torch.stack(found, 1)
 
     def path(self, log_w, log_T, seen, k, pick):
         a = [pick(self.prefix(log_w, log_T, seen).softmax(-1))]  # (B,), of x_2

@@ -77,9 +77,8 @@ class Kept:
 
 class Model(GPT):
     """A GPT whose passes carry masks. Its states are [e; z_1; ...; z_{n-1}] (B, T, n C), where z is
-    0 after tokens that had no masks. In a pass that begins a text, only the last token has some, as
-    no other will be the last one that is left of the pass. A pass that goes on with it has at most
-    n tokens that may be."""
+    0 after tokens that had no masks. In the first pass over a text only the last token has some,
+    since nothing of it is rolled back. In a later one each of its tokens may become the last."""
 
     def new_cache(self, B=1):
         """Its rows after the text are for the masks of a pass: stale as soon as it ends."""
@@ -96,7 +95,7 @@ class Model(GPT):
     def through_blocks(self, x, cache, mask):
         if isinstance(cache, Kept):  # tokens alone: `loss` says where the masks are
             return super().through_blocks(x, cache, mask)
-        (B, T, C), n, past = x.shape, self.config.n_future, 0 if cache is None else cache.length
+        (B, T, _), n, past = x.shape, self.config.n_future, 0 if cache is None else cache.length
         G = min(T, n) if self.head.quadratic and past else 1  # tokens that have masks
         after = torch.arange(past + T - G, past + T, device=x.device).expand(B, G)
         e, z = self.carry(x, after, cache)
@@ -153,8 +152,10 @@ class Model(GPT):
         (B, T), n, W = idx.shape, self.config.n_future, self.lm_head.weight
         kept = Kept()
         e = self.hidden(idx, kept)  # (B, T, C)
-        G = math.ceil(joint_share * T)
-        after = torch.rand(B, T, device=e.device).argsort(1)[:, :G]  # (B, G)
+        after = torch.arange(T, device=e.device).expand(B, T)  # (B, G), here all
+        if joint_share < 1:
+            G = math.ceil(joint_share * T)
+            after = torch.rand(B, T, device=e.device).argsort(1)[:, :G]
         # groups do not see each other, so a few at a time need less memory
         parts = after.split(max(T // (n - 1), 1), dim=1)
         z = [self.carry(e[:, :0], part, kept)[1] for part in parts]

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from model import CPHead
+from model import CPHead, walk
 
 
 class Sequential(CPHead):
@@ -27,12 +27,7 @@ class Sequential(CPHead):
         return torch.stack(found, 1)  # (N, k + 1, r, C)
 
     def draft(self, e, x1, n_drafts, sampler, unembed):
-        prefixes, x, q = Prefixes(self, e, unembed), [x1], []
-        for _ in range(n_drafts):
-            x_s, q_s = sampler.draw(prefixes.row(x[-1]))  # (B,), (B, V)
-            x.append(x_s)
-            q.append(q_s)
-        return torch.stack(x[1:], 1), None if q[0] is None else torch.stack(q, 1)
+        return walk(Prefixes(self, e, unembed).row, x1, n_drafts, sampler)
 
 
 class Prefixes:

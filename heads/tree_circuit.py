@@ -16,7 +16,7 @@ class Head(Circuit):
     def __init__(self, config):
         super().__init__(config)
         self.root, n_edges = branch(1, config.n_future, 0)
-        self.transitions = Transitions(max(n_edges, 1), config.rank, config.n_embd)
+        self.transitions = Transitions(n_edges, config.rank, config.n_embd) if n_edges else None
 
     def below(self, node, log_T, seen):
         """log P(the tokens of a node's offsets that are seen | its component): (B, r)."""
@@ -46,7 +46,7 @@ class Head(Circuit):
     def log_marginal(self, e, unembed):
         shape, e = e.shape[:-1], e.reshape(-1, e.size(-1))
         nothing = widen(e.new_zeros(len(e), 0, self.rank))  # is seen
-        log_b = self.prefix(self.log_weights(e), self.transitions(e), nothing)  # (N, r)
+        log_b = self.prefix(self.log_weights(e), self.log_T(e), nothing)  # (N, r)
         h = self.vectors(e, slice(1)).squeeze(1)  # (N, r, C)
         log_P = self.logits(h, unembed).log_softmax(-1)  # (N, r, V)
         return torch.logsumexp(log_b.unsqueeze(-1) + log_P, dim=1).view(*shape, -1)

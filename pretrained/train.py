@@ -105,6 +105,11 @@ class HeadRun(train.Run):
                            f"{model.config.n_future}")
         return model
 
+    def report(self, val):
+        super().report(val)
+        print("a draft is accepted   " + " ".join(f"{share:.3f}" for share in val["accept"]) +
+              f"   at temperature 1, by offset; {val['per_step']:.2f} tokens per step")
+
     def load(self, ckpt):
         if "trunk" not in self.meta:
             return self.taught(super().load(ckpt))

@@ -29,9 +29,12 @@ def test_moving_components_start_as_the_cp_head(head, n):
     close(*(m.head.log_joint(e, gold, W) for m in (model, cp)), atol=1e-6)
     close(*(m.head.rows(e, gold[:, :-1], W) for m in (model, cp)), atol=1e-6)
     fresh = head_class(head)(GPTConfig(vocab_size=5, n_embd=8, n_head=1, n_future=n, rank=2, head=head))
+    if n == 2 and head == "tree_circuit":  # its one node has nowhere to go
+        assert fresh.transitions is None
+        return
     assert fresh.transitions.mix.max().item() < 1e-6  # and it can leave its start
     fresh.log_joint(torch.randn(6, 8), gold, torch.randn(5, 8)).sum().backward()
-    assert n == 2 and head == "tree_circuit" or fresh.transitions.mix.grad.abs().min() > 0
+    assert fresh.transitions.mix.grad.abs().min() > 0
 
 
 def test_the_wide_head_begins_as_independent_heads_and_has_the_parameters_of_a_mixture():
@@ -220,8 +223,8 @@ def test_few_tokens_learn_and_refuse():
     loss, _ = model.loss(torch.randint(5, (2, 4)), torch.randint(5, (2, 4, 3)))
     loss.backward()
     assert model.head.maps.grad.abs().max() > 0 and not model.head.draft_rows.requires_grad
-    for ids in ([1, 1], [1, 2, 3], [0]):
-        with pytest.raises(BadInput, match="drafts 2 tokens"):
+    for ids in ([1, 1], [1, 2, 3], [0], [1, 5]):
+        with pytest.raises(BadInput, match="drafts 2 of 5 tokens"):
             model.head.choose_drafts(torch.tensor(ids), model.unembed)
     for K in (0, 6):
         with pytest.raises(BadInput, match="1 to 5 tokens"):
