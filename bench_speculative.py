@@ -128,28 +128,29 @@ class Mode:
 
 
 class Bench:
-    """prompts: lists of ids, or by kind a dict of such lists; stop_token ends a text. modes: by name, to
-    which one may add; about: what `describe` is to say of these."""
+    """prompts: lists of ids, or by kind a dict of such lists; stop_token ends a text. modes: by
+    name, to which one may add; about: what `describe` is to say of these."""
 
     def __init__(self, model, prompts, n_tokens, seed, stop_token=None):
         self.model, self.device = model, model.device
         self.kinds = prompts if isinstance(prompts, dict) else {"all": prompts}
         self.prompts = [prompt for kind in self.kinds.values() for prompt in kind]
         self.n_tokens, self.seed, self.stop_token = n_tokens, seed, stop_token
-        self.modes = {"plain": Mode(generate_plain, model), "speculative": Mode(generate, model, True)}
-        self.about = {}
-        if model.config.target == "marginal":  # plain decoding pays for r heads: what is the trunk's part?
+        self.modes, self.about = {"plain": Mode(generate_plain, model)}, {}
+        self.modes["speculative"] = Mode(generate, model, True)
+        if model.config.target == "marginal":  # plain decoding pays for r heads: how much?
             lm_head_only = copy.copy(model)
             lm_head_only.config = replace(model.config, target="lm_head")
             self.modes["lm_head_only"] = Mode(generate_plain, lm_head_only)
 
     def decode(self, name, temperature, seed, prompts=None, laps=None, **options):
-        """Continue the prompts, or all of them; returns the texts. laps time the parts of the steps."""
+        """Continue the prompts, or all of them; returns the texts. laps time the steps' parts."""
         mode, options = self.modes[name], {"stop_token": self.stop_token, **options}
-        sampler = make_sampler(temperature, generator=torch.Generator(self.device).manual_seed(seed))
+        generator = torch.Generator(self.device).manual_seed(seed)
+        sampler = make_sampler(temperature, generator=generator)
         with mode.context(), laps.around(mode.model, sampler) if laps else nullcontext():
-            return [list(mode.function(mode.model, prompt, self.n_tokens, sampler=sampler, **options))
-                    for prompt in prompts or self.prompts]
+            return [list(mode.function(mode.model, prompt, self.n_tokens, sampler=sampler,
+                                       **options)) for prompt in prompts or self.prompts]
 
     def time_one(self, name):
         """Seconds to continue the first prompt greedily."""
@@ -176,7 +177,7 @@ class Bench:
             self.decode(name, temperature, self.seed, [max(self.prompts, key=len)], stop_token=None)
         for i in range(n_rounds):
             for own in rounds.values():
-                own.append({"seconds": 0, "tokens": 0, "texts": [], "parts": Counter(), "kinds": {}})
+                own.append(dict(seconds=0, tokens=0, texts=[], parts=Counter(), kinds={}))
             for kind, name in itertools.product(self.kinds, self.modes):
                 self.measure(name, kind, temperature, self.seed + i, rounds[name][-1], stats[name])
         return rounds, stats
@@ -225,7 +226,7 @@ class Bench:
             row["over"] = mode.base
         if mode.speculative:
             n_passes = stats.steps + len(own) * len(self.prompts)  # prefills, too
-            ms = 1e3 * sum(r["tokens"] for r in own) / n_passes  # a forward pass's, of a token's seconds
+            ms = 1e3 * sum(r["tokens"] for r in own) / n_passes  # a pass's, of a token's seconds
             row |= {key: getattr(mode.model.config, key) for key in HEAD_FIELDS}
             row["step_ms"] = ms * statistics.median(per_token())
         if mode.speculative and mode.has_parts:
@@ -237,7 +238,7 @@ class Bench:
 
     @staticmethod
     def row_of_kind(kind, own, plain):
-        """What a row says of one kind of prompts, from the mode's rounds and those of plain decoding."""
+        """What a row says of one kind of prompts, from the mode's rounds and plain decoding's."""
         own, plain = ([r["kinds"][kind] for r in rounds] for rounds in (own, plain))
         ratios = speedups(plain, [o["seconds"] / o["tokens"] for o in own])
         steps = sum(o["steps"] for o in own)
@@ -278,11 +279,11 @@ def describe(bench, args):
     return {
         "out_dir": args.out_dir, "device": str(device), "hardware": hardware(device),
         "torch": torch.__version__, "dtype": str(bench.model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "trunk_parameters": trunk, "head_parameters": head,
+        "threads": torch.get_num_threads(), "trunk_parameters": trunk, "head_parameters": head,
         **{name: getattr(config, name) for name in HEAD_FIELDS}, "target": config.target,
         "vocab_size": config.n_token, "prompts": len(bench.prompts),
-        "tokens_per_prompt": bench.n_tokens, "rounds": args.rounds, "seed": args.seed, **bench.about,
+        "tokens_per_prompt": bench.n_tokens, "rounds": args.rounds, "seed": args.seed,
+        **bench.about,
     }
 
 
@@ -290,8 +291,8 @@ def print_card(card, bench):
     for key, value in card.items():
         print(f"{key:20} {value}")
     if card["target"] == "marginal":
-        print("target = marginal: plain decoding computes r heads for its one token, too. lm_head_only is\n"
-              "the same trunk with its plain LM head, for its speed alone: that head was not trained.")
+        print("target = marginal: plain decoding computes r heads for its one token, too.\n"
+              "lm_head_only is the trunk with its plain LM head, untrained: for its speed alone.")
     for name, mode in bench.modes.items():
         if mode.base != "plain":
             print(f"{name}: its speed-up is over {mode.base}")
@@ -333,8 +334,8 @@ def print_differences(differences):
     for name, part in differences.items():
         what = "the text of plain decoding, token for token"
         if part is not None:
-            what = (f"texts part at token {part['token']} of prompt {part['prompt']}; the two top logits "
-                    f"differ by {part['logit_gap']:.1e} there")
+            what = (f"texts part at token {part['token']} of prompt {part['prompt']}; the two top "
+                    f"logits differ by {part['logit_gap']:.1e} there")
         print(f"temperature 0, {name}: {what}")
 
 
@@ -347,8 +348,8 @@ def parse_args(description, add_flags):
     parser.add_argument("--rounds", type=number(int, 5), default=7,
                         help="interleaved rounds, at least 5: the median of fewer is noise (7)")
     parser.add_argument("--max_new_tokens", type=number(int, 2),
-                        help="tokens per prompt, the first of which the prefill yields (as many as fit "
-                             "the block, or half of it; at most 256)")
+                        help="tokens per prompt, the first of which the prefill yields (as many as "
+                             "fit the block, or half of it; at most 256)")
     parser.add_argument("--threads", type=number(int, 1, 1024),
                         help="CPU threads (the number that is best for plain decoding)")
     if add_flags is not None:
@@ -362,12 +363,12 @@ def main(description=__doc__, add_flags=None, add_modes=None):
     torch.set_flush_denormal(True)  # probabilities below 1e-38 are 0; x86 would be slow at them
     model, enc, ckpt = load(args.out_dir, args.device, args.dtype)
     if model.head is None:
-        raise BadInput(f"{args.out_dir} has n_future = 1: there is no head to draft from, so nothing to "
-                       "compare.")
+        raise BadInput(f"{args.out_dir} has n_future = 1: there is no head to draft from, so "
+                       "nothing to compare.")
     meta, prompts = ckpt["meta"], {}
     for kind, text in zip(meta.get("kinds", ["all"] * len(meta["prompts"])), meta["prompts"]):
         prompts.setdefault(kind, []).append(enc.prompt_ids(text))
-    room = model.config.block_size - max(len(prompt) for kind in prompts.values() for prompt in kind)
+    room = model.config.block_size - max(len(ids) for kind in prompts.values() for ids in kind)
     n_tokens = args.max_new_tokens or min(256, max(room, model.config.block_size // 2, 2))
     bench = Bench(model, prompts, n_tokens, args.seed, enc.answer_end)
     if add_modes is not None:

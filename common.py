@@ -31,8 +31,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with the script's docstring for help and errors of one line."""
 
     def __init__(self, description, **options):
-        plain = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=plain, allow_abbrev=False, **options)
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help explains the flags)\n")
@@ -97,8 +97,8 @@ def run_script(main):
         about_memory = "out of memory|not enough memory|allocate memory"
         if not isinstance(e, MemoryError) and not re.search(about_memory, str(e)):
             raise
-        sys.exit(f"Out of memory ({' '.join(str(e).split())[:200]}). A smaller model, --batch_size or "
-                 "--block_size needs less.")
+        sys.exit(f"Out of memory ({' '.join(str(e).split())[:200]}). A smaller model, --batch_size "
+                 "or --block_size needs less.")
 
 
 def progress_bar(**options):
@@ -278,7 +278,7 @@ def from_checkpoint(ckpt, fresh_head=False, **changes):
              if not name.endswith(".attn.bias")}
     if config.rank == 1:  # an older version had a router for one component, too
         state = {name: tensor for name, tensor in state.items() if ".router." not in name}
-    if fresh_head or any(old[name] != getattr(config, name) for name in ("head", "n_future", "rank")):
+    if fresh_head or any(old[key] != getattr(config, key) for key in ("head", "n_future", "rank")):
         fresh = model.state_dict()
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
         state |= {name: tensor for name, tensor in fresh.items() if name.startswith("head.")}
@@ -296,9 +296,9 @@ def load_model(ckpt, path, fresh_head=False, **changes):
     except BadInput as e:
         if fresh_head:
             raise
-        raise BadInput(f"{path} holds no model that fits: {e}. README says how to convert one of an "
-                       f"older version; train.py --init_from {path} --fresh_head keeps the trunk "
-                       "alone.") from None
+        raise BadInput(f"{path} holds no model that fits: {e}. README says how to convert one of "
+                       f"an older version; train.py --init_from {path} --fresh_head keeps the "
+                       "trunk alone.") from None
 
 
 def read_checkpoint(path):
@@ -324,7 +324,7 @@ def read_checkpoint(path):
     keys = ("model", "model_args")
     if (not isinstance(ckpt, dict) or not all(isinstance(ckpt.get(key), dict) for key in keys)
             or not all(map(torch.is_tensor, ckpt["model"].values()))):
-        raise BadInput(f"{path} is not a checkpoint of plain tensors with 'model' and 'model_args', or "
+        raise BadInput(f"{path} is not a checkpoint of plain tensors with model and model_args, or "
                        "it is damaged; nothing in it was run. Train anew or take another file.")
     return ckpt
 
@@ -414,8 +414,8 @@ def check_tokenizer(ckpt, meta, path):
         theirs = "gpt2" if vocab_size in (50257, 50304) else f"one of {vocab_size} ids"
         same = vocab_size in (n, padded(n)) and theirs in (name, f"one of {vocab_size} ids")
     if not same:
-        raise BadInput(f"{path} was trained with another tokenizer ({theirs}) than the data's ({name}); "
-                       "take --data_dir with the data it was trained on, or train anew.")
+        raise BadInput(f"{path} was trained with another tokenizer ({theirs}) than the data's "
+                       f"({name}); take --data_dir with the data it was trained on, or train anew.")
 
 
 def padded(n_token):

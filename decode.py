@@ -235,8 +235,8 @@ def all_finite(logits, q=None):
 def check_finite(finite):
     """BadInput where `all_finite` says no: else tokens would be drawn from NaN all the same."""
     if not finite:
-        raise BadInput("the model gives NaN or infinite logits: its weights are damaged, or overflow "
-                       "in half precision; try --dtype float32")
+        raise BadInput("the model gives NaN or infinite logits: its weights are damaged, or "
+                       "overflow in half precision; try --dtype float32")
 
 
 # -----------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def yield_tokens(steps, left, stop_token, stats):
 
 
 def check_call(model, prompt, sampler):
-    """BadInput unless the model is in evaluation mode, prompt a list of its ids, sampler a Sampler."""
+    """BadInput unless the model is in evaluation mode, prompt a list of ids, sampler a Sampler."""
     if model.training:
         raise BadInput("call model.eval() first: dropout would change the distribution")
     n_token = model.config.n_token
@@ -300,7 +300,7 @@ def check_call(model, prompt, sampler):
     if not is_list or not all(isinstance(x, int) and 0 <= x < n_token for x in prompt):
         raise BadInput(f"a prompt must be a non-empty list of ids below {n_token}")
     if not isinstance(sampler, Sampler):
-        raise BadInput(f"a sampler is an object of decode.Sampler or of a subclass, not {sampler!r}")
+        raise BadInput(f"a sampler is an object of decode.Sampler or a subclass, not {sampler!r}")
 
 
 def until_end(new, left, stop_token):

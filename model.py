@@ -83,8 +83,8 @@ OPENS = {"head": "\nclass Head(", "mode": "\ndef generate(", "trunk": "\ndef loa
 
 def words(kind):
     """The words of a kind: the names of the files that define what the door opens."""
-    files = (ROOT / FOLDERS[kind]).glob("*.py")
-    return sorted(f.stem for f in files if OPENS[kind] in f.read_text(encoding="utf-8"))
+    files = [f for f in (ROOT / FOLDERS[kind]).glob("*.py") if f.stem.isidentifier()]
+    return sorted(f.stem for f in files if OPENS[kind] in f.read_text("utf-8", errors="replace"))
 
 
 def door(kind, word):
@@ -93,7 +93,8 @@ def door(kind, word):
     Only files that are there can be named: a checkpoint's word imports nothing else.
     """
     if word not in words(kind):
-        raise BadInput(f"{kind} must be one of {', '.join(words(kind))}, not {word!r}")
+        there = ["cp"] * (kind == "head") + words(kind)
+        raise BadInput(f"{kind} must be one of {', '.join(there)}, not {word!r}")
     return importlib.import_module(f"{FOLDERS[kind]}.{word}")
 
 
@@ -249,7 +250,7 @@ class CPHead(nn.Module):
     def draft(self, e, x1, n_drafts, sampler, unembed):
         """Draw x_2, ..., x_{k+1} from the joint at e, given x_1; k = n_drafts >= 1.
 
-        e (B, C) and x1 (B,) of B texts -> the drafts (B, k), and the rows q (B, k, V) that they were
+        e (B, C) and x1 (B,) of B texts -> the drafts (B, k), and the rows q (B, k, V) they were
         drawn from, or None where the sampler does not look at them. A head may draft fewer than k.
 
             b_a ~ w_a * P_a^(1)(x_1)         which component does x_1 point to?                 (2)
@@ -299,8 +300,8 @@ class Mixture:
 
 
 def walk(row, x1, n_drafts, sampler):
-    """`CPHead.draft` token by token, for samplers that change a row before they draw from it, and for
-    heads whose rows depend on the drafts: row(x_s) -> log q_{s+1} (B, V), up to a constant."""
+    """`CPHead.draft` token by token, for samplers that change a row before they draw from it, and
+    for heads whose rows depend on the drafts: row(x_s) -> log q_{s+1} (B, V), up to a constant."""
     x, q = [x1], []
     for _ in range(n_drafts):
         x_s, q_s = sampler.draw(row(x[-1]))  # (B,), (B, V)

@@ -1,7 +1,7 @@
 """Turn text into train.bin, val.bin (uint16 token ids) and meta.json (the tokenizer and what was
 counted).
 
-    python prepare_tinystories.py                      downloads TinyStories (2.2 GB; or --max_mb 100)
+    python prepare_tinystories.py                      fetches TinyStories (2.2 GB; or --max_mb 100)
     python prepare_tinystories.py --toy                seeded synthetic stories of known entropy
     python prepare_tinystories.py --input stories.txt  your own text: files, or folders of files
 
@@ -44,8 +44,9 @@ PEOPLE = [name.split() for name in ("Lily she her", "Tom he his", "Mia she her",
                                     "Anna she her", "Max he his", "Sue she her", "Sam he his")]
 PLACES = [place.split(": ") for place in (
     "park: under the old tree", "beach: beside the blue sea", "farm: behind the red barn",
-    "forest: near the deep cave", "lake: along the wooden bridge", "garden: between the tall flowers",
-    "school: against the white wall", "castle: below the stone tower")]
+    "forest: near the deep cave", "lake: along the wooden bridge",
+    "garden: between the tall flowers", "school: against the white wall",
+    "castle: below the stone tower")]
 THINGS = "ball kite book drum doll boat train crown".split()
 SLOTS = {
     "LOOKS": "red little shiny big funny soft green huge".split(),
@@ -86,7 +87,7 @@ def toy_story(rng):
     """
     bits = 0.0
 
-    def pick(options):  # the k-th with probability ~ 1/k, like words: greedy decoding has a best choice
+    def pick(options):  # k-th with probability ~ 1/k, like words: greedy decoding has a best choice
         nonlocal bits
         weights = [1 / (k + 1) for k in range(len(options))]
         k = rng.choices(range(len(options)), weights)[0]
@@ -140,8 +141,8 @@ def text_files(paths):
     files, skipped = {}, 0  # by what they lead to: none may be in both train and val
     for named in map(Path, paths):
         if not (named.is_file() or named.is_dir()):
-            what = "neither a plain file nor a folder" if named.exists() else "no such file or folder"
-            raise BadInput(f"{named}: {what}.")
+            raise BadInput(f"{named}: neither a plain file nor a folder." if named.exists() else
+                           f"{named}: no such file or folder.")
         for file in visible_files(named) if named.is_dir() else [named]:
             try:
                 for _ in chunks(file):
@@ -165,7 +166,7 @@ def visible_files(folder):
 
 def chunks(path, size=2**22):
     """The text of a file in parts of whole lines, a few MB each; its newlines as they are."""
-    with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: Windows begins it with a mark
+    with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: Windows puts a mark first
         while lines := file.readlines(size):
             yield "".join(lines)
 
@@ -211,9 +212,9 @@ BROKEN = requests.ConnectionError, requests.Timeout, requests.exceptions.Chunked
 def download(url, path, max_bytes=None, timeout=30, retries=5):
     """Fetch url into the file path unless that exists, and return path as a pathlib.Path.
 
-    Until it is whole, it is path.part, and path.part.version says of which version it is a part, so no
-    part is continued with another version. requests does the work: proxies, redirects, certificates, and
-    waiting for a busy server.
+    Until it is whole, it is path.part, and path.part.version says of which version it is a part, so
+    no part is continued with another version. requests does the work: proxies, redirects,
+    certificates, and waiting for a busy server.
 
     max_bytes: take only so many bytes from the beginning. timeout: seconds to wait for a connection
     and for each read. retries: how many attempts in a row may bring nothing new. BadInput where the
@@ -238,8 +239,8 @@ def download(url, path, max_bytes=None, timeout=30, retries=5):
             size = part.stat().st_size if part.exists() else 0
             failures, most = (0, size) if size > most else (failures + 1, most)
             if failures > retries:
-                raise BadInput(f"Could not download {url}: {short(e)}. What was fetched is kept: run again "
-                               "to go on, or download it elsewhere and pass it with --input.") from None
+                raise BadInput(f"Could not download {url}: {short(e)}. The part is kept: run again "
+                               "to go on, or get it elsewhere and pass it with --input.") from None
             print(f"{path.name}: {short(e)}; trying again", file=sys.stderr)
             time.sleep(min(2**failures, 30) / 2)
         except requests.RequestException as e:
@@ -250,7 +251,7 @@ def download(url, path, max_bytes=None, timeout=30, retries=5):
 
 
 def attempt(session, url, part, limit, timeout):
-    """Ask for what part lacks, and append it up to `limit` bytes in all; returns when part is whole."""
+    """Append what part lacks, up to `limit` bytes in all; returns when it is whole."""
     version = version_of(part)
     size = part.stat().st_size if part.exists() and version.exists() else 0
     headers = {"Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
@@ -276,9 +277,9 @@ def attempt(session, url, part, limit, timeout):
 
 def write_body(response, part, start, whole):
     """Write the body to part, from byte start to byte whole at most; returns where it ends."""
-    total = whole if whole < sys.maxsize else None
+    size = dict(unit="B", unit_scale=True, total=whole if whole < sys.maxsize else None)
     with (open(part, "r+b" if start else "wb") as file,
-          progress_bar(desc=part.stem, initial=start, total=total, unit="B", unit_scale=True) as bar):
+          progress_bar(desc=part.stem, initial=start, **size) as bar):
         file.seek(start)
         for chunk in response.iter_content(1 << 16):
             bar.update(file.write(chunk[: whole - file.tell()]))
@@ -451,9 +452,9 @@ def prepare_toy(args):
     meta = prepare(train, val, description, args.data_dir, seed=args.seed,
                    source=f"toy grammar, {args.stories} stories",
                    entropy_bits_per_story=toy_entropy())
-    per_story, per_token = meta["entropy_bits_per_story"], meta["entropy_bits_per_token"]
-    print(f"entropy of the grammar: {per_story:.2f} bits per story (surprisal of these: "
-          f"{np.mean(bits):.2f}), {per_token:.3f} bits = {per_token * math.log(2):.3f} nats per token")
+    story, token = meta["entropy_bits_per_story"], meta["entropy_bits_per_token"]
+    print(f"entropy of the grammar: {story:.2f} bits per story (surprisal of these: "
+          f"{np.mean(bits):.2f}), {token:.3f} bits = {token * math.log(2):.3f} nats per token")
     return meta
 
 
@@ -478,8 +479,8 @@ def main():
     args = parse_args()
     for name in ("states.bin", "meta.pkl"):  # of pretrained.generate, and of nanoGPT
         if (args.data_dir / name).exists():  # before a .lock says that the folder is ours
-            raise BadInput(f"{args.data_dir} holds {name}, which this script did not write, and would "
-                           "lose the files beside it; take another --data_dir")
+            raise BadInput(f"{args.data_dir} holds {name}, which this script did not write, and "
+                           "would lose the files beside it; take another --data_dir")
     with locked(args.data_dir):
         meta = prepare_toy(args) if args.toy else prepare_text(args)
     for split, counts in meta["splits"].items():

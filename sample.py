@@ -39,8 +39,8 @@ def load(out_dir, device="auto", dtype="auto"):
     if device.type == "mps" and dtype == "float64":
         raise BadInput("mps has no float64; take --device cpu.")
     if "meta" not in ckpt:
-        raise BadInput(f"{path} holds no tokenizer (a checkpoint of nanoGPT?); train.py --init_from "
-                       f"{path} makes one that does.")
+        raise BadInput(f"{path} holds no tokenizer (a checkpoint of nanoGPT?); train.py "
+                       f"--init_from {path} makes one that does.")
     check_meta(ckpt["meta"], path)
     model, enc = load_model(ckpt, path), load_tokenizer(ckpt["meta"]["tokenizer"])
     if enc.n_vocab != model.config.n_token:
@@ -93,8 +93,8 @@ def add_model_flags(parser):
                         help="cpu, cuda, cuda:1, mps; auto takes cuda, then mps, then cpu")
     parser.add_argument("--dtype", default="auto",
                         choices=["auto", "float32", "bfloat16", "float16", "float64"],
-                        help="of the weights; probabilities are float32 or wider. auto is float32, or "
-                             "what a model from elsewhere is fastest in (auto)")
+                        help="of the weights; probabilities are float32 or wider. auto is float32, "
+                             "or what a model from elsewhere is fastest in (auto)")
     parser.add_argument("--seed", type=any_seed, default=1337, help="seed of the draws (1337)")
 
 
@@ -114,8 +114,8 @@ def parse_args():
     parser.add_argument("--top_p", type=number(float, 1e-6, 1),
                         help="draw from the smallest set of tokens that has this probability")
     parser.add_argument("--show_drafts", action="store_true",
-                        help="colour each token by where it came from; in a pipe, or with NO_COLOR, "
-                             "mark it")
+                        help="colour each token by where it came from; in a pipe, or with "
+                             "NO_COLOR, mark it")
     return parser.parse_args()
 
 
@@ -147,8 +147,8 @@ def main():
     mode = args.mode or ("speculative" if model.head else "plain")
     drafts = mode not in ("plain", "oracle")
     if drafts and not model.head:
-        raise BadInput(f"{args.out_dir} has n_future = 1: there is no head to draft from; take --mode "
-                       "plain.")
+        raise BadInput(f"{args.out_dir} has n_future = 1: there is no head to draft from; take "
+                       "--mode plain.")
     decoder = MODES[mode] if mode in MODES else door("mode", mode).generate
     colour = is_terminal() and not os.environ.get("NO_COLOR")  # https://no-color.org
     if args.show_drafts:

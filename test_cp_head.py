@@ -11,14 +11,16 @@ decoding is exact has three kinds of proof:
 
 The first two must also REJECT decoders that are wrong on purpose, as real projects and papers were.
 
-The tests run over all heads: a head of your own is checked as soon as its file is there, and the
-formula of its factors in `FACTORS`.
+The tests run over all heads: a head of your own is checked as soon as its file is there. Write the
+formula of its factors into `FACTORS`, or its methods are only compared with one another.
 """
 
 import itertools
 import math
+import subprocess
 from collections import Counter, defaultdict
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +30,8 @@ import decode
 from decode import (Greedy, Sampling, Stats, generate, generate_oracle, generate_plain,
                     make_sampler, verify, warp, window_start)
 from decoders.coupled import Coupled
-from model import GPT, GPTConfig, balance_loss, head_class, joint_log_probs, new_model, words
+from heads.sequential import Sequential
+from model import ROOT, GPT, GPTConfig, balance_loss, head_class, joint_log_probs, new_model, words
 
 # -----------------------------------------------------------------------------
 # models
@@ -145,6 +148,19 @@ FACTORS = dict(cp=cp, full=full, chain=chain, recurrent=recurrent, layers=layers
 LOOKS_BACK = dict(chain=1, mask=1, mask_linear=1, recurrent=99, layers=99)  # at so many tokens
 
 
+def own_factor(head, e, s, a, x, W):
+    """Of a head that is not in FACTORS: its own vectors. So its methods are compared with one another,
+    and nobody knows whether they are what its formula says."""
+    tokens = torch.tensor([[0] * (s - len(x)) + [int(x_j) for x_j in x]], dtype=torch.long)
+    return head.logits(head.vectors_along(e[None], tokens, W)[0, s, a], W)
+
+
+def test_every_head_of_the_repository_has_its_formula_here():
+    """Two wrong formulas once passed, as a head's methods were only compared with one another."""
+    listed = subprocess.run(["git", "ls-files", "heads/*.py"], cwd=ROOT, capture_output=True, text=True)
+    assert {Path(path).stem for path in listed.stdout.split()} & set(HEADS) <= set(FACTORS)
+
+
 def weights(model, e):
     """w_a (r,)."""
     router = model.head.router
@@ -177,10 +193,11 @@ def joint_table(model, e, W=None):
     """P(x_1, ..., x_n) of all windows, (V,) * n: of all ids, or of those of the rows W."""
     W = model.lm_head.weight if W is None else W
     n, V, head = model.config.n_future, len(W), model.config.head
+    looks_back = LOOKS_BACK.get(head, 99 if isinstance(model.head, Sequential) else 0)
 
     def factor(s, a):  # P_a^(s + 1) after each prefix: (V,) * s + (V,), with 1 for what it ignores
-        seen = min(s, LOOKS_BACK.get(head, 0))
-        rows = [torch.softmax(FACTORS[head](model.head, e, s, a, x, W), -1)
+        seen = min(s, looks_back)
+        rows = [torch.softmax(FACTORS.get(head, own_factor)(model.head, e, s, a, x, W), -1)
                 for x in itertools.product(range(V), repeat=seen)]
         return torch.stack(rows).view((1,) * (s - seen) + (V,) * (seen + 1))
 
@@ -759,7 +776,7 @@ def test_texts_draft_beside_one_another(head, options):
 def loop_draft(model, e, x1, n_drafts, sampler):
     """Drafts of a mixture one by one, with a row of V tokens for each, over its factors written
     out: the posterior of the component, its mixture of rows, a draw, the next token."""
-    factor, head, W = FACTORS[model.config.head], model.head, model.unembed
+    factor, head, W = FACTORS.get(model.config.head, own_factor), model.head, model.unembed
     log_b, window = weights(model, e).log(), [x1]
     for s in range(n_drafts + 1):
         log_P = torch.stack([factor(head, e, s, a, window[:s], W).log_softmax(-1)

@@ -4,8 +4,8 @@
     ids = encode(enc, "Once upon")
 
 The dict {name, pattern, tokens} stands in meta.json and in every checkpoint, so neither needs a
-file beside it. For another tokenizer, write another function that returns such a dict, and give it a
-line in TOKENIZERS, from which --tokenizer chooses.
+file beside it. For another tokenizer, write another function that returns such a dict, and give it
+a line in TOKENIZERS, from which --tokenizer chooses.
 """
 
 import codecs
@@ -66,9 +66,9 @@ def gpt2_tokenizer(documents=(), vocab_size=0, timeout=60):
     enc = result[0] if result else TimeoutError(f"no answer in {timeout} s")
     if isinstance(enc, Exception):
         raise BadInput(
-            f"GPT-2's BPE files could not be had ({type(enc).__name__}). With a network, try again; "
-            "without one, set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache, or take --tokenizer "
-            "pieces, which needs none.")
+            f"GPT-2's BPE files could not be had ({type(enc).__name__}). With a network, try "
+            "again; without one, set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache, or take "
+            "--tokenizer pieces, which needs none.")
     tokens = [enc.decode_single_token_bytes(i).decode("latin-1") for i in range(enc.eot_token)]
     return {"name": "gpt2", "pattern": enc._pat_str, "tokens": tokens}
 
@@ -77,7 +77,7 @@ TOKENIZERS = {"pieces": build_tokenizer, "gpt2": gpt2_tokenizer}
 
 
 class Tokenizer(tiktoken.Encoding):
-    """A tiktoken.Encoding, and what the scripts ask of any tokenizer. One of your own has these, too:
+    """A tiktoken.Encoding, and what the scripts ask of any tokenizer. Your own has these, too:
 
         prompt_ids(text)   the ids that a text begins with
         pieces()           a function from the next token to the text that it completes, and from
@@ -103,7 +103,7 @@ class Tokenizer(tiktoken.Encoding):
 
 
 class Characters:
-    """A tokenizer of single characters, as nanoGPT has: it knows no others, and no <|endoftext|>."""
+    """A tokenizer of single characters, as nanoGPT has: it knows no others, nor <|endoftext|>."""
 
     gap, answer_end, eot_token = "", None, None
 
@@ -114,8 +114,8 @@ class Characters:
     def encode_ordinary(self, text):
         unknown = sorted(set(text) - self.ids.keys())
         if unknown:
-            raise BadInput(f"the model knows {self.n_vocab} characters, and {unknown[0]!r} is none of "
-                           "them")
+            raise BadInput(f"the model knows {self.n_vocab} characters, and {unknown[0]!r} is none "
+                           "of them")
         return [self.ids[character] for character in text]
 
     def decode(self, tokens):
@@ -133,15 +133,15 @@ def load_tokenizer(description):
     latin-1.
 
     Ids are the places in that list; <|endoftext|> comes last and is `eot_token`. All 256 bytes must
-    be among the tokens, so that any text can be encoded: else BadInput. Without a pattern, the tokens
-    are characters: see `Characters`.
+    be among the tokens, so that any text can be encoded: else BadInput. Without a pattern, the
+    tokens are characters: see `Characters`.
     """
     name, pattern = description["name"], description["pattern"]
     tokens = [token.encode("latin-1") for token in description["tokens"]]
     ranks = {token: i for i, token in enumerate(tokens)}
     if pattern is not None and not all(bytes([b]) in ranks for b in range(256)):
-        raise BadInput(f"the tokenizer {name} lacks some of the 256 single bytes, so it cannot encode "
-                       "every text")
+        raise BadInput(f"the tokenizer {name} lacks some of the 256 single bytes, so it cannot "
+                       "encode every text")
     try:
         if pattern is None:
             return Characters(name, [token.decode() for token in tokens])

@@ -138,7 +138,7 @@ def train(run):
 def optimizer_step(run):
     """One step on cfg.grad_accum batches; returns the last one's loss and its parts."""
     cfg, optimizer, scaler = run.cfg, run.optimizer, run.scaler
-    weights = {name: getattr(cfg, name) for name in ("joint_weight", "balance_weight", "joint_share")}
+    weights = {key: getattr(cfg, key) for key in ("joint_weight", "balance_weight", "joint_share")}
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(run.progress, cfg)
     for i in range(cfg.grad_accum):
@@ -158,7 +158,7 @@ def optimizer_step(run):
 
 
 def learning_rate(progress, cfg):
-    """Linear warm-up, then a cosine from lr to min_lr; progress in [0, 1]: the share that is done."""
+    """Linear warm-up, then a cosine from lr to min_lr; progress in [0, 1]: the share done."""
     if progress < cfg.warmup:
         return cfg.lr * (progress + 1e-3) / (cfg.warmup + 1e-3)
     x = (progress - cfg.warmup) / (1 - cfg.warmup)
@@ -245,7 +245,7 @@ class Windows(Batches):
         self.positions = cfg.batch_size * cfg.block_size  # of a batch
         self.n_starts = len(self.data) - self.T - self.n + 1
         if self.n_starts < 1:
-            raise BadInput(f"{path} holds {len(self.data)} tokens, fewer than block_size + n_future "
+            raise BadInput(f"{path} holds {len(self.data)} tokens, less than block_size + n_future "
                            f"= {self.T + self.n}; take more text or a smaller --block_size.")
 
     def at(self, starts):
@@ -278,8 +278,8 @@ class Run:
     Config, presets, script = TrainConfig, PRESETS, "train.py"
 
     def __init__(self, cfg, given, ckpt=None):
-        """A run from its beginning, or from a checkpoint that `resumed` has looked at. given: the flags
-        that the user gave, as a dict."""
+        """A run from its beginning, or from a checkpoint that `resumed` has looked at. given: the
+        flags that the user gave, as a dict."""
         self.device, self.given = pick_device(cfg.device), given
         torch.manual_seed(cfg.seed)
         self.cfg, self.meta = cfg, self.read_meta(cfg, ckpt)
@@ -330,8 +330,8 @@ class Run:
         """The model of a new run: a fresh one, or the trunk of --init_from."""
         cfg, n_token = self.cfg, self.meta["vocab_size"]
         if cfg.freeze_trunk and cfg.n_future == 1:
-            raise BadInput("--freeze_trunk trains the head alone, and n_future = 1 has none; take a "
-                           "larger --n_future.")
+            raise BadInput("--freeze_trunk trains the head alone, and n_future = 1 has none; take "
+                           "a larger --n_future.")
         for name in ("freeze_trunk", "fresh_head"):
             if getattr(cfg, name) and not cfg.init_from:
                 raise BadInput(f"--{name} needs a trunk that is trained: name its checkpoint with "
@@ -348,8 +348,8 @@ class Run:
         for name in ("block_size", "n_layer", "n_head", "n_embd", "bias"):
             own = getattr(model.config, name)
             if self.given.get(name, own) != own:
-                raise BadInput(f"--init_from {cfg.init_from} has {name} = {own}, not {self.given[name]}; "
-                               f"leave {as_flag(name, self.given[name])} away.")
+                raise BadInput(f"--init_from {cfg.init_from} has {name} = {own}, not "
+                               f"{self.given[name]}; leave {as_flag(name, self.given[name])} away.")
         kept = not cfg.fresh_head and all(ckpt["model_args"].get(name) == getattr(config, name)
                                           for name in ("head", "n_future", "rank"))
         print(f"from {cfg.init_from}: the trunk {'and its head' if kept else 'with a fresh head'}")
@@ -399,9 +399,9 @@ class Run:
     def stop_if_diverged(self, value):
         """A run that cannot recover must not overwrite a checkpoint that is still good."""
         if not math.isfinite(value):
-            raise BadInput(
-                f"Training has diverged: the loss or the weights are {value} at step {self.iter_num}. "
-                f"Start again with a lower --lr; what {self.cfg.out_dir} holds is as it was.")
+            raise BadInput(f"Training has diverged: the loss or the weights are {value} at step "
+                           f"{self.iter_num}. Start again with a lower --lr; what "
+                           f"{self.cfg.out_dir} holds is as it was.")
 
     # checkpoints
 
@@ -436,12 +436,12 @@ class Run:
         known, settings = set(asdict(cls.Config())), ckpt.get("train_config")
         if any(name not in ckpt for name in SAVED) or not isinstance(settings, dict) or (
                 set(settings) != known):
-            raise BadInput(f"{path} holds no state of training to go on from; --init_from {path} starts "
-                           "a new run with its weights.")
+            raise BadInput(f"{path} holds no state of training to go on from; --init_from {path} "
+                           "starts a new run with its weights.")
         old = cls.Config(**settings)
         for name, value in given.items():
-            if name not in CHANGEABLE and value != getattr(old, name):
-                raise BadInput(f"--resume goes on with {name} = {getattr(old, name)}, not {value}; leave "
+            if name not in CHANGEABLE and value != (own := getattr(old, name)):
+                raise BadInput(f"--resume goes on with {name} = {own}, not {value}; leave "
                                f"{as_flag(name, value)} away, or start a new run without --resume.")
         kept = {name: value for name, value in given.items() if name in CHANGEABLE}
         return cls(replace(old, **{**kept, "out_dir": out_dir}), given, ckpt)
@@ -451,8 +451,8 @@ class Run:
         try:
             self.optimizer.load_state_dict(ckpt["optimizer"])
         except (KeyError, TypeError, ValueError) as e:  # of other groups or shapes
-            raise BadInput(f"The optimizer's state does not fit the model ({e}); --init_from starts a "
-                           "new run with the weights.") from None
+            raise BadInput(f"The optimizer's state does not fit the model ({e}); --init_from "
+                           "starts a new run with the weights.") from None
         if ckpt["scaler"]:
             self.scaler.load_state_dict(ckpt["scaler"])
         self.iter_num, self.seconds, self.log = ckpt["iter_num"], ckpt["seconds"], ckpt["log"]
@@ -495,8 +495,8 @@ def pick_dtype(name, device):
 
 def compiled(model, device):
     if device.type == "cpu" and torch.__version__.startswith("2.6"):
-        raise BadInput("--compile gives wrong gradients on a CPU in torch 2.6. Take a newer torch, or "
-                       "train without --compile.")
+        raise BadInput("--compile gives wrong gradients on a CPU in torch 2.6. Take a newer torch, "
+                       "or train without --compile.")
     check_compiler(device)
     return torch.compile(model)
 
@@ -506,8 +506,8 @@ def check_compiler(device):
     try:
         torch.compile(torch.neg)(torch.ones(8, device=device))
     except Exception as e:  # of a compiler, a linker, Triton: torch raises many kinds
-        raise BadInput(f"--compile does not work here ({type(e).__name__}); it needs a C++ compiler, "
-                       "on a GPU also Triton. Leave --compile away.") from None
+        raise BadInput(f"--compile does not work here ({type(e).__name__}); it needs a C++ "
+                       "compiler, on a GPU also Triton. Leave --compile away.") from None
 
 
 # -----------------------------------------------------------------------------
@@ -516,10 +516,10 @@ def check_compiler(device):
 
 def describe(run):
     """What is trained, on what, in one line."""
-    cfg, (trunk, head) = run.cfg, run.model.n_params()
-    dtype = str(pick_dtype(cfg.dtype, run.device)).removeprefix("torch.")
-    config = run.model.config
-    kind = f", r = {run.model.head.rank}, head {config.head}, target {config.target}" if head else ""
+    model, (trunk, head) = run.model, run.model.n_params()
+    dtype = str(pick_dtype(run.cfg.dtype, run.device)).removeprefix("torch.")
+    config = model.config
+    kind = f", r = {model.head.rank}, head {config.head}, target {config.target}" if head else ""
     return (f"device {run.device}, {dtype}; trunk {trunk / 1e6:.2f}M and head {head / 1e6:.2f}M "
             f"parameters; {run.tokens_per_step:,} tokens per step; n = {config.n_future}{kind}")
 
@@ -540,7 +540,7 @@ def report(val, meta):
         return
     line("joint loss per token", val["joint"])
     for s, loss in enumerate(val["offset"], 1):
-        line(f"  offset {s}", loss, "given the true tokens before it in the window" if s == 2 else "")
+        line(f"  offset {s}", loss, "given the true tokens before it in the window" * (s == 2))
     usage = " ".join(f"{w:.3f}" for w in val["usage"])
     print(f"component usage       {usage}   balance {val['balance']:.3f}")
 
@@ -595,7 +595,7 @@ def main(Run=Run, description=__doc__):
         print(describe(run))
         train(run)
         if RANKS > 1:
-            dist.destroy_process_group()  # all end together here; else its threads may abort the exit
+            dist.destroy_process_group()  # all end here together, or its threads may abort the exit
         if run.progress < 1:
             if RANK == 0:
                 ranks = f"torchrun --standalone --nproc_per_node={RANKS}"

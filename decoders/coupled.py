@@ -4,6 +4,7 @@ import torch
 
 import decode
 from decode import Greedy, Sampling, keep_equal
+from model import BadInput
 
 
 class Coupled(Sampling):
@@ -41,7 +42,10 @@ def generate(model, prompt, max_new_tokens, *, sampler=None, **options):
     """`generate` of decode.py with the settings of a Sampling, whose generator gives the seed of a
     Coupled. Options: see `stream` there."""
     sampler = Sampling() if sampler is None else sampler
-    if not isinstance(sampler, (Greedy, Coupled)):
+    if type(sampler) not in (Sampling, Greedy, Coupled):
+        raise BadInput(f"coupled texts are of Sampling's settings, not of {type(sampler).__name__}'s; "
+                       "take --mode speculative")
+    if type(sampler) is Sampling:
         seed = torch.randint(2**32, (), generator=sampler.generator, device=model.device).item()
         sampler = Coupled(seed, **sampler.warp.keywords, device=model.device)
     return decode.generate(model, prompt, max_new_tokens, sampler=sampler, **options)

@@ -36,7 +36,7 @@ def move(log_b, log_T):
 
 
 class Circuit(CPHead):
-    """A mixture whose component may be another one at every offset. A circuit says how components go
+    """A mixture whose component may be another at every offset. A circuit says how components go
     on, given log w (B, r), the transitions log T, and the tokens' log P_a^(s)(x_s), seen (B, k, r):
 
         prefix(log_w, log_T, seen)

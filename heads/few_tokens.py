@@ -38,8 +38,8 @@ class FewTokens:
         """Draft these ids (K,) from now on; unembed W (V, C) must not change after that."""
         known = len(ids) == len(ids.unique()) == self.K and 0 <= ids.min() <= ids.max() < self.V
         if not known:
-            raise BadInput(f"the head drafts {self.K} of {self.V} tokens: give it as many ids, each "
-                           "once")
+            raise BadInput(f"the head drafts {self.K} of {self.V} tokens: give it as many ids, "
+                           "each once")
         self.draft_ids.copy_(ids.sort().values)
         self.draft_rows.copy_(unembed[self.draft_ids])
 

@@ -155,7 +155,7 @@ def test_words_are_files():
 def test_the_door_is_shut(word):
     """To what a checkpoint might ask for: nothing is imported."""
     before = set(sys.modules)
-    with pytest.raises(BadInput, match=r"^head must be one of chain, full, "):
+    with pytest.raises(BadInput, match=r"^head must be one of cp, chain, "):
         door("head", word)
     assert set(sys.modules) == before
 
