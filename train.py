@@ -594,8 +594,9 @@ def main(Run=Run, description=__doc__):
         first = run.iter_num
         print(describe(run))
         train(run)
-        if RANKS > 1:
-            dist.destroy_process_group()  # all end here together, or its threads may abort the exit
+        if RANKS > 1:  # what holds the group goes first: its threads must end before Python does
+            run.net = run.model
+            dist.destroy_process_group()
         if run.progress < 1:
             if RANK == 0:
                 ranks = f"torchrun --standalone --nproc_per_node={RANKS}"

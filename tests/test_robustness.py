@@ -427,7 +427,7 @@ BUGS = [("train", SMALL, "model.CPHead.log_joint"), ("train", SMALL, "model.GPT.
         ("sample", "", "decode.speculative_step"),
         ("sample", "", "decode.verify"), ("sample", "", "decode.residual"), ("sample", "", "decode.warp"),
         ("sample", "--temperature 0", "decode.keep_equal"), ("sample", "", "sample.load_tokenizer"),
-        ("bench", "", "decode.verify"), ("bench", "", "model.CPHead.walk"),
+        ("bench", "", "decode.verify"), ("bench", "", "model.walk"),
         ("bench", "", "bench_speculative.Laps.call"),
         ("plot", "out/toy --output x.png", "experiments.plots.draw_runs"),
         ("training", "--ranks 1 --futures 2 --vocab_sizes 64", "experiments.bench_training.benchmark"),
