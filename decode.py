@@ -57,8 +57,8 @@ def categorical(p, uniform=torch.rand, wide=torch.float64):
     wide = torch.float32 if p.device.type == "mps" else wide
     cdf = p.cumsum(-1, dtype=wide)
     u = uniform((*p.shape[:-1], 1), dtype=wide, device=p.device)
-    # the first token whose cdf is above u; without the last cdf, even NaN gives one of 0..V-1
-    return torch.searchsorted(cdf[..., :-1].contiguous(), u * cdf[..., -1:], right=True).squeeze(-1)
+    x = torch.searchsorted(cdf, u * cdf[..., -1:], right=True)  # the first whose cdf is above u
+    return x.clamp_max(p.size(-1) - 1).squeeze(-1)  # where rounding or NaN leaves none, the last
 
 
 def bernoulli(p, uniform=torch.rand):

@@ -276,7 +276,8 @@ class CPHead(nn.Module):
 
     def along(self, P, x):
         """The columns of tokens x (...) in P (..., r, V) -> (..., r)."""
-        return P.gather(-1, x[..., None, None].expand(*P.shape[:-1], 1)).squeeze(-1)
+        index = x.unsqueeze(-1).unsqueeze(-1).expand(*P.shape[:-1], 1)
+        return P.gather(-1, index).squeeze(-1)
 
     def log_along(self, P, x):
         """Their logs, and finite: a token that no component has points to none of them."""
@@ -290,13 +291,14 @@ class Mixture:
     """
 
     def __init__(self, head, log_w, P):
-        self.head, self.log_b, self.P, self.s = head, log_w, P, 0
+        self.head, self.log_b = head, log_w
+        self.P, self.s = P.unbind(1), 0  # P^(s + 1) (B, r, V)
 
     def row(self, x):
         """x_s (B,) -> log q_{s+1} (B, V), for s = 1, 2, ..., k."""
-        self.log_b = self.log_b + self.head.log_along(self.P[:, self.s], x)  # (B, r)
+        self.log_b = self.log_b + self.head.log_along(self.P[self.s], x)  # (B, r)
         self.s += 1
-        return torch.bmm(self.log_b.softmax(-1).unsqueeze(1), self.P[:, self.s]).squeeze(1).log()
+        return torch.bmm(self.log_b.softmax(-1).unsqueeze(1), self.P[self.s]).squeeze(1).log()
 
 
 def walk(row, x1, n_drafts, sampler):
