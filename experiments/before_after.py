@@ -1,6 +1,6 @@
 """What a change did to the speed of decoding: the benches of two checkouts, in turn.
 
-    python -m experiments.before_after ../before --pairs "cp, r = 8" ../before/out/toy out/toy --output results/x
+    python -m experiments.before_after ../before --pairs "cp, r = 8" ../before/out/toy out/toy --output results/before_after/x
 
 Each pair is a name, a checkpoint's folder for the other checkout, and one for this one. Runs alternate,
 before and after; a cell is the median over the rounds, with the range where it says so. Writes
@@ -28,7 +28,8 @@ def bench(checkout, out_dir):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     found = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
     if found.returncode:
-        raise BadInput(f"The bench in {checkout} says: {found.stderr.strip().splitlines()[-1]}")
+        line = (found.stderr.strip() or "nothing").splitlines()[-1]
+        raise BadInput(f"The bench in {checkout} ended with {found.returncode} and says: {line}")
     document = json.loads(found.stdout.splitlines()[-1])
     return document["card"], {(row["mode"], row["temperature"]): row for row in document["rows"]}
 

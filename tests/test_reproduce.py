@@ -19,7 +19,7 @@ import torch
 from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
 
 import train as trainer
-from experiments import reproduce
+from experiments import before_after, reproduce
 from experiments.reproduce import EXPERIMENTS, SCALES
 from model import ROOT, BadInput
 
@@ -245,6 +245,18 @@ def test_documents_show_the_tables_that_the_results_give():
         assert not experiment.panels or f"results/laptop/{name}.png" in document, name
 
 
+def test_tables_of_before_and_after_are_those_of_their_runs():
+    """And in docs/results.md."""
+    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for path in (ROOT / "results/before_after").glob("*.json"):
+        table = before_after.HEADER
+        for name, sides in json.loads(path.read_text(encoding="utf-8"))["runs"].items():
+            sides = [[{(row["mode"], row["temperature"]): row for row in run} for run in side] for side in sides]
+            table += "".join(before_after.lines(name, *sides))
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == table
+        assert table in document
+
+
 def of_the_gpu():
     """The two tables of results/h100, from its runs."""
     lines = ["| model | dtype | decoding | plain, ms | step / plain, 0 | tok/step, 0 | speed-up, 0 | tok/step, 1 | speed-up, 1 "
@@ -291,6 +303,7 @@ def test_every_figure_of_the_results_is_one_that_the_runs_give():
     but for its first table: a row of it has the numbers of one row. Whole numbers are not checked."""
     made = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "results" / "laptop").glob("*.md")}
     made["h100"] = "\n".join(of_the_gpu())
+    made |= {path.stem: path.read_text("utf-8") for path in (ROOT / "results/before_after").glob("*.md")}
     document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for table in tables_of(document):
         assert table in "".join(made.values()) or not re.search(r"\d\.\d", table), table
