@@ -1,10 +1,12 @@
 """What a change did to the speed of decoding: the benches of two checkouts, in turn.
 
-    python -m experiments.before_after ../before --pairs "cp, r = 8" ../before/out/toy out/toy --output results/before_after/x
+    python -m experiments.before_after ../before --pairs cp ../before/out/toy out/toy \\
+        --output results/before_after/x
 
-Each pair is a name, a checkpoint's folder for the other checkout, and one for this one. Runs alternate,
-before and after; a cell is the median over the rounds, with the range where it says so. Writes
-OUTPUT.md, the table, and OUTPUT.json, all rows of all runs. Nothing else should run on the machine.
+Each pair is a name, a checkpoint's folder for the other checkout, and one for this one. Runs
+alternate, before and after. A cell is the median over the rounds, with their range in brackets.
+Writes OUTPUT.md, the table, and OUTPUT.json, all rows of all runs. Nothing else should run on the
+machine.
 """
 
 import json
@@ -17,7 +19,8 @@ from pathlib import Path
 from common import ArgumentParser, any_path, number, progress_bar, replacing, run_script
 from model import ROOT, BadInput
 
-BENCH = ["bench_speculative.py", "--rounds", "5", "--max_new_tokens", "64", "--threads", "1", "--out_dir"]
+BENCH = ["bench_speculative.py", "--rounds", "5", "--max_new_tokens", "64", "--threads", "1",
+         "--out_dir"]
 HEADER = ("| head | mode | temperature | tok/step before | after | speed-up before | after "
           "| tokens/s, after over before |\n|---|---|---|---|---|---|---|---|\n")
 
@@ -50,7 +53,8 @@ def main():
     parser = ArgumentParser(__doc__)
     parser.add_argument("before", type=any_path, help="folder of the other checkout")
     parser.add_argument("--pairs", nargs=3, action="append", required=True,
-                        metavar=("NAME", "BEFORE", "AFTER"), help="a name and two checkpoints' folders")
+                        metavar=("NAME", "BEFORE", "AFTER"),
+                        help="a name and two checkpoints' folders")
     parser.add_argument("--rounds", type=number(int, 3), default=5, help="benches of each side (5)")
     parser.add_argument("--output", type=any_path, required=True, help="OUTPUT.md and OUTPUT.json")
     args = parser.parse_args()
