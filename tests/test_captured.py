@@ -13,7 +13,7 @@ from test_cp_head import (SMALL, chi_square_model, chi_square_p_value, counting_
 import decode
 from decode import Greedy, Sampling, Stats, generate_oracle
 from decoders import batched, captured
-from decoders.captured import Captured, FixedCache, generate
+from decoders.captured import Captured, generate
 from decoders.coupled import Coupled
 from model import BadInput
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_cp_head import HEADS, MASKS, a_state, close, heads, target_of, tiny_model, variants
+from test_cp_head import HEADS, MASKS, close, heads, target_of, tiny_model, variants
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import from_checkpoint
