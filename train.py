@@ -196,6 +196,9 @@ def rank_0_first():
         n_gpus = torch.cuda.device_count()
         if n_gpus:
             torch.cuda.set_device(LOCAL_RANK % n_gpus)
+        # imported later, by DistributedDataParallel, it would keep the group as a default argument,
+        # and the group's threads would outlive Python, which then aborts now and again
+        from torch.distributed.nn import functional  # noqa: F401
         dist.init_process_group("cpu:gloo,cuda:nccl" if n_gpus else "gloo")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
