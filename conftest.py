@@ -1,6 +1,41 @@
-"""One thread for each process of the tests, which are many and small: two threads would spend their
-time waiting for each other. To be set before torch is imported."""
+"""For all tests: one thread for each process, two rings, and signals as a script finds them.
+
+    python -m pytest             the quick ring: what shows that the code is right
+    python -m pytest -m slow     the slow ring: compilers, kills by the dozen, whole products
+    python -m pytest --all       both
+"""
 
 import os
+import signal
 
+import pytest
+
+# The tests are many and small: two threads would spend their time waiting for each other. To be
+# set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="the slow ring, too")
+
+
+def pytest_configure(config):
+    if config.option.all:
+        config.option.markexpr = ""
+
+
+@pytest.fixture(autouse=True)
+def as_a_script_finds_it():
+    """All signals interrupt, also where the tests run as a shell's background job, which ignores
+    Ctrl-C. What a script sets for its own process, and sums depend on to the last bit, is reset."""
+    import torch
+
+    signals = [s for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
+    before = {getattr(signal, s): signal.signal(getattr(signal, s), signal.default_int_handler)
+              for s in signals}
+    n_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(n_threads)
+    torch.set_flush_denormal(False)
+    for s, handler in before.items():
+        signal.signal(s, handler)

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import a_model, LOOK_BACK, some_prompts, three
 from test_cp_head import (SMALL, chi_square_model, counting_model, enumerated, expected_texts,
                           tiny_model, total_variation)
 
@@ -16,29 +17,6 @@ from model import BadInput
 
 DECODERS = (generate_plain_batch, generate_batch)
 decoders = pytest.mark.parametrize("decoder", DECODERS)
-
-# one that draws a window at once, one that sees its drafts, one whose component moves
-THREE = [dict(head="cp", target="marginal"), dict(head="chain", target="lm_head"),
-         dict(head="hmm", target="lm_head")]
-three = pytest.mark.parametrize("variant", THREE, ids=lambda v: v["head"])
-# all heads that draft from states alone, those with a Model of their own included
-LOOK_BACK = ["cp", "chain", "full", "gloeckle", "hmm", "layers", "medusa", "recurrent",
-             "tree_circuit", "wide"]
-
-
-def a_model(seed, block_size=None):
-    head = LOOK_BACK[seed % len(LOOK_BACK)]
-    target = "marginal" if head in ("cp", "chain", "hmm", "recurrent") and seed % 2 else "lm_head"
-    return tiny_model(seed, n_future=2 + seed % 4, rank=1 + seed % 3, block_size=block_size or 5 + seed,
-                      vocab_size=11, n_token=9, head=head, target=target)
-
-
-def some_prompts(seed, block_size):
-    """Six prompts of different lengths: one token, a full block, one more, and longer."""
-    rng = torch.Generator().manual_seed(seed)
-    lengths = (3, 1, block_size, block_size + 1, block_size - 1, 2 * block_size + 3)
-    return [torch.randint(9, (T,), generator=rng).tolist() for T in lengths]
-
 
 def greedy(model, prompts, length, **options):
     return [list(generate_oracle(model, prompt, length, sampler=Greedy(), **options)) for prompt in prompts]

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_batched import LOOK_BACK, a_model, some_prompts, three
+from helpers import a_model, LOOK_BACK, some_prompts, three
 from test_cp_head import (SMALL, chi_square_model, chi_square_p_value, counting_model, enumerated,
                           expected_texts, tiny_model, total_variation)
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from unittest.mock import ANY
 
 import pytest
+from helpers import assert_same_run, call, eight_windows, tiny_run, windows
 import torch
-from test_robustness import as_a_script_finds_it, assert_same_run, call  # noqa: F401  (a fixture)
-from test_train import eight_windows, tiny_run, windows
 from torch.nn.parallel import DistributedDataParallel
 
 import train as trainer

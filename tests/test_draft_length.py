@@ -7,11 +7,9 @@ import random
 
 import pytest
 import torch
-from test_batched import LOOK_BACK
+from helpers import call, LOOK_BACK, run, SMALL
 from test_cp_head import (chi_square_model, counting_model, enumerated, expected_texts, tiny_model,
                           total_variation)
-from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
-from test_scripts import SMALL, run
 
 from decode import Greedy, Sampling, Stats, generate, generate_oracle
 from decoders.coupled import Coupled

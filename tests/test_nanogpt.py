@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import call
 import torch
 
 import common
@@ -14,7 +15,6 @@ from common import from_checkpoint
 from model import GPT, BadInput, GPTConfig
 from pretrained import nanogpt
 from sample import load
-from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
 from tokenizer import Characters, TextStream, load_tokenizer
 
 CHARACTERS = "\n !&',-.:;?abcdefghijklmnopqrstuvwxyz_Ä€"

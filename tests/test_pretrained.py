@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import call as call_in_process
 from test_cp_head import enumerated, expected_texts, tiny_model, total_variation
-from test_robustness import as_a_script_finds_it, call as call_in_process  # noqa: F401  (a fixture for this file, too)
 
 import sample
 import train

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import call
 import torch
-from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
 
 import train as trainer
 from experiments import before_after, reproduce

@@ -2,7 +2,6 @@
 line."""
 
 import errno
-import importlib
 import json
 import os
 import pickle
@@ -18,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import test_train
+from helpers import assert_same_run, call, can_compile, contents, start
 import torch
 
 import bench_speculative
@@ -28,47 +27,12 @@ import prepare_tinystories
 import tokenizer
 import train
 from experiments import plots
-from model import GPT, GPTConfig
+from model import ROOT, GPT, GPTConfig
 
-ROOT = Path(__file__).parent.parent
-SHORT = {"prepare": "prepare_tinystories", "bench": "bench_speculative", "plot": "experiments.plots",
-         "training": "experiments.bench_training"}
 SMALL = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 --n_future 3 "
          "--max_iters 24 --eval_interval 8 --eval_windows 4 --log_interval 2 --dropout 0.1 --device cpu")
 FROM = "--preset toy --batch_size 4 --n_future 3 --max_iters 1 --eval_windows 4 --device cpu --init_from"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def start(script, args):
-    """Run a script as its __main__ does."""
-    argv = [f"{script}.py", *(args.split() if isinstance(args, str) else map(str, args))]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", argv)
-        common.run_script(importlib.import_module(SHORT.get(script, script)).main)
-
-
-def call(script, args):
-    """(exit code, the line on stderr) of a script that is run in this process: importing torch
-    takes seconds."""
-    try:
-        start(script, args)
-    except SystemExit as e:
-        return (e.code, "") if isinstance(e.code, int) else (1, e.code)  # a text is what Python prints, with code 1
-    return 0, ""
-
-
-@pytest.fixture(autouse=True)
-def as_a_script_finds_it():
-    """All signals interrupt, also where the tests run as a shell's background job, which ignores
-    Ctrl-C. The bench's number of threads, of which sums depend to the last bit, is for the bench
-    alone, and so is what becomes of the smallest numbers."""
-    before = {s: signal.signal(s, signal.default_int_handler) for s in SIGNALS}
-    n_threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(n_threads)
-    torch.set_flush_denormal(False)
-    for s, handler in before.items():
-        signal.signal(s, handler)
 
 
 @pytest.fixture(scope="module")
@@ -268,10 +232,6 @@ BAD = [
 ]
 
 
-def contents(home):
-    return {path: path.read_bytes() for path in home.rglob("*") if path.is_file() and path.name != ".lock"}
-
-
 @pytest.mark.parametrize("script,args,line", BAD, ids=[f"{script} {args}" for script, args, _ in BAD])
 def test_bad_input_gets_one_line(script, args, line, home, monkeypatch, capsys):
     """One line that says what is wrong, a non-zero exit, no traceback, and every file is as it
@@ -456,7 +416,7 @@ def test_a_bug_keeps_its_traceback(script, args, where, home, tmp_path, monkeypa
 
 def test_a_bug_in_compiled_code_keeps_its_traceback(home, tmp_path, monkeypatch):
     """A first step that fails under --compile is not a missing compiler."""
-    if not test_train.can_compile():
+    if not can_compile():
         pytest.skip("no C++ compiler, or a torch that compiles wrong gradients")
     shutil.copytree(home / "data/toy", tmp_path / "data/toy")
     monkeypatch.chdir(tmp_path)
@@ -548,20 +508,6 @@ def test_a_linked_checkpoint_stays_a_link(home, tmp_path, monkeypatch):
 
 # -----------------------------------------------------------------------------
 # interruptions
-
-
-def without_times(log):
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in log]
-
-
-def assert_same_run(path, other):
-    """Two checkpoints agree bit by bit in weights, optimizer, generators and log."""
-    a, b = (torch.load(p, weights_only=True) for p in (path, other))
-    assert a["iter_num"] == b["iter_num"] and without_times(a["log"]) == without_times(b["log"])
-    states = [{**c["model"], **{f"{i}.{k}": v for i, s in c["optimizer"]["state"].items() for k, v in s.items()},
-               **c["random"]} for c in (a, b)]
-    assert states[0].keys() == states[1].keys() and len(states[0]) > 40
-    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
 
 
 @pytest.mark.parametrize("steps_of", [(5, 13), (6, 14), (8, 16)], ids=["between", "at a log line", "at an evaluation"])

@@ -2,22 +2,20 @@
 
 import ast
 import http.server
-import io
 import json
 import re
 import runpy
 import subprocess
 import sys
 import threading
-from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import call, run, SMALL
 from test_cp_head import tiny_model
-from test_robustness import as_a_script_finds_it, call  # noqa: F401  (a fixture for this file, too)
 
 import prepare_tinystories as prep
 import sample as sampler
@@ -31,16 +29,6 @@ FOLDERS = ("heads", "decoders", "pretrained", "experiments", "course")
 TEXT = 'Once upon a time, Lily saw 12 red balls.\n"Look!" she said. They didn\'t stop.\n\n  The end_of it all.\n'
 
 
-def run(cwd, script, *args):
-    """The stdout of a script that must succeed, in this process: importing torch takes seconds."""
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
-        patch.chdir(cwd)
-        assert call(script.removesuffix(".py"), args) == (0, ""), out.getvalue()
-    return out.getvalue()
-
-
-SMALL = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--block_size", 32, "--batch_size", 4, "--max_iters", 8,
-         "--eval_interval", 4, "--eval_windows", 4, "--log_interval", 2, "--device", "cpu"]
 HEAD_ONLY = ["--batch_size", 4, "--max_iters", 8, "--eval_interval", 4, "--eval_windows", 4, "--log_interval", 2,
              "--device", "cpu", "--init_from"]  # a checkpoint's trunk keeps its own shape
 

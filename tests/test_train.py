@@ -11,40 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import can_compile, CPU, eight_windows, RunOfFive, tiny_run, windows
 from test_cp_head import tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
 import train as trainer
-from common import Batches
 from model import BadInput, words
-
-CPU = torch.device("cpu")
-
-
-def windows(tmp_path, n_tokens, **config):
-    np.arange(n_tokens, dtype=np.uint16).tofile(tmp_path / "x.bin")
-    cfg = trainer.TrainConfig(block_size=6, n_future=3, **config)
-    return trainer.Windows(tmp_path / "x.bin", cfg, CPU)
-
-
-class RunOfFive(trainer.Run):
-    """A run on windows of five tokens, of which no meta.json speaks."""
-
-    def read_meta(self, cfg, ckpt):
-        return {"vocab_size": 5}
-
-
-class RunWithoutData(RunOfFive):
-    def read_data(self, split):
-        return Batches()
-
-
-def tiny_run(batches=(), **config):
-    small = dict(n_layer=1, n_head=2, n_embd=8, block_size=6, n_future=3, joint_share=1.0, target="marginal",
-                 balance_weight=0.0, device="cpu", seed=0)
-    run = RunWithoutData(trainer.TrainConfig(**{**small, **config}), {})
-    run.batches = iter(batches)
-    return run
 
 
 def test_every_position_has_its_full_window(tmp_path):
@@ -78,12 +50,6 @@ def test_optimizer_decays_the_trunks_matrices_only():
     names = {id(p): name for name, p in run.model.named_parameters()}
     assert {names[id(p)].rsplit(".", 2)[-2] for p in decayed} == {"wte", "wpe", "c_attn", "c_proj", "c_fc"}
     assert {names[id(p)] for p in rest} | {names[id(p)] for p in decayed} == set(names.values())
-
-
-def eight_windows():
-    """idx (8, 6), gold (8, 6, 3)."""
-    tokens = torch.randint(5, (8, 9), generator=torch.Generator().manual_seed(0))
-    return tokens[:, :6], tokens[:, 1:].unfold(1, 3, 1)
 
 
 def test_accumulated_gradients_are_those_of_one_large_batch(monkeypatch):
@@ -238,14 +204,6 @@ def test_half_precision_trains_with_a_scaled_loss(data):
 def test_auto_is_float32_on_a_cpu(data):
     """What half precision gains there is another machine's and another day's: nothing is tried."""
     assert trainer.pick_dtype("auto", CPU) == torch.float32 and isinstance(data().autocast, nullcontext)
-
-
-def can_compile():
-    try:
-        trainer.compiled(torch.nn.Identity(), CPU)
-        return True
-    except BadInput:
-        return False
 
 
 @pytest.mark.parametrize("head", ["cp", "chain"])

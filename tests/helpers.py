@@ -1,0 +1,150 @@
+"""What test files share: scripts that are called in this process, runs of training without files,
+models and prompts for the decoders."""
+
+import importlib
+import io
+import sys
+from contextlib import redirect_stdout
+
+import numpy as np
+import pytest
+import torch
+from test_cp_head import tiny_model
+
+import common
+import train as trainer
+from common import Batches
+from model import BadInput
+
+CPU = torch.device("cpu")
+
+# -----------------------------------------------------------------------------
+# scripts
+
+SHORT = {"prepare": "prepare_tinystories", "bench": "bench_speculative",
+         "plot": "experiments.plots", "training": "experiments.bench_training"}
+# a training of seconds
+SMALL = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--block_size", 32, "--batch_size", 4,
+         "--max_iters", 8, "--eval_interval", 4, "--eval_windows", 4, "--log_interval", 2,
+         "--device", "cpu"]
+
+
+def start(script, args):
+    """Run a script as its __main__ does."""
+    argv = [f"{script}.py", *(args.split() if isinstance(args, str) else map(str, args))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        common.run_script(importlib.import_module(SHORT.get(script, script)).main)
+
+
+def call(script, args):
+    """(exit code, the line on stderr) of a script that is run in this process: importing torch
+    takes seconds."""
+    try:
+        start(script, args)
+    except SystemExit as e:  # a text is what Python prints, with code 1
+        return (e.code, "") if isinstance(e.code, int) else (1, e.code)
+    return 0, ""
+
+
+def run(cwd, script, *args):
+    """The stdout of a script that must succeed, in this process."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        patch.chdir(cwd)
+        assert call(script.removesuffix(".py"), args) == (0, ""), out.getvalue()
+    return out.getvalue()
+
+
+def contents(home):
+    """What every file of a folder holds, but for locks."""
+    return {path: path.read_bytes() for path in home.rglob("*")
+            if path.is_file() and path.name != ".lock"}
+
+
+def without_times(log):
+    times = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in line.items() if k not in times} for line in log]
+
+
+def assert_same_run(path, other):
+    """Two checkpoints agree bit by bit in weights, optimizer, generators and log."""
+    a, b = (torch.load(p, weights_only=True) for p in (path, other))
+    assert a["iter_num"] == b["iter_num"]
+    assert without_times(a["log"]) == without_times(b["log"])
+    states = [{**c["model"], **c["random"],
+               **{f"{i}.{k}": v for i, s in c["optimizer"]["state"].items() for k, v in s.items()}}
+              for c in (a, b)]
+    assert states[0].keys() == states[1].keys() and len(states[0]) > 40
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+
+
+# -----------------------------------------------------------------------------
+# training without files
+
+
+def windows(tmp_path, n_tokens, **config):
+    """Windows of the tokens 0, 1, 2, ..."""
+    np.arange(n_tokens, dtype=np.uint16).tofile(tmp_path / "x.bin")
+    cfg = trainer.TrainConfig(block_size=6, n_future=3, **config)
+    return trainer.Windows(tmp_path / "x.bin", cfg, CPU)
+
+
+class RunOfFive(trainer.Run):
+    """A run on windows of five tokens, of which no meta.json speaks."""
+
+    def read_meta(self, cfg, ckpt):
+        return {"vocab_size": 5}
+
+
+class RunWithoutData(RunOfFive):
+    def read_data(self, split):
+        return Batches()
+
+
+def tiny_run(batches=(), **config):
+    small = dict(n_layer=1, n_head=2, n_embd=8, block_size=6, n_future=3, joint_share=1.0,
+                 target="marginal", balance_weight=0.0, device="cpu", seed=0)
+    run = RunWithoutData(trainer.TrainConfig(**{**small, **config}), {})
+    run.batches = iter(batches)
+    return run
+
+
+def eight_windows():
+    """idx (8, 6), gold (8, 6, 3)."""
+    tokens = torch.randint(5, (8, 9), generator=torch.Generator().manual_seed(0))
+    return tokens[:, :6], tokens[:, 1:].unfold(1, 3, 1)
+
+
+def can_compile():
+    try:
+        trainer.compiled(torch.nn.Identity(), CPU)
+        return True
+    except BadInput:
+        return False
+
+
+# -----------------------------------------------------------------------------
+# decoders
+
+# one that draws a window at once, one that sees its drafts, one whose component moves
+THREE = [dict(head="cp", target="marginal"), dict(head="chain", target="lm_head"),
+         dict(head="hmm", target="lm_head")]
+three = pytest.mark.parametrize("variant", THREE, ids=lambda v: v["head"])
+# all heads that draft from states alone, those with a Model of their own included
+LOOK_BACK = ["cp", "chain", "full", "gloeckle", "hmm", "layers", "medusa", "recurrent",
+             "tree_circuit", "wide"]
+
+
+def a_model(seed, block_size=None):
+    head = LOOK_BACK[seed % len(LOOK_BACK)]
+    marginal = head in ("cp", "chain", "hmm", "recurrent") and seed % 2
+    return tiny_model(seed, n_future=2 + seed % 4, rank=1 + seed % 3,
+                      block_size=block_size or 5 + seed, vocab_size=11, n_token=9, head=head,
+                      target="marginal" if marginal else "lm_head")
+
+
+def some_prompts(seed, block_size):
+    """Six prompts of different lengths: one token, a full block, one more, and longer."""
+    rng = torch.Generator().manual_seed(seed)
+    lengths = (3, 1, block_size, block_size + 1, block_size - 1, 2 * block_size + 3)
+    return [torch.randint(9, (T,), generator=rng).tolist() for T in lengths]
