@@ -58,6 +58,7 @@ VARIANTS = [dict(head=head, target=target) for target in ("marginal", "lm_head")
             if target == "lm_head" or head not in MASKS]
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()))
 heads = pytest.mark.parametrize("head", HEADS)
+slow = pytest.mark.slow  # python -m pytest --all
 
 
 def target_of(head):
@@ -930,8 +931,10 @@ SMALL = [dict(vocab_size=3, n_future=2, n_layer=1), dict(vocab_size=2, n_future=
          dict(vocab_size=2, n_future=3, n_layer=1, rank=1)]
 
 
-@variants
-@pytest.mark.parametrize("config", SMALL, ids=["V3n2", "V2n3", "V2n3r1"])
+@pytest.mark.parametrize("config,variant", [
+    pytest.param(config, v, id=f"{name}-{'-'.join(v.values())}",
+                 marks=slow if (name, v["head"]) == ("V2n3", "tree_circuit") else ())  # 20 x as long
+    for name, config in zip(("V3n2", "V2n3", "V2n3r1"), SMALL) for v in VARIANTS])
 def test_speculative_decoding_is_exact_by_enumeration(config, variant, monkeypatch):
     """Every path of the real decoder through 3 tokens, that is through several steps, rejections
     and bonus draws: total variation to the autoregressive distribution below 1e-12."""
@@ -988,7 +991,7 @@ def test_speculative_decoding_is_exact_past_the_block(i, head, monkeypatch):
 
 @pytest.mark.parametrize("target", ["marginal", "lm_head"])
 @pytest.mark.parametrize("head,rank", [("cp", 2), ("cp", 3), ("full", 2), ("full", 3), ("hmm", 2),
-                                       ("tree_circuit", 2)])
+                                       pytest.param("tree_circuit", 2, marks=slow)])
 def test_windows_of_one_draw_are_exact_past_the_block(head, rank, target, monkeypatch):
     """The same for those that draw a window at once, with two drafts, which the block's end clamps
     to one and to none."""
@@ -1066,35 +1069,35 @@ FULL, CHAIN = partial(chi_square_model, "full"), partial(chi_square_model, "chai
 
 
 @pytest.mark.parametrize("decoder,make", [
-    (generate_oracle, FULL), (generate_plain, FULL), (generate, FULL), (generate, CHAIN),
-    (generate, torn_model)], ids=["oracle", "plain", "full", "chain", "torn"])
+    (generate_plain, FULL), (generate, FULL), (generate, CHAIN)], ids=["plain", "full", "chain"])
 def test_sampled_texts_follow_the_target(decoder, make):
-    """Chi-square of 4,000 texts of 3 tokens, with real random numbers. Chance of a false alarm:
-    1e-9."""
+    """Chi-square of 4,000 texts of 3 tokens, with real random numbers, which no enumeration sees.
+    Chance of a false alarm: 1e-9."""
     model = make()
     assert chi_square_p_value(sampled(decoder, model), expected_texts(model, [0, 1], LENGTH)) > 1e-9
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", ["no_residual", "stale_posterior"])
 def test_chi_square_rejects_wrong_decoders(name, monkeypatch):
-    """Negative controls: the same test, with as many texts, rejects all wrong decoders."""
+    """Negative controls: the same test, with as many texts, rejects the one whose enumeration never
+    ends, and the wrong walk."""
     model = model_for(name)
     decoder = partial(generate, draft=wrong_draft(name, model, monkeypatch))
     assert chi_square_p_value(sampled(decoder, model), expected_texts(model, [0, 1], LENGTH)) < 1e-9
 
 
 def test_coupled_texts_follow_the_target(monkeypatch):
-    """A text per seed: chi-square of 4,000 of them. Chance of a false alarm: 1e-9. Guards noise
+    """A text per seed: chi-square of 2,000 of them. Chance of a false alarm: 1e-9. Guards noise
     that repeats itself from place to place, which the same check must reject, or from seed to
     seed."""
     model = chi_square_model("chain")
     expected = expected_texts(model, [0, 1], LENGTH)
-    texts = [tuple(generate(model, [0, 1], LENGTH, sampler=Coupled(s))) for s in range(N_SAMPLES)]
+    texts = [tuple(generate(model, [0, 1], LENGTH, sampler=Coupled(s))) for s in range(2000)]
     assert chi_square_p_value(texts, expected) > 1e-9
     frozen = property(lambda self: 0, lambda self, place: None)
     monkeypatch.setattr(Coupled, "place", frozen, raising=False)
     texts = [tuple(generate_oracle(model, [0, 1], LENGTH, sampler=Coupled(s)))
-             for s in range(N_SAMPLES)]
+             for s in range(2000)]
     assert chi_square_p_value(texts, expected) < 1e-9
 
 

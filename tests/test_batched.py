@@ -179,17 +179,19 @@ def test_all_rows_together_are_exact_by_enumeration(decoder, variant, shared, mo
 
 
 @three
-@pytest.mark.parametrize("config", [*SMALL, SMALL[0] | dict(block_size=3, n_token=2)],
+@pytest.mark.parametrize("config", [SMALL[0], pytest.param(SMALL[1], marks=pytest.mark.slow), SMALL[2],
+                                    SMALL[0] | dict(block_size=3, n_token=2)],
                          ids=["V3n2", "V2n3", "V2n3r1", "past the block"])
 def test_every_row_is_exact_by_enumeration(config, variant, monkeypatch):
     """Each row through several steps, rejections and bonus draws, while the others are greedy."""
     exact_rows(tiny_model(**variant, **config), 4 if "block_size" in config else 3, monkeypatch)
 
 
+@pytest.mark.parametrize("vocab_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("head", ["gloeckle", "layers"])
-def test_heads_that_look_into_the_trunk_are_exact_in_batches(head, monkeypatch):
+def test_heads_that_look_into_the_trunk_are_exact_in_batches(head, vocab_size, monkeypatch):
     """Their layers see the past of their own rows alone."""
-    exact_rows(tiny_model(head=head, target="lm_head", vocab_size=3, n_future=3), 3, monkeypatch)
+    exact_rows(tiny_model(head=head, target="lm_head", vocab_size=vocab_size, n_future=3), 3, monkeypatch)
 
 
 def exact_rows(model, length, monkeypatch):

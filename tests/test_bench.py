@@ -345,13 +345,23 @@ def test_all_logits_at_once_are_the_same_loss(head, monkeypatch):
     torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
 
 
-def test_a_row_for_each_cell(monkeypatch, capsys):
-    """Small shapes: rows of n = 1 in both algorithms and of the head, with their JSON; memory holds
-    16 bytes per parameter at least, AdamW's state among them; what does not fit into memory is
-    said."""
-    args = ("bench_training.py --device cpu --n_layer 1 --n_embd 256 --n_head 2 --block_size 4 --batch_size 1 --futures "
-            "3 --ranks 2 --vocab_sizes").split()
-    monkeypatch.setattr(sys, "argv", [*args, "8191"])
+ROWS = ("bench_training.py --device cpu --n_layer 1 --n_embd 256 --n_head 2 --block_size 4 --batch_size 1 "
+        "--futures 3 --ranks 2 --vocab_sizes").split()
+
+
+def in_this_process(cfg, *args):
+    return bench_training.measure(TrainConfig(**cfg), *args)
+
+
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_row_for_each_cell(apart, monkeypatch, capsys):
+    """Small shapes: rows of n = 1 in both algorithms and of the head, with their JSON. In processes of
+    their own memory holds 16 bytes per parameter at least, AdamW's state among them, and what does not
+    fit into it is said."""
+    if not apart:
+        monkeypatch.setattr(bench_training, "measure_apart", in_this_process)
+    V = 8191 if apart else 63
+    monkeypatch.setattr(sys, "argv", [*ROWS, str(V)])
     bench_training.main()
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert [(row["nanogpt"], row["n_future"], row["rank"]) for row in rows] == [
@@ -359,14 +369,18 @@ def test_a_row_for_each_cell(monkeypatch, capsys):
     assert all(row["seconds"] > 0 and row["ratio"] > 0 and row["flops"] > 0 for row in rows)
     assert [row["head_parameters"] > 0 for row in rows] == [False, False, True]
     for row in rows:
-        assert row["trunk_parameters"] > 8192 * 256  # padded, as train.py does
-        assert row["bytes"] is None or row["bytes"] > 15 * (row["trunk_parameters"] + row["head_parameters"])
-    bench_training.benchmark(TrainConfig(n_embd=256, n_head=2, device="cpu"), [(2**45, 3, 2, False, False)])
-    assert "not enough memory" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*args, "64", "--head", "mask", "--target", "marginal"])
+        assert row["trunk_parameters"] > (V + 1) * 256  # padded, as train.py does
+        assert not apart or not row["bytes"] or row["bytes"] > 15 * (row["trunk_parameters"] + row["head_parameters"])
+    if apart:
+        bench_training.benchmark(TrainConfig(n_embd=256, n_head=2, device="cpu"), [(2**45, 3, 2, False, False)])
+        assert "not enough memory" in capsys.readouterr().out
+
+
+def test_a_bad_cell_is_refused_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [*ROWS, "64", "--head", "mask", "--target", "marginal"])
     with pytest.raises(BadInput, match="needs --target lm_head"):
         bench_training.main()
-    assert capsys.readouterr().out == ""  # before anything is measured
-    monkeypatch.setattr(sys, "argv", [*args, "64", "--n_head", "3"])
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sys, "argv", [*ROWS, "64", "--n_head", "3"])
     with pytest.raises(BadInput, match=r"^n_embd 256 is not divisible by n_head 3$"):
         bench_training.main()

