@@ -199,8 +199,8 @@ class CPHead(nn.Module):
         self.router = nn.Linear(C, r) if r > 1 else None  # w = softmax(router(e))
         self.maps = nn.Parameter(torch.eye(C) + 0.02 * torch.randn(n, r, C, C))  # M_a^(s)
 
-    def log_weights(self, e):
-        """log w: e (..., C) -> (..., r)."""
+    def log_weights(self, e, x1=None, unembed=None):
+        """log w: e (..., C) -> (..., r). Here they look at e alone; a head may ask for x_1 (...)."""
         if self.router is None:  # one component has it all
             return widen(e.new_zeros(*e.shape[:-1], 1))
         return F.log_softmax(widen(self.router(e)), dim=-1)
@@ -214,6 +214,10 @@ class CPHead(nn.Module):
         """W h_a^(s): h (..., C), unembed W (V, C) -> (..., V)."""
         # contiguous: of a slice, torch would copy W for each row
         return widen(F.linear(h.contiguous(), unembed))
+
+    def all_logits(self, e, offsets, unembed):
+        """Those of all factors at a slice of the offsets: e (..., C) -> (..., n', r, V)."""
+        return self.logits(self.vectors(e, offsets), unembed)
 
     def log_joint(self, e, gold, unembed):
         """log P of the first 1, 2, ..., n gold tokens, (1): e (N, C), gold (N, n) -> (N, n)."""
@@ -244,7 +248,7 @@ class CPHead(nn.Module):
 
     def log_marginal(self, e, unembed):
         """log sum_a w_a P_a^(1), the target "marginal": e (..., C) -> (..., V)."""
-        log_P = self.logits(self.vectors(e, slice(1)), unembed).log_softmax(-1)  # (..., 1, r, V)
+        log_P = self.all_logits(e, slice(1), unembed).log_softmax(-1)  # (..., 1, r, V)
         return torch.logsumexp(self.log_weights(e).unsqueeze(-1) + log_P.squeeze(-3), dim=-2)
 
     def draft(self, e, x1, n_drafts, sampler, unembed):
@@ -260,14 +264,15 @@ class CPHead(nn.Module):
         So the drafts are a sample of the mixture, and q_s its exact conditional along that sample.
         """
         if self.rank == 1:  # independent heads: b says nothing
-            h = self.vectors(e, slice(1, n_drafts + 1))  # (B, k, 1, C)
-            return sampler.draw(self.logits(h, unembed).squeeze(2))
-        h = self.vectors(e, slice(n_drafts + 1))  # (B, k + 1, r, C)
-        P = self.logits(h, unembed).softmax(-1)  # (B, k + 1, r, V)
-        log_w = self.log_weights(e)
+            return sampler.draw(self.all_logits(e, slice(1, n_drafts + 1), unembed).squeeze(2))
+        P = self.all_logits(e, slice(n_drafts + 1), unembed).softmax(-1)  # (B, k + 1, r, V)
+        log_b = self.log_weights(e) + self.log_along(P[:, 0], x1)  # (B, r), (2)
+        return self.window(log_b, P[:, 1:], x1, sampler)
+
+    def window(self, log_b, P, x1, sampler):
+        """The drafts and q of `draft`: log b (B, r) given x_1, and P_a^(s) of them (B, k, r, V)."""
         if not sampler.plain:  # warping a row does not commute with the mixture
-            return walk(Mixture(self, log_w, P).row, x1, n_drafts, sampler)
-        log_b, P = log_w + self.log_along(P[:, 0], x1), P[:, 1:]  # (B, r), (2)
+            return walk(Mixture(self, log_b, P).row, x1, P.size(1), sampler)
         a = sampler.pick(log_b.softmax(-1))  # (B,)
         x = sampler.pick(P[torch.arange(len(a), device=a.device), :, a])  # (B, k), from (B, k, V)
         seen = F.pad(self.log_along(P, x), (0, 0, 1, -1))  # (B, k, r): 0, then of the drafts before
@@ -287,18 +292,19 @@ class CPHead(nn.Module):
 class Mixture:
     """The rows q_s of (3) one after another, along tokens that are told one by one.
 
-    What has the size r x V is computed before: log_w (B, r), P (B, k + 1, r, V).
+    What has the size r x V is computed before: P (B, k, r, V), and log b (B, r), which knows x_1.
     """
 
-    def __init__(self, head, log_w, P):
-        self.head, self.log_b = head, log_w
-        self.P, self.s = P.unbind(1), 0  # P^(s + 1) (B, r, V)
+    def __init__(self, head, log_b, P):
+        self.head, self.log_b = head, log_b
+        self.P, self.s = P.unbind(1), 1  # P^(s + 1) (B, r, V)
 
     def row(self, x):
         """x_s (B,) -> log q_{s+1} (B, V), for s = 1, 2, ..., k."""
-        self.log_b = self.log_b + self.head.log_along(self.P[self.s], x)  # (B, r)
+        if self.s > 1:
+            self.log_b = self.log_b + self.head.log_along(self.P[self.s - 2], x)  # (B, r)
         self.s += 1
-        return torch.bmm(self.log_b.softmax(-1).unsqueeze(1), self.P[self.s]).squeeze(1).log()
+        return torch.bmm(self.log_b.softmax(-1).unsqueeze(1), self.P[self.s - 2]).squeeze(1).log()
 
 
 def walk(row, x1, n_drafts, sampler):
@@ -468,7 +474,7 @@ class GPT(nn.Module):
             loss = F.cross_entropy(widen(self.lm_head(e)), gold[:, 0])
             return loss, dict(next=loss.detach(), joint=loss.detach(), offset=loss.detach()[None])
 
-        log_w = self.head.log_weights(seen)  # (N, r)
+        log_w = self.head.log_weights(seen, gold[:, 0], W)  # (N, r)
         balance = balance_loss(log_w)
         some = slice(None)  # positions that the joint sees
         if joint_share < 1:

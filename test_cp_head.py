@@ -52,17 +52,18 @@ def tiny_model(seed=0, scale=2.0, **config):
 
 
 HEADS = ("cp", *words("head"))
-MASKS = ("mask", "mask_linear")  # of the target lm_head alone
+MASKS = ("mask", "mask_linear")  # of the target lm_head alone, and so are
+GIVEN = ("conditional", "conditional_low_rank")  # the joint of the others given x_1
 CIRCUITS = ("hmm", "tree_circuit")  # their component moves along the window
 VARIANTS = [dict(head=head, target=target) for target in ("marginal", "lm_head") for head in HEADS
-            if target == "lm_head" or head not in MASKS]
+            if target == "lm_head" or head not in MASKS + GIVEN]
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()))
 heads = pytest.mark.parametrize("head", HEADS)
 slow = pytest.mark.slow  # python -m pytest --all
 
 
 def target_of(head):
-    return "lm_head" if head in MASKS else "marginal"
+    return "lm_head" if head in MASKS + GIVEN else "marginal"
 
 
 def a_state(model=None):
@@ -129,6 +130,20 @@ def medusa(head, e, s, a, x, W):
     return (W + head.maps[s, : len(W)]) @ h
 
 
+def low_rank(head, e, s, a, x, W):  # equation (7)
+    c = head.within[s, a] @ e + head.bias[s, a]
+    return W @ (head.maps[s, 0] @ e + head.directions @ c)
+
+
+def given(head, e, row):
+    """z of equation (8), with the row W[x_1]."""
+    return e + head.fc2.weight @ gelu(head.fc1.weight @ torch.cat((norm(e), norm(row))))
+
+
+def conditional(head, e, s, a, x, W, component=cp):
+    return component(head, given(head, e, W[x[0]]), s - 1, a, x, W) if s else W @ e
+
+
 def gloeckle(head, e, s, a, x, W):  # tests/test_heads.py has the layers that e comes from
     return W @ e.view(len(head.maps), -1)[s]
 
@@ -143,10 +158,12 @@ def mask(head, e, s, a, x, W):  # tests/test_masks.py has the pass that e comes 
     return W @ (norm(h) * norm_2.weight + norm_2.bias)
 
 
-FACTORS = dict(cp=cp, full=full, chain=chain, recurrent=recurrent, layers=layers, wide=wide,
+FACTORS = dict(cp=cp, low_rank=low_rank, conditional=conditional,
+               conditional_low_rank=partial(conditional, component=low_rank), full=full, chain=chain, recurrent=recurrent, layers=layers, wide=wide,
                medusa=medusa, gloeckle=gloeckle, hmm=cp, tree_circuit=cp, mask=mask,
                mask_linear=mask)
-LOOKS_BACK = dict(chain=1, mask=1, mask_linear=1, recurrent=99, layers=99)  # at so many tokens
+LOOKS_BACK = dict(chain=1, mask=1, mask_linear=1, recurrent=99, layers=99, conditional=99,
+                  conditional_low_rank=99)  # at so many tokens
 
 
 def own_factor(head, e, s, a, x, W):
@@ -162,18 +179,21 @@ def test_every_head_of_the_repository_has_its_formula_here():
     assert {Path(path).stem for path in listed.stdout.split()} & set(HEADS) <= set(FACTORS)
 
 
-def weights(model, e):
-    """w_a (r,)."""
+def weights(model, e, x1):
+    """w_a (r,), of which one kind of heads looks at x_1."""
     router = model.head.router
     if router is None:
         return e.new_ones(1)
     e = mixed(model.head, e) if model.config.head == "layers" else e
+    e = given(model.head, e, model.lm_head.weight[x1]) if model.config.head in GIVEN else e
     return torch.softmax(router.weight @ e + router.bias, -1)
 
 
-def paths(model, e):
-    """The components of the offsets 1..n, and their probability: one for all, but in circuits."""
-    head, n, w = model.config.head, model.config.n_future, weights(model, e)
+def paths(model, e, V):
+    """The components of the offsets 1..n, and their probability given each x_1: one for all, but in
+    circuits."""
+    head, n = model.config.head, model.config.n_future
+    w = torch.stack([weights(model, e, x1) for x1 in range(V)], -1)  # (r, V)
     r = len(w)
     if head in CIRCUITS and (n > 2 or head == "hmm"):
         parts = model.head.transitions
@@ -204,8 +224,9 @@ def joint_table(model, e, W=None):
 
     P = [[factor(s, a) for a in range(model.head.rank)] for s in range(n)]
     table = 0
-    for a, probability in paths(model, e):
-        for s in range(n):
+    for a, probability in paths(model, e, V):  # (V,)
+        probability = probability * P[0][a[0]]
+        for s in range(1, n):
             probability = probability.unsqueeze(-1) * P[s][a[s]]
         table = table + probability
     return table
@@ -275,7 +296,7 @@ def test_loss_and_its_gradient_equal_brute_force(variant):
     x, n = gold.flatten(0, 1).T, torch.arange(8)
     first, second = tables.sum((2, 3))[n, x[0]], tables.sum(3)[n, x[0], x[1]]
     joint = -tables[n, x[0], x[1], x[2]].log().mean() / 3
-    w = torch.stack([weights(model, state) for state in seen])  # (N, r)
+    w = torch.stack([weights(model, *given_x1) for given_x1 in zip(seen, x[0])])  # (N, r)
     r = w.size(1)
     balance = r * sum((w.argmax(-1) == a).double().mean() * w[:, a].mean() for a in range(r))
     cross_entropy = F.cross_entropy(model.lm_head(e), x[0])
@@ -299,7 +320,8 @@ def test_gradcheck_of_the_joint_loss(head):
     """Finite differences agree with the recomputed backward pass, for the hidden state, router,
     maps and W."""
     torch.manual_seed(0)
-    config = GPTConfig(vocab_size=4, n_embd=3, n_head=1, n_layer=1, n_future=3, rank=2, head=head)
+    config = GPTConfig(vocab_size=4, n_embd=3, n_head=1, n_layer=1, n_future=3, rank=2, head=head,
+                       target=target_of(head))
     module = head_class(head)(config).double()
     # what comes before the state is the model's matter
     params = {name: p for name, p in module.named_parameters() if head != "gloeckle"}
@@ -725,7 +747,7 @@ SAMPLERS = dict(plain=dict(), temperature=dict(temperature=0.7), top_k=dict(top_
 samplers = pytest.mark.parametrize("options", SAMPLERS.values(), ids=SAMPLERS)
 
 
-def conditional(table, x):
+def row_after(table, x):
     """P(. | x) of a joint (V,) * n, of the token after the tokens x."""
     row = table[tuple(x)]
     row = row.sum(tuple(range(1, row.dim()))) if row.dim() > 1 else row
@@ -752,7 +774,7 @@ def test_drafts_follow_the_joint_and_q_are_the_rows_they_came_from(head, rank, n
 
     drafts, expected = enumerated(run, monkeypatch), {}
     for x2, x3 in itertools.product(range(3), repeat=2):
-        given = [warp(conditional(table, x).log(), **options) for x in ((1,), (1, x2))]
+        given = [warp(row_after(table, x).log(), **options) for x in ((1,), (1, x2))]
         expected[x2, x3] = (given[0][x2] * given[1][x3]).item()
         if (x2, x3) in rows:
             close(rows[x2, x3], torch.stack(given))
@@ -771,14 +793,14 @@ def test_texts_draft_beside_one_another(head, options):
     for state, first, drafted, rows in zip(e, x1, x, q):
         table, window = joint_table(model, state), [first.item(), *drafted.tolist()]
         for s in (1, 2):
-            close(rows[s - 1], warp(conditional(table, window[:s]).log(), **options))
+            close(rows[s - 1], warp(row_after(table, window[:s]).log(), **options))
 
 
 def loop_draft(model, e, x1, n_drafts, sampler):
     """Drafts of a mixture one by one, with a row of V tokens for each, over its factors written
     out: the posterior of the component, its mixture of rows, a draw, the next token."""
     factor, head, W = FACTORS.get(model.config.head, own_factor), model.head, model.unembed
-    log_b, window = weights(model, e).log(), [x1]
+    log_b, window = weights(model, e, x1).log(), [x1]
     for s in range(n_drafts + 1):
         log_P = torch.stack([factor(head, e, s, a, window[:s], W).log_softmax(-1)
                              for a in range(head.rank)])  # (r, V)

@@ -48,8 +48,7 @@ class Apart:
     def __init__(self, head, e, unembed, depth):
         self.head, self.log_w = head, head.log_weights(e)  # (1, r)
         self.log_T = head.log_T(e) if isinstance(head, Circuit) else None
-        h = head.vectors(e, slice(depth + 1))
-        self.P = head.logits(h, unembed)[0].softmax(-1)  # (k + 1, r, V)
+        self.P = head.all_logits(e, slice(depth + 1), unembed)[0].softmax(-1)  # (k + 1, r, V)
         self.seen = self.log_w.new_zeros(1, 0, self.log_w.size(1))  # log P_a^(s)(x_s) (B, s, r)
 
     def row(self, x):

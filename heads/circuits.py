@@ -66,8 +66,7 @@ class Circuit(CPHead):
     def draft(self, e, x1, n_drafts, sampler, unembed):
         """The path of components first, r numbers at a time; then all tokens at once, or one by one
         where the sampler warps rows."""
-        h = self.vectors(e, slice(n_drafts + 1))  # (B, k + 1, r, C)
-        P = self.logits(h, unembed).softmax(-1)  # (B, k + 1, r, V)
+        P = self.all_logits(e, slice(n_drafts + 1), unembed).softmax(-1)  # (B, k + 1, r, V)
         log_w, log_T = self.log_weights(e), self.log_T(e)
         if not sampler.plain:
             return walk(Moving(self, log_w, log_T, P).row, x1, n_drafts, sampler)

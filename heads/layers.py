@@ -23,7 +23,7 @@ class Head(recurrent.Head):
         x = torch.cat([F.layer_norm(x, x.shape[-1:]) for x in others], dim=-1)
         return e + self.layers(x)
 
-    def log_weights(self, e):
+    def log_weights(self, e, x1=None, unembed=None):
         return super().log_weights(self.mix(e))
 
     def vectors(self, e, offsets=slice(None)):

@@ -54,7 +54,7 @@ def loss_on_states(model, teacher, states, gold, log_z, joint_weight=1.0, balanc
     loss = TEACHERS[teacher](log_p, log_q, of_gold)  # (B, n - 1)
     weights = counts * 0.6 ** torch.arange(loss.size(1), dtype=loss.dtype, device=loss.device)
     loss = (loss * weights).sum() / weights.sum().clamp_min(1e-9)
-    log_w = head.log_weights(e)
+    log_w = head.log_weights(e, real[:, 0], W)
     balance = balance_loss(log_w)
     with torch.no_grad():
         accept = torch.minimum(log_p, log_q).exp().sum(-1)
