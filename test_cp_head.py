@@ -389,19 +389,21 @@ def test_factors_share_no_storage(head):
     assert (after != before).any(0).tolist() == [[False, False], [True, False], [False, False]]
 
 
-@pytest.mark.parametrize("head", ["cp", "full", "chain", "recurrent", "layers", *CIRCUITS])
+@pytest.mark.parametrize("head", ["cp", "low_rank", *GIVEN, "full", "chain", "recurrent", "layers",
+                                  *CIRCUITS])
 def test_components_start_apart(head):
     """At equal components the router's gradient is exactly 0, whatever a position asks for; at our
     start it is not. The negative control makes the maps equal."""
     torch.manual_seed(0)
     config = GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=16, n_future=3,
-                       rank=3, head=head)
+                       rank=3, head=head, target=target_of(head))
     model = new_model(config).double()
     idx, gold = torch.randint(16, (4, 8)), torch.randint(16, (4, 8, 3))
     model.loss(idx, gold)[0].backward()
     assert model.head.router.weight.grad.abs().max().item() > 1e-7
+    maps = model.head.within if "low_rank" in head else model.head.maps
     with torch.no_grad():
-        model.head.maps.copy_(model.head.maps[:, :1].expand_as(model.head.maps).clone())
+        maps.copy_(maps[:, :1].expand_as(maps).clone())
     model.zero_grad()
     model.loss(idx, gold)[0].backward()
     assert model.head.router.weight.grad.abs().max().item() < 1e-15
