@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS, LIMIT = 2, 600  # processes side by side; seconds for a mutant: one may loop for ever
+RUNNING = set()  # these processes
 TABLE = re.compile(r"(?<=<!-- mutants -->\n).*(?=<!-- end of mutants -->)", re.S)  # in the document
 
 
@@ -186,16 +187,22 @@ def pytest(copy, *args):
     with open(log, "w", encoding="utf-8") as out:
         process = subprocess.Popen(command, cwd=copy, env=own, stdout=out, stderr=out,
                                    start_new_session=True)
+        RUNNING.add(process)
         try:
             process.wait(LIMIT)
             in_time = True
         except subprocess.TimeoutExpired:
             in_time = False
-        finally:
-            if process.poll() is None:  # with what it has started
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            end(process)
+        RUNNING.remove(process)
     return in_time, log.read_text(encoding="utf-8", errors="replace")
+
+
+def end(process):
+    """With all that it has started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def failures(output):
@@ -233,8 +240,8 @@ def table(found):
     return "\n".join(rows) + "\n"
 
 
-def main(files):
-    chosen = [m for m in MUTANTS if not files or m.file in files]
+def plant_all(mutants):
+    """{mutant: what hunt says}, and which of the tests that found one fail without any, too."""
     found, copies = {}, queue.Queue()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(JOBS) as pool:
         for i in range(JOBS):
@@ -242,17 +249,29 @@ def main(files):
             shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(
                 ".git", "__pycache__", ".*cache", ".venv", "data", "out", "models"))
             copies.put(copy)
-        jobs = {pool.submit(hunt, m, copies): m for m in chosen}
-        for n, job in enumerate(as_completed(jobs), 1):
-            m, (test, ring, seconds) = jobs[job], job.result()
-            found[m] = test, ring, seconds
-            print(f"{n}/{len(chosen)} {m.file}: {m.what}: "
-                  f"{f'found by {test}' if test else 'NOT FOUND'} in {seconds:.0f} s", flush=True)
-        tests = {test for test, _, _ in found.values() if test and "::" in test}
-        in_time, output = pytest(copies.get(), "-m", "", *sorted(tests)) if tests else (True, "")
+        jobs = {pool.submit(hunt, m, copies): m for m in mutants}
+        try:
+            for n, job in enumerate(as_completed(jobs), 1):
+                m, (test, ring, seconds) = jobs[job], job.result()
+                found[m] = test, ring, seconds
+                what = f"found by {test}" if test else "NOT FOUND"
+                print(f"{n}/{len(jobs)} {m.file}: {m.what}: {what} in {seconds:.0f} s", flush=True)
+        except BaseException:  # Ctrl-C
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in [*RUNNING]:
+                end(process)
+            raise
+        tests = sorted({test for test, _, _ in found.values() if test and "::" in test})
+        in_time, output = pytest(copies.get(), "-m", "", *tests) if tests else (True, "")
+    return found, failures(output) if in_time else ["time limit"]
+
+
+def main(files):
+    chosen = [m for m in MUTANTS if not files or m.file in files]
+    start = time.monotonic()
+    found, false = plant_all(chosen)
     lost = [m for m in chosen if not found[m][0]]
-    false = failures(output) if in_time else ["the tests did not end"]
-    print(f"{len(chosen) - len(lost)} of {len(chosen)} found",
+    print(f"{len(chosen) - len(lost)} of {len(chosen)} found in {time.monotonic() - start:.0f} s",
           *(f"not found: {m.file}: {m.what}" for m in lost),
           *(f"fails without any fault, too: {test}" for test in false), sep="\n")
     if not files:
