@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -162,6 +163,9 @@ class Forks:
             os.chdir(cwd)
             getattr(importlib.import_module(module), name)(*args)
 
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # also where it is a shell's background job
+            signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else
+                          signal.SIG_DFL)
         importlib.import_module("torch._dynamo")  # as the first optimizer would, for each fork
         for order in sys.stdin:
             print(json.dumps(in_a_fork(work, *json.loads(order))), flush=True)
