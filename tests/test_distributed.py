@@ -244,6 +244,7 @@ def one_plain_step(i=0, accum=4, wrap=lambda run: None):
     """A step of gradient descent, without clipping, on the batches i, i + 1, ... of eight windows: its weights."""
     batches = list(zip(*(x.chunk(4) for x in eight_windows())))[i::4 // accum]
     run = tiny_run(batches, grad_accum=accum, grad_clip=0.0, warmup=0.0, lr=1.0, seed=i, target="lm_head")
+    run.model.double()
     wrap(run)
     run.optimizer = torch.optim.SGD(run.model.parameters(), lr=1.0)
     trainer.optimizer_step(run)
@@ -270,7 +271,7 @@ def test_gradients_are_the_mean_over_all_ranks_and_batches(alone, home):
     expected = one_plain_step()
     for rank in range(2):
         for name, tensor in torch.load(home / f"weights{rank}.pt", weights_only=True).items():
-            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-12)
     before = tiny_run(target="lm_head").model.state_dict()
     assert max((before[name] - tensor).abs().max() for name, tensor in expected.items()) > 0.1
     assert not torch.equal(tiny_run(seed=1).model.lm_head.weight, before["lm_head.weight"])

@@ -359,12 +359,14 @@ def test_verify_block(answer, monkeypatch):
 
 
 @functools.lru_cache
+@torch.no_grad()
 def texts_of(wrong):
-    """The distribution of the real decoder's texts, with a bug of test_cp_head.py or None: (texts, probabilities)."""
+    """The distribution of the texts of the real decoder's first step, which the target goes on with, with a bug of
+    test_cp_head.py or None: (texts, probabilities)."""
     model = shared.chi_square_model("full")
     with pytest.MonkeyPatch.context() as patch:
         draft = shared.wrong_draft(wrong, model, patch) if wrong else None
-        texts = shared.enumerated(lambda choose: generate(model, [0, 1], 3, draft=draft), patch)
+        texts, _ = shared.first_steps(model, patch, draft)
     return list(texts), torch.tensor(list(texts.values()), dtype=torch.float64)
 
 
