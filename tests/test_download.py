@@ -107,7 +107,8 @@ def test_a_body_that_breaks_off_or_stalls_is_resumed(server, path, stalls):
     assert_fetched(path)
     assert starts(server) == sorted(starts(server))
     assert len(server.log) >= 4 if stalls else len(server.log) == 4
-    assert sorted({*starts(server)})[1] > 60_000 and starts(server)[-1] > 120_000  # a buffer each may be lost
+    # a buffer each may be lost
+    assert sorted({*starts(server)})[1] > 60_000 and starts(server)[-1] > 120_000
 
 
 def test_a_later_call_goes_on_with_the_part(server, path):

@@ -179,6 +179,7 @@ def test_the_core_needs_no_folder(tmp_path):
                          ("sample", ["--max_new_tokens", "5"])):
         code += f"; sys.argv[1:] = {args}; runpy.run_path('{script}.py', run_name='__main__')"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment,
+                            capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "wrote out/toy/ckpt.pt" in result.stdout and "speculative: 5 tokens" in result.stdout

@@ -103,7 +103,8 @@ def test_real_processes_two_at_once_make_what_forks_make(smoke, tmp_path):
     own, forks = results(tmp_path), results(smoke[0])
     for name in own:
         if "val" in json.loads(own[name]) and "seconds" not in name:
-            a, b = ([point["joint"] for point in json.loads(found[name])["val"]] for found in (own, forks))
+            a, b = ([point["joint"] for point in json.loads(found[name])["val"]]
+                    for found in (own, forks))
             assert a == pytest.approx(b, rel=1e-4), name  # of five digits
 
 
@@ -164,8 +165,8 @@ def test_an_interrupted_experiment_goes_on(tmp_path):
 
 
 def test_an_interrupted_training_goes_on(smoke, tmp_path, monkeypatch):
-    """A frozen trunk's head, stopped after half of its steps, ends with the losses of the whole run; one
-    of other settings does not go on. That it is gone on with by a process is shown here, too."""
+    """A frozen trunk's head, stopped after half of its steps, ends with the losses of the whole
+    run, in a process of its own; one of other settings does not go on."""
     scale = SCALES["smoke"]
     monkeypatch.chdir(tmp_path)
     shutil.copytree(smoke[0] / "out", "out")

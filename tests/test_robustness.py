@@ -45,7 +45,8 @@ def home(toy, tmp_path_factory):
         patch.chdir(home)
         plain = f"{TOY} --n_future 1 --bias --max_iters 2 --out_dir out/plain"
         assert call("train", plain) == (0, "")
-        assert call("prepare", "--toy --stories 120 --vocab_size 300 --data_dir data/other") == (0, "")
+        other = "--toy --stories 120 --vocab_size 300 --data_dir data/other"
+        assert call("prepare", other) == (0, "")
         make_bad_files(home)
         make_large_vocabulary(home)
     return home
@@ -296,13 +297,12 @@ def test_gpt2_tokenizer_without_a_network_says_what_to_do(monkeypatch):
     def fails(name):
         raise ConnectionError("no route")
 
-    silent = threading.Event()
-    for get_encoding in (fails, lambda name: silent.wait(20)):
+    silent, answered = threading.Event(), []
+    for get_encoding in (fails, lambda name: silent.wait(120) or answered.append(name)):
         monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", get_encoding)
-        begin = time.monotonic()
         with pytest.raises(model.BadInput, match="set TIKTOKEN_CACHE_DIR"):
             tokenizer.gpt2_tokenizer(timeout=0.2)
-        assert time.monotonic() - begin < 10
+    assert not answered
     silent.set()
 
 
@@ -563,7 +563,8 @@ def test_a_linked_checkpoint_stays_a_link(home, tmp_path, monkeypatch):
 # interruptions
 
 
-@pytest.mark.parametrize("stops", [(3, 7), (2, 6), (4, 8)], ids=["between", "at a log line", "at an evaluation"])
+@pytest.mark.parametrize("stops", [(3, 7), (2, 6), (4, 8)],
+                         ids=["between", "at a log line", "at an evaluation"])
 @pytest.mark.parametrize("how", SIGNALS)
 def test_interrupted_run_goes_on_bit_identically(how, stops, home, monkeypatch, capsys):
     """Ctrl-C, or a terminal that closes, saves the step; --resume ends where a run without a break does, with dropout
@@ -590,7 +591,8 @@ def test_interrupted_run_goes_on_bit_identically(how, stops, home, monkeypatch, 
     assert_same_run(f"{out[1]}/ckpt.pt", "out/toy/ckpt.pt")
     assert Path(out[1], "log.jsonl").read_text().count("\n") == 6 + 3
     assert signal.getsignal(how) is signal.default_int_handler
-    assert call("train", ["--resume", *out]) == (0, "") and "complete after 12 steps" in capsys.readouterr().out
+    assert call("train", ["--resume", *out]) == (0, "")
+    assert "complete after 12 steps" in capsys.readouterr().out
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once(home, monkeypatch, capsys):

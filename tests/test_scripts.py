@@ -51,7 +51,8 @@ def test_train_logs_and_checkpoints(trained):
     assert [line["iter"] for line in log if "val" in line] == [4, 8, 12]
     assert [line["iter"] for line in log if "val" not in line] == [2, 4, 6, 8, 10, 12]
     ckpt = torch.load(trained / "out/toy/ckpt.pt", weights_only=True)
-    assert ckpt["iter_num"] == 12 and ckpt["meta"]["tokenizer"]["tokens"] and ckpt["train_config"]["rank"] == 2
+    assert ckpt["iter_num"] == 12 and ckpt["train_config"]["rank"] == 2
+    assert ckpt["meta"]["tokenizer"]["tokens"]
     assert {p.name for p in (trained / "out/toy").iterdir()} - {".lock"} == {"ckpt.pt", "log.jsonl"}
 
 
@@ -66,8 +67,8 @@ def test_max_seconds_ends_a_run_and_its_learning_rate_decay(trained, monkeypatch
     """The cosine reaches its end with the time, long before max_iters. By a clock on which every
     step takes 1/8 s, and which begins after the first."""
     monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=count(step=0.125).__next__))
-    run(trained, "train.py", *TOY.split(), "--max_iters", 10**6, "--max_seconds", 2, "--out_dir", "timed",
-        "--eval_interval", 10**6, "--log_interval", 1)
+    run(trained, "train.py", *TOY.split(), "--max_iters", 10**6, "--max_seconds", 2,
+        "--out_dir", "timed", "--eval_interval", 10**6, "--log_interval", 1)
     log = [json.loads(line) for line in (trained / "timed/log.jsonl").read_text().splitlines()]
     cfg = trainer.PRESETS["toy"]
     assert (log[-1]["seconds"], log[-1]["iter"]) == (2, 17)
@@ -108,8 +109,8 @@ def test_a_trained_head_is_kept_where_it_fits(trained):
     assert all((old["head.maps"] - other["head.maps"]).abs().max() > 0.02 for other in (chain, fresh))
     assert len(longer["head.maps"]) == 9 and wider["head.maps"].size(1) == 3 and chain["head.out"].any()
     run(trained, "train.py", "--resume", "--out_dir", "chain", "--max_iters", 10)
-    greedy = [run(trained, "sample.py", "--out_dir", "chain", "--temperature", 0, "--max_new_tokens", 60, "--mode",
-                  mode) for mode in ("speculative", "oracle")]
+    greedy = [run(trained, "sample.py", "--out_dir", "chain", "--temperature", 0, "--max_new_tokens", 60,
+                  "--dtype", "float64", "--mode", mode) for mode in ("speculative", "oracle")]
     assert greedy[0].splitlines()[:-1] == greedy[1].splitlines()[:-1]  # but for the line of statistics
     out = run(trained, "bench_speculative.py", "--rounds", 5, "--max_new_tokens", 8, "--out_dir", "chain")
     assert json.loads(out.splitlines()[-1])["card"]["head"] == "chain"
@@ -262,7 +263,7 @@ def test_a_tilde_in_a_flag_is_the_home_folder(tmp_path, monkeypatch):
     """--data_dir=~/x, which no shell expands."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "cwd").mkdir()
-    out = run(tmp_path / "cwd", "prepare_tinystories.py", "--toy", "--stories", "5", "--data_dir=~/x")
+    out = run(tmp_path / "cwd", "prepare", "--toy", "--stories", "5", "--data_dir=~/x")
     assert "entropy of the grammar" in out
     assert (tmp_path / "x/meta.json").exists() and not list((tmp_path / "cwd").iterdir())
 
@@ -343,8 +344,9 @@ def test_what_the_documents_name_exists():
 
 def test_the_snippets_of_the_readme_run(trained, monkeypatch, capsys):
     """Each block of Python that imports something, pasted in order; what its comments promise comes
-    out."""
+    out. In float64, in which no two logits are equal up to rounding."""
     monkeypatch.chdir(trained)
+    monkeypatch.setattr(sampler, "load", partial(sampler.load, dtype="float64"))
     blocks = re.findall(r"```python\n((?:import|from) .*?)```", documents()["README.md"], re.S)
     names = {}
     for block in blocks:

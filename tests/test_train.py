@@ -67,8 +67,8 @@ def test_accumulated_gradients_are_those_of_one_large_batch(monkeypatch):
         steps[accum, clip] = torch.cat([(a - b.detach()).flatten() for a, b in zip(before, run.model.parameters())])
     torch.testing.assert_close(steps[1, 0.0], steps[2, 0.0], rtol=0, atol=1e-12)
     # clip_grad_norm_ divides by the norm and 1e-6
-    norm = steps[1, 0.0].norm().item()
-    assert norm > 0.1 and steps[2, 1e-3].norm().item() == pytest.approx(1e-3, rel=1e-6 / norm + 1e-9)
+    norm, clipped = steps[1, 0.0].norm().item(), steps[2, 1e-3].norm().item()
+    assert norm > 0.1 and clipped == pytest.approx(1e-3, rel=1e-6 / norm + 1e-9)
 
 
 def test_the_default_settings_are_the_laptop_preset():
@@ -219,8 +219,8 @@ def test_compiled_training_is_the_same(data, head):
         pytest.skip("no C++ compiler, or a torch that compiles wrong gradients")
     fast, eager = (data(compile=c, head=head, joint_share=1.0) for c in (True, False))
     for a, b in zip(fast.log, eager.log):
-        if "loss" in a:
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["joint"] == pytest.approx(b["joint"], rel=1e-3)
+        for name in {"loss", "joint"} & a.keys():  # six steps of roundings of 6e-8
+            assert a[name] == pytest.approx(b[name], rel=1e-3)
 
 
 def test_a_torch_that_compiles_wrong_gradients_is_refused(monkeypatch):
