@@ -47,8 +47,7 @@ def forks():
 
     forks = Forks()
     yield forks
-    forks.process.stdin.close()
-    forks.process.wait()
+    forks.end()
 
 
 @pytest.fixture(autouse=True)

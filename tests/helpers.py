@@ -157,15 +157,18 @@ class Forks:
         print(json.dumps(order), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
+    def end(self):
+        """With all that a test which failed has left at work."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
     @staticmethod
     def serve():
         def work(cwd, module, name, *args):
             os.chdir(cwd)
             getattr(importlib.import_module(module), name)(*args)
 
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # also where it is a shell's background job
-            signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else
-                          signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a background job
         importlib.import_module("torch._dynamo")  # as the first optimizer would, for each fork
         for order in sys.stdin:
             print(json.dumps(in_a_fork(work, *json.loads(order))), flush=True)
