@@ -8,8 +8,10 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import requests
 from helpers import exit_code, fork, wait_until
 
 import prepare_tinystories as dl
@@ -215,3 +217,22 @@ def test_no_stderr_no_bar(server, path, monkeypatch):
     server.cuts = [70_000]
     dl.download(server.url, path)
     assert_fetched(path)
+
+
+def test_a_body_that_ends_early_without_an_error_is_no_whole_file(tmp_path):
+    """urllib3 2 says so by itself; an older one does not."""
+    class Short:
+        status_code, headers = 200, {"Content-Length": "10"}
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+        def iter_content(self, size):
+            yield b"1234"
+
+    session = SimpleNamespace(get=lambda *args, **options: Short())
+    with pytest.raises(requests.ConnectionError, match="broke after 4 of 10 bytes"):
+        dl.attempt(session, "http://x/y", tmp_path / "y.part", 2**40, 1)

@@ -45,7 +45,8 @@ def test_learning_rate_rises_then_falls_to_its_minimum():
 def test_optimizer_decays_the_trunks_matrices_only():
     """Norms, biases and the head, whose maps start at the identity and not at 0, are not
     decayed."""
-    run = tiny_run(bias=True, head="chain")
+    run = tiny_run(bias=True, head="chain", weight_decay=0.3)
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.3, 0.0]
     decayed, rest = (group["params"] for group in run.optimizer.param_groups)
     names = {id(p): name for name, p in run.model.named_parameters()}
     assert {names[id(p)].rsplit(".", 2)[-2] for p in decayed} == {"wte", "wpe", "c_attn", "c_proj", "c_fc"}
