@@ -24,6 +24,32 @@ def pytest_configure(config):
         config.option.markexpr = ""
 
 
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A folder with toy data and a model that train.py made of it, data/toy and out/toy: to be
+    copied."""
+    import torch
+    from helpers import run, TOY
+
+    home = tmp_path_factory.mktemp("toy")
+    run(home, "prepare", "--toy", "--stories", 300)
+    run(home, "train", *TOY.split())
+    torch.set_flush_denormal(False)
+    return home
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Calls a function in a process of its own: helpers.Forks."""
+    if not hasattr(os, "fork"):
+        pytest.skip("forks")
+    from helpers import Forks
+
+    forks = Forks()
+    yield forks
+    forks.end()
+
+
 @pytest.fixture(autouse=True)
 def as_a_script_finds_it():
     """All signals interrupt, also where the tests run as a shell's background job, which ignores

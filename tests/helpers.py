@@ -1,9 +1,16 @@
-"""What test files share: scripts that are called in this process, runs of training without files,
-models and prompts for the decoders."""
+"""What test files share: scripts that are called in this process or in a fork, runs of training
+without files, models and prompts for the decoders."""
 
 import importlib
 import io
+import json
+import os
+import signal
+import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -14,7 +21,7 @@ from test_cp_head import tiny_model
 import common
 import train as trainer
 from common import Batches
-from model import BadInput
+from model import ROOT, BadInput
 
 CPU = torch.device("cpu")
 
@@ -23,10 +30,11 @@ CPU = torch.device("cpu")
 
 SHORT = {"prepare": "prepare_tinystories", "bench": "bench_speculative",
          "plot": "experiments.plots", "training": "experiments.bench_training"}
-# a training of seconds
+# a training of less than a second
 SMALL = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--block_size", 32, "--batch_size", 4,
-         "--max_iters", 8, "--eval_interval", 4, "--eval_windows", 4, "--log_interval", 2,
-         "--device", "cpu"]
+         "--max_iters", 12, "--eval_interval", 4, "--eval_windows", 4, "--log_interval", 2,
+         "--dropout", 0.1, "--device", "cpu"]
+TOY = " ".join(map(str, ["--preset toy --rank 2", *SMALL]))  # that of the fixture `toy`
 
 
 def start(script, args):
@@ -61,6 +69,12 @@ def contents(home):
             if path.is_file() and path.name != ".lock"}
 
 
+def stamps(home):
+    """When every file of a folder was written, and its size; the folders; no locks."""
+    return {path: path.is_file() and (path.stat().st_mtime_ns, path.stat().st_size)
+            for path in home.rglob("*") if path.name != ".lock"}
+
+
 def without_times(log):
     times = ("seconds", "tokens_per_second")
     return [{k: v for k, v in line.items() if k not in times} for line in log]
@@ -76,6 +90,88 @@ def assert_same_run(path, other):
               for c in (a, b)]
     assert states[0].keys() == states[1].keys() and len(states[0]) > 40
     assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+
+
+def steps_of(path):
+    """How far the run of a checkpoint is; 0 where there is none."""
+    return torch.load(path, weights_only=True)["iter_num"] if os.path.exists(path) else 0
+
+
+def wait_until(condition):
+    """Two minutes are for a machine that is busy with other work; here it takes a second."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+# -----------------------------------------------------------------------------
+# scripts in processes of their own, by fork, as importing torch takes seconds
+
+
+def fork(function, *args, out=os.devnull, err=os.devnull):
+    """The id of a process that calls a function, and what it says goes to two files. The process
+    that calls this must have computed nothing yet: threads do not survive a fork."""
+    child = os.fork()
+    if child:
+        return child
+    for fd, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    code = 1
+    try:
+        function(*args)
+        code = 0
+    except SystemExit as e:  # a text is what Python prints, with code 1
+        code = e.code if isinstance(e.code, int) else print(e.code, file=sys.stderr) or 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def exit_code(child):
+    """Of a process, when it has ended; minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def in_a_fork(function, *args):
+    """(exit code, stdout, stderr) of a function that is called in a process of its own."""
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        return exit_code(fork(function, *args, out=out.name, err=err.name)), out.read(), err.read()
+
+
+class Forks:
+    """A process that has imported what tests need and computes nothing: it forks those that do."""
+
+    def __init__(self):
+        paths = [str(ROOT), str(ROOT / "tests")]
+        code = f"import sys; sys.path[:0] = {paths}; import helpers; helpers.Forks.serve()"
+        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    def __call__(self, cwd, function, *args):
+        """(exit code, stdout, stderr) of a function of a module, in cwd; args are plain."""
+        order = [str(cwd), function.__module__, function.__name__, *args]
+        print(json.dumps(order), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def end(self):
+        """With all that a test which failed has left at work."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    @staticmethod
+    def serve():
+        def work(cwd, module, name, *args):
+            os.chdir(cwd)
+            getattr(importlib.import_module(module), name)(*args)
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a background job
+        importlib.import_module("torch._dynamo")  # as the first optimizer would, for each fork
+        for order in sys.stdin:
+            print(json.dumps(in_a_fork(work, *json.loads(order))), flush=True)
 
 
 # -----------------------------------------------------------------------------

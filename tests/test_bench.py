@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench_speculative
 import model as model_py
-from bench_speculative import Bench, Laps, Mode, distinct, print_card, print_table
+from bench_speculative import Bench, Laps, Mode, distinct, print_card, print_table, timed
 from common import from_checkpoint
 from decode import Greedy, Sampling, Stats, generate, generate_plain
 from decoders.coupled import Coupled
@@ -69,6 +70,32 @@ def test_clocks_stand_around_the_four_calls_of_a_step(sampler, monkeypatch):
     assert [dict(vars(owner)) for owner in (model, model.head, sampler)] == before
     list(generate(model, [1], 4, sampler=sampler))
     assert len([part for part, _ in laps.moments if part != "rest"]) == len(parts)
+
+
+def test_the_clock_runs_between_two_waits_for_the_device(monkeypatch):
+    done = []
+    monkeypatch.setattr(bench_speculative, "synchronize", lambda device: done.append("wait"))
+    timed(lambda: done.append("work"), torch.device("cpu"))
+    assert done == ["wait", "work", "wait"]
+
+
+def test_the_prefills_token_is_none_of_a_step():
+    """Of a kind of prompts: two prompts, ten tokens, so eight of them in four steps."""
+    rounds = [{"kinds": {"code": dict(seconds=1.0, tokens=10, steps=4, prompts=2)}}]
+    assert Bench.row_of_kind("code", rounds, rounds)["tokens_per_step"] == 2.0
+
+
+def test_every_mode_is_warmed_up_once_with_the_longest_prompt(monkeypatch):
+    bench, calls = Bench(tiny_model(target="lm_head"), [[1], [2, 3]], 4, 0), []
+    decode = bench.decode
+
+    def noted(name, temperature, seed, prompts=None, *rest, **options):
+        calls.append((name, prompts))
+        return decode(name, temperature, seed, prompts, *rest, **options)
+
+    monkeypatch.setattr(bench, "decode", noted)
+    bench.rounds(0.0, 2)
+    assert calls[:2] == [(name, [[2, 3]]) for name in bench.modes] and len(calls) == 2 + 2 * 2
 
 
 def test_another_script_adds_its_modes(capsys):

@@ -171,6 +171,15 @@ def test_the_distribution_is_the_targets(config, variant, monkeypatch):
         assert total_variation(texts, expected_texts(model, [0, 1], length)) < 1e-12
 
 
+@pytest.mark.parametrize("speculative", [False, True])
+def test_draws_follow_the_target(speculative):
+    """Chi-square of 2,000 texts with real random numbers. Chance of a false alarm: 1e-9."""
+    model = chi_square_model("full")
+    steps = Captured(model, Sampling(generator=torch.Generator().manual_seed(1)), speculative)
+    texts = [tuple(steps.generate([0, 1], 3)) for _ in range(2000)]
+    assert chi_square_p_value(texts, expected_texts(model, [0, 1], 3)) > 1e-9
+
+
 def step_without_roll_back(steps, cache, n_drafts, step=Captured.step):
     found = step(steps, cache, n_drafts)
     cache.on_device += n_drafts - found[0, :1]

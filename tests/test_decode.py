@@ -9,11 +9,11 @@ from functools import partial
 import pytest
 import torch
 from torch.nn import functional as F
-from test_cp_head import HEADS, MASKS, chi_square_p_value, heads, tiny_model
+from test_cp_head import HEADS, MASKS, chi_square_p_value, close, counting_model, heads, tiny_model
 
 import decode
 from decode import (Greedy, Sampling, Stats, categorical, generate, generate_oracle, generate_plain,
-                    keep_probability, make_sampler, verify, warp, window_start)
+                    keep_probability, make_sampler, verify, warp, window_ids, window_start)
 from decoders import coupled
 from decoders.coupled import Coupled
 from model import BadInput
@@ -64,6 +64,21 @@ def test_draws_follow_the_row_and_never_take_a_zero():
     tokens = categorical(3 * p.expand(200_000, 7), numbers(seeded())).tolist()
     assert {0, 2, 6}.isdisjoint(tokens)
     assert chi_square_p_value(tokens, dict(enumerate(p.tolist()))) > 1e-9
+
+
+def test_a_random_number_of_0_takes_no_token_of_probability_0():
+    """torch.rand may give exactly 0, too seldom for any chi-square."""
+    def zeros(shape, dtype, device):
+        return torch.zeros(shape, dtype=dtype)
+
+    assert categorical(torch.tensor([0.0, 0.0, 1.0, 0.0]), zeros).item() == 2
+
+
+def test_of_equal_logits_the_first_is_drawn_and_the_first_is_kept():
+    logits = torch.tensor([[[1.0, 3.0, 3.0], [2.0, 0.0, 2.0]]])
+    tokens, _ = Greedy().draw(logits)
+    n_accepted, token = Greedy().verify(logits, None, tokens[:, :1])
+    assert (tokens.tolist(), n_accepted.tolist(), token.tolist()) == ([[1, 0]], [[1]], [[0]])
 
 
 def test_draws_stay_in_the_vocabulary():
@@ -234,6 +249,23 @@ def test_window_is_a_function_of_the_position():
             assert start == 0 or t - start > block_size - block_size // 2 - 1
 
 
+def test_a_draft_starts_from_the_state_before_the_last_token():
+    """After rejections and in a new window, too. Another state is lossless, so no test of exactness
+    sees it, and where all drafts are accepted there is no other."""
+    model, tokens, states = tiny_model(block_size=8, n_future=4), [1, 2], []
+
+    def draft(e, *rest):
+        states.append((e, window_ids(tokens, model)[:, :-1]))
+        return model.head.draft(e, *rest)
+
+    blocks = decode.speculative_blocks(model, tokens, Sampling(generator=seeded()), draft)
+    with torch.no_grad():
+        sizes = {len(next(blocks)[0]) for _ in range(60)}
+        for e, window in states:
+            close(e, model.hidden(window)[:, -1])
+    assert sizes == {1, 2, 3, 4} and len(states) > 40
+
+
 def test_seed_decides_the_text():
     """The same seed gives the same text, another seed (0 included) another one; the global RNG is
     not touched."""
@@ -258,6 +290,15 @@ def test_statistics_add_up():
     assert all(0 <= stats.accepted[k - 1] - origins[k] <= 1 for k in (1, 2, 3)) and origins["corrected"] > 5
     assert 0 <= stats.steps - (origins["corrected"] + origins["bonus"] + origins["plain"] - 1) <= 1
     assert math.isnan(Stats().tokens_per_step)
+
+
+def test_tokens_after_the_end_are_not_counted():
+    """Wherever the end falls in a step's tokens, by length or by a stop token."""
+    model = counting_model(7, 5, "marginal")
+    for length, stop in [*((n, None) for n in range(1, 12)), *((30, x) for x in range(7))]:
+        stats = Stats()
+        text = list(generate(model, [3], length, sampler=Greedy(), stop_token=stop, stats=stats))
+        assert stats.tokens == len(text) - 1 and len(stats.origins) == len(text)
 
 
 def test_the_mode_coupled_takes_its_seed_from_a_generator():

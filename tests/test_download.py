@@ -1,22 +1,23 @@
 """The download, against a server on this machine that misbehaves: by property, as requests does the
 work."""
 
+import os
 import re
 import signal
-import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import requests
+from helpers import exit_code, fork, wait_until
 
 import prepare_tinystories as dl
 from model import BadInput
 
 DATA = b"".join(b"%07d\n" % i for i in range(40_000))  # 320,000 bytes, no two places alike
-ROOT = Path(__file__).parent.parent
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -46,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[:cut])
         if cut < len(body):
             self.wfile.flush()
-            s.stalls and s.released.wait(20)
+            s.stalls and s.released.wait(120)
             self.close_connection = True
 
     def log_message(self, *args):
@@ -63,7 +64,8 @@ def server(monkeypatch):
     server.statuses, server.cuts, server.log, server.released = [], [], [], threading.Event()
     server.shift = 0
     server.url = f"http://127.0.0.1:{server.server_port}/stories.txt"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    serve = threading.Thread(target=server.serve_forever, args=[0.01], daemon=True)  # ends sooner
+    serve.start()
     yield server
     server.released.set()
     server.shutdown()
@@ -100,12 +102,15 @@ def test_max_bytes_takes_the_beginning(server, path, max_bytes, has_ranges):
 
 @pytest.mark.parametrize("stalls", [False, True])
 def test_a_body_that_breaks_off_or_stalls_is_resumed(server, path, stalls):
-    """Three times, each from where the last one stopped."""
+    """Three times, each from where the last one stopped. A read that waits for half a second has
+    stalled: on a machine that is as slow as that, one more may seem to, and is resumed as well."""
     server.cuts, server.stalls = [70_000, 130_000, 0], stalls
-    dl.download(server.url, path, timeout=0.5)
+    dl.download(server.url, path, timeout=0.5 if stalls else 30)
     assert_fetched(path)
-    assert starts(server) == sorted(starts(server)) and len(server.log) == 4
-    assert starts(server)[1] > 60_000 and starts(server)[-1] > 120_000  # a buffer each may be lost
+    assert starts(server) == sorted(starts(server))
+    assert len(server.log) >= 4 if stalls else len(server.log) == 4
+    # a buffer each may be lost
+    assert sorted({*starts(server)})[1] > 60_000 and starts(server)[-1] > 120_000
 
 
 def test_a_later_call_goes_on_with_the_part(server, path):
@@ -190,17 +195,18 @@ def test_a_wrong_address_is_one_line(server, path, url):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-def test_kill_leaves_a_part_and_the_next_call_goes_on(server, path):
+def dies_in_a_download(url, path):
+    child = fork(dl.download, url, path)
+    part = Path(f"{path}.part")
+    wait_until(lambda: part.exists() and part.stat().st_size >= 65_536)
+    os.kill(child, signal.SIGKILL)
+    assert exit_code(child) == -signal.SIGKILL and not Path(path).exists()
+
+
+def test_kill_leaves_a_part_and_the_next_call_goes_on(server, path, forks, tmp_path):
     server.cuts, server.stalls = [150_000], True
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare_tinystories as dl; dl.download({server.url!r}, {str(path)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    part = path.with_name("stories.txt.part")
-    while not part.exists() or part.stat().st_size < 65_536:
-        time.monotonic()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not path.exists()
+    code, _, error = forks(tmp_path, dies_in_a_download, server.url, str(path))
+    assert code == 0, error
     dl.download(server.url, path)
     assert_fetched(path)
     assert starts(server)[-1] > 60_000
@@ -211,3 +217,22 @@ def test_no_stderr_no_bar(server, path, monkeypatch):
     server.cuts = [70_000]
     dl.download(server.url, path)
     assert_fetched(path)
+
+
+def test_a_body_that_ends_early_without_an_error_is_no_whole_file(tmp_path):
+    """urllib3 2 says so by itself; an older one does not."""
+    class Short:
+        status_code, headers = 200, {"Content-Length": "10"}
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+        def iter_content(self, size):
+            yield b"1234"
+
+    session = SimpleNamespace(get=lambda *args, **options: Short())
+    with pytest.raises(requests.ConnectionError, match="broke after 4 of 10 bytes"):
+        dl.attempt(session, "http://x/y", tmp_path / "y.part", 2**40, 1)

@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import math
+import random
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -359,24 +360,21 @@ def test_verify_block(answer, monkeypatch):
 
 
 @functools.lru_cache
+@torch.no_grad()
 def texts_of(wrong):
-    """The distribution of the real decoder's texts, with a bug of test_cp_head.py or None: (texts, probabilities)."""
+    """The distribution of the texts that begin with the real decoder's first step, with a bug of
+    test_cp_head.py or None, and go on with the target: (texts, probabilities)."""
     model = shared.chi_square_model("full")
     with pytest.MonkeyPatch.context() as patch:
         draft = shared.wrong_draft(wrong, model, patch) if wrong else None
-        texts = shared.enumerated(lambda choose: generate(model, [0, 1], 3, draft=draft), patch)
-    return list(texts), torch.tensor(list(texts.values()), dtype=torch.float64)
+        texts, _ = shared.first_steps(model, patch, draft)
+    return list(texts), list(texts.values())
 
 
 def black_box(wrong, seed):
     """Such a decoder: N texts at a time, quickly, as its distribution is known."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def decoder(N):
-        texts, p = texts_of(wrong)
-        return [texts[i] for i in torch.multinomial(p, N, replacement=True, generator=generator)]
-
-    return decoder
+    dice = random.Random(seed)  # the same on every machine
+    return lambda N: dice.choices(*texts_of(wrong), k=N)
 
 
 def by_chi_square(decoders, expected, N=4000):
@@ -399,8 +397,10 @@ def by_the_first_token(decoders, expected):
 def test_find_lossless(answer):
     """Names the lossless decoder, wherever it stands, among bugs that move few texts.
 
-    The texts are the same in every run. Over other seeds, an answer that takes the largest chi-square p-value of
-    4,000 texts would fail with a chance below 1e-9.
+    The texts are the same in every run. Over other seeds, an answer that takes the largest
+    chi-square p-value of 4,000 texts would fail with a chance below 1e-9: the statistic of the
+    least of these bugs is 533 on the average, with a standard deviation of 46, and that of the
+    lossless one 26 and 7.
     """
     with torch.no_grad():
         expected = shared.expected_texts(shared.chi_square_model("full"), [0, 1], 3)

@@ -5,7 +5,6 @@ import ast
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -175,9 +174,12 @@ def test_the_core_needs_no_folder(tmp_path):
         (tmp_path / f"{module}.py").write_bytes((ROOT / f"{module}.py").read_bytes())
     small = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 "
              "--n_future 3 --max_iters 2 --eval_windows 4 --device cpu").split()
+    code = "import runpy, sys"
     for script, args in (("prepare_tinystories", ["--toy", "--stories", "50"]), ("train", small),
                          ("sample", ["--max_new_tokens", "5"])):
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        result = subprocess.run([sys.executable, Path(script).with_suffix(".py"), *args], cwd=tmp_path,
-                                capture_output=True, text=True, env=environment)
-        assert result.returncode == 0, result.stderr
+        code += f"; sys.argv[1:] = {args}; runpy.run_path('{script}.py', run_name='__main__')"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment,
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "wrote out/toy/ckpt.pt" in result.stdout and "speculative: 5 tokens" in result.stdout

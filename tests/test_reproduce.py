@@ -9,17 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import call
 import torch
+from helpers import call, exit_code, fork, in_a_fork, start, wait_until
 
 import train as trainer
-from experiments import before_after, reproduce
+from experiments import before_after, bench_training, reproduce
 from experiments.reproduce import EXPERIMENTS, SCALES
 from model import ROOT, BadInput
 
@@ -33,13 +32,35 @@ def launch(cwd, *args):
                           encoding="utf-8")
 
 
+def script_by_fork(place, name, script, flags, *files):
+    """Place.script, whose processes would import torch for seconds each."""
+    log = place.work / "logs" / f"{name}.txt"
+    log.parent.mkdir(exist_ok=True)
+    module, out = script.removesuffix(".py").replace("/", "."), log.with_suffix(".out")
+    args = [*map(str, files), *reproduce.as_flags(flags)]
+    if exit_code(fork(start, module, args, out=out, err=log)):
+        raise BadInput(log.read_text())
+    return out.read_text()
+
+
+def measure_by_fork(*args):
+    code, out, error = in_a_fork(bench_training.row_process, json.dumps(args))
+    assert code == 0, error
+    return json.loads(out.splitlines()[-1])
+
+
+def reproduce_by_fork(*args):
+    reproduce.Place.script, bench_training.measure_apart = script_by_fork, measure_by_fork
+    start("experiments.reproduce", args)
+
+
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
+def smoke(forks, tmp_path_factory):
     """A folder in which everything was run once, and the output."""
     cwd = tmp_path_factory.mktemp("reproduce")
-    result = launch(cwd, "all", "--scale", "smoke", "--jobs", 2)
-    assert result.returncode == 0, result.stderr
-    return cwd, result.stdout
+    code, out, error = forks(cwd, reproduce_by_fork, "all", "--scale", "smoke")
+    assert code == 0, error
+    return cwd, out
 
 
 def place_of(**args):
@@ -69,6 +90,22 @@ def test_all_experiments_run_and_write_a_table_and_a_picture(smoke):
     found = json.loads(results(cwd)["stories-n2-r2-seed1.json"])
     assert found["spec"]["flags"]["n_future"] == 2 and found["hardware"] and found["date"] and found["data"]
     assert [point["iter"] for point in found["val"]] == [2, 4] and len(found["components"]) == 2
+
+
+@pytest.mark.slow
+def test_real_processes_two_at_once_make_what_forks_make(smoke, tmp_path):
+    """The same runs, tables and pictures, and the losses wherever no clock ends a training."""
+    result = launch(tmp_path, "all", "--scale", "smoke", "--jobs", 2)
+    assert result.returncode == 0, result.stderr
+    here, there = (sorted(path.name for path in (cwd / "results/smoke").iterdir())
+                   for cwd in (smoke[0], tmp_path))
+    assert here == there and len(here) > 40
+    own, forks = results(tmp_path), results(smoke[0])
+    for name in own:
+        if "val" in json.loads(own[name]) and "seconds" not in name:
+            a, b = ([point["joint"] for point in json.loads(found[name])["val"]]
+                    for found in (own, forks))
+            assert a == pytest.approx(b, rel=1e-4), name  # of five digits
 
 
 def test_finished_runs_are_not_made_again(smoke, monkeypatch, capsys):
@@ -111,18 +148,16 @@ def test_finished_runs_are_not_made_again(smoke, monkeypatch, capsys):
     path.write_text(before[path.name])
 
 
+@pytest.mark.slow
 def test_an_interrupted_experiment_goes_on(tmp_path):
-    """Ctrl-C after the first result: exit code 130, no process is left at work, and the same command
-    makes the rest. A training that was interrupted goes on and ends as it would have, on a frozen
-    trunk, too; one of other settings does not."""
+    """Ctrl-C after the first result, which is seconds before the last: exit code 130, no process is
+    left at work, and the same command makes the rest."""
     command = [*COMMAND, "next_token", "--scale", "smoke"]
     process = subprocess.Popen(command, cwd=tmp_path, env=ELSEWHERE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not results(tmp_path) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.1)
+    wait_until(lambda: results(tmp_path) or process.poll() is not None)
     first = results(tmp_path)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130 and "Traceback" not in process.stderr.read()
+    assert process.wait(120) == 130 and "Traceback" not in process.stderr.read()
     wanted = {f"{run.name}.json" for cell in EXPERIMENTS["next_token"].cells(SCALES["smoke"]) for run in cell.runs}
     assert first and set(first) < wanted
     assert launch(tmp_path, "next_token", "--scale", "smoke", "--jobs", 2).returncode == 0
@@ -130,7 +165,8 @@ def test_an_interrupted_experiment_goes_on(tmp_path):
 
 
 def test_an_interrupted_training_goes_on(smoke, tmp_path, monkeypatch):
-    """A frozen trunk's head, stopped after half of its steps, ends with the losses of the whole run."""
+    """A frozen trunk's head, stopped after half of its steps, ends with the losses of the whole
+    run, in a process of its own; one of other settings does not go on."""
     scale = SCALES["smoke"]
     monkeypatch.chdir(tmp_path)
     shutil.copytree(smoke[0] / "out", "out")
@@ -149,7 +185,7 @@ def test_an_interrupted_training_goes_on(smoke, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = head.run(place)
     joints, expected = ([point["joint"] for point in result["val"]] for result in (found, whole))
-    assert joints == pytest.approx(expected, rel=1e-4)
+    assert joints == pytest.approx(expected, rel=1e-4)  # results have five digits
     other = scale.training(n_future=2, rank=2, trunk=scale.trunk(), lr=1e-4)[0]
     shutil.copytree(out, place.work / other.name)
     with pytest.raises(BadInput, match="is a run of other settings; move it away"):
@@ -224,6 +260,7 @@ def test_specialties_are_posteriors(smoke, monkeypatch):
     assert len(found) == 2 and all(len(tokens) == 8 for tokens in found)
     for a, tokens in enumerate(found):
         for token, share in tokens:
+            # float32 adds up some hundred shares: 1e-5
             assert share == pytest.approx(torch.stack(shares[token]).mean(0)[a].item(), abs=1e-4)
         most = max(torch.stack(given).mean(0)[a].item() for given in shares.values())
         assert tokens[0][1] == pytest.approx(most, abs=1e-4)

@@ -5,16 +5,18 @@ import http.server
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import threading
 from functools import partial
-from pathlib import Path
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import call, run, SMALL
+from helpers import call, run, SMALL, TOY
 from test_cp_head import tiny_model
 
 import prepare_tinystories as prep
@@ -22,9 +24,9 @@ import sample as sampler
 import train as trainer
 from decode import Greedy, generate, generate_oracle, generate_plain
 from decoders.coupled import Coupled
+from model import ROOT
 from tokenizer import EOT, load_tokenizer
 
-ROOT = Path(__file__).parent.parent
 FOLDERS = ("heads", "decoders", "pretrained", "experiments", "course")
 TEXT = 'Once upon a time, Lily saw 12 red balls.\n"Look!" she said. They didn\'t stop.\n\n  The end_of it all.\n'
 
@@ -34,13 +36,9 @@ HEAD_ONLY = ["--batch_size", 4, "--max_iters", 8, "--eval_interval", 4, "--eval_
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(toy, tmp_path_factory):
     """A folder with toy data and a model that train.py trained on it for a few steps."""
-    cwd = tmp_path_factory.mktemp("run")
-    assert "entropy of the grammar" in run(cwd, "prepare_tinystories.py", "--toy", "--stories", 300)
-    out = run(cwd, "train.py", "--preset", "toy", "--rank", 2, *SMALL)
-    assert "bits per byte" in out and "component usage" in out and "wrote out" in out
-    return cwd
+    return shutil.copytree(toy, tmp_path_factory.mktemp("run"), dirs_exist_ok=True)
 
 
 # -----------------------------------------------------------------------------
@@ -50,26 +48,30 @@ def trained(tmp_path_factory):
 def test_train_logs_and_checkpoints(trained):
     """The log is JSON lines; the checkpoint is plain tensors and plain Python."""
     log = [json.loads(line) for line in (trained / "out/toy/log.jsonl").read_text().splitlines()]
-    assert [line["iter"] for line in log if "val" in line] == [4, 8]
-    assert [line["iter"] for line in log if "val" not in line] == [2, 4, 6, 8]
+    assert [line["iter"] for line in log if "val" in line] == [4, 8, 12]
+    assert [line["iter"] for line in log if "val" not in line] == [2, 4, 6, 8, 10, 12]
     ckpt = torch.load(trained / "out/toy/ckpt.pt", weights_only=True)
-    assert ckpt["iter_num"] == 8 and ckpt["meta"]["tokenizer"]["tokens"] and ckpt["train_config"]["rank"] == 2
+    assert ckpt["iter_num"] == 12 and ckpt["train_config"]["rank"] == 2
+    assert ckpt["meta"]["tokenizer"]["tokens"]
     assert {p.name for p in (trained / "out/toy").iterdir()} - {".lock"} == {"ckpt.pt", "log.jsonl"}
 
 
 def test_same_seed_trains_the_same_model(trained):
-    run(trained, "train.py", "--preset", "toy", "--rank", 2, *SMALL, "--out_dir", "again")
+    out = run(trained, "train.py", *TOY.split(), "--out_dir", "again")
+    assert "bits per byte" in out and "component usage" in out and "wrote again" in out
     a, b = (torch.load(trained / path / "ckpt.pt", weights_only=True)["model"] for path in ("out/toy", "again"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_max_seconds_ends_a_run_and_its_learning_rate_decay(trained):
-    """The cosine reaches its end with the time, long before max_iters."""
-    run(trained, "train.py", "--preset", "toy", *SMALL, "--max_iters", 10**6, "--max_seconds", 2, "--out_dir", "timed",
-        "--eval_interval", 10**6, "--log_interval", 1)
+def test_max_seconds_ends_a_run_and_its_learning_rate_decay(trained, monkeypatch):
+    """The cosine reaches its end with the time, long before max_iters. By a clock on which every
+    step takes 1/8 s, and which begins after the first."""
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=count(step=0.125).__next__))
+    run(trained, "train.py", *TOY.split(), "--max_iters", 10**6, "--max_seconds", 2,
+        "--out_dir", "timed", "--eval_interval", 10**6, "--log_interval", 1)
     log = [json.loads(line) for line in (trained / "timed/log.jsonl").read_text().splitlines()]
     cfg = trainer.PRESETS["toy"]
-    assert 2 <= log[-1]["seconds"] < 20 and log[-1]["iter"] < 10**6
+    assert (log[-1]["seconds"], log[-1]["iter"]) == (2, 17)
     assert log[-2]["lr"] < 1.5 * cfg.min_lr + 0.1 * cfg.lr < max(line["lr"] for line in log[:-1])
 
 
@@ -107,8 +109,8 @@ def test_a_trained_head_is_kept_where_it_fits(trained):
     assert all((old["head.maps"] - other["head.maps"]).abs().max() > 0.02 for other in (chain, fresh))
     assert len(longer["head.maps"]) == 9 and wider["head.maps"].size(1) == 3 and chain["head.out"].any()
     run(trained, "train.py", "--resume", "--out_dir", "chain", "--max_iters", 10)
-    greedy = [run(trained, "sample.py", "--out_dir", "chain", "--temperature", 0, "--max_new_tokens", 60, "--mode",
-                  mode) for mode in ("speculative", "oracle")]
+    greedy = [run(trained, "sample.py", "--out_dir", "chain", "--temperature", 0, "--max_new_tokens", 60,
+                  "--dtype", "float64", "--mode", mode) for mode in ("speculative", "oracle")]
     assert greedy[0].splitlines()[:-1] == greedy[1].splitlines()[:-1]  # but for the line of statistics
     out = run(trained, "bench_speculative.py", "--rounds", 5, "--max_new_tokens", 8, "--out_dir", "chain")
     assert json.loads(out.splitlines()[-1])["card"]["head"] == "chain"
@@ -261,21 +263,22 @@ def test_a_tilde_in_a_flag_is_the_home_folder(tmp_path, monkeypatch):
     """--data_dir=~/x, which no shell expands."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "cwd").mkdir()
-    run(tmp_path / "cwd", "prepare_tinystories.py", "--toy", "--stories", "5", "--data_dir=~/x")
+    out = run(tmp_path / "cwd", "prepare", "--toy", "--stories", "5", "--data_dir=~/x")
+    assert "entropy of the grammar" in out
     assert (tmp_path / "x/meta.json").exists() and not list((tmp_path / "cwd").iterdir())
 
 
 def test_tinystories_is_downloaded_and_prepared(tmp_path, monkeypatch):
     """Without flags the script fetches both files of the data set, here from a server on this
     machine: train.txt becomes train.bin and valid.txt val.bin; --max_mb takes the first stories."""
-    for split, n in (("train", 60_000), ("valid", 40)):
-        text = f"\n{EOT}\n".join(f"Story {i} of {split}." for i in range(n))
+    for split, n in (("train", 6000), ("valid", 40)):  # 1.4 MB
+        text = f"\n{EOT}\n".join(f"Story {i} of {split}." + 20 * " Go on." for i in range(n))
         (tmp_path / f"TinyStoriesV2-GPT4-{split}.txt").write_text(text)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()  # ends sooner
     monkeypatch.setattr(prep, "TINYSTORIES", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setenv("no_proxy", "*")
-    for args, n_train in (([], 60_000), (["--max_mb", "1"], None)):
+    for args, n_train in (([], 6000), (["--max_mb", "1"], None)):
         monkeypatch.setattr(sys, "argv", ["prepare_tinystories.py", "--data_dir", str(tmp_path / "data"), *args])
         prep.main()
         meta = json.loads((tmp_path / "data/meta.json").read_text())
@@ -287,7 +290,8 @@ def test_tinystories_is_downloaded_and_prepared(tmp_path, monkeypatch):
     server.shutdown()
     enc = load_tokenizer(meta["tokenizer"])
     ids = np.fromfile(tmp_path / "data/val.bin", dtype=np.uint16)
-    assert enc.decode(ids).startswith(f"Story 0 of valid.{EOT}Story 1 of valid.{EOT}")
+    stories = [f"Story {i} of valid." + 20 * " Go on." for i in range(2)]
+    assert enc.decode(ids).startswith(EOT.join([*stories, ""]))
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -340,8 +344,9 @@ def test_what_the_documents_name_exists():
 
 def test_the_snippets_of_the_readme_run(trained, monkeypatch, capsys):
     """Each block of Python that imports something, pasted in order; what its comments promise comes
-    out."""
+    out. In float64, in which no two logits are equal up to rounding."""
     monkeypatch.chdir(trained)
+    monkeypatch.setattr(sampler, "load", partial(sampler.load, dtype="float64"))
     blocks = re.findall(r"```python\n((?:import|from) .*?)```", documents()["README.md"], re.S)
     names = {}
     for block in blocks:

@@ -117,8 +117,9 @@ def test_a_description_that_is_none_is_refused():
 
 
 def test_toy_entropy_is_the_mean_surprisal():
-    """The entropy by the chain rule equals the mean of -log2 P(story) over 20,000 stories (false
-    alarm: the tolerance is 6 standard errors), and it is at least 0.8 bits per token."""
+    """The entropy by the chain rule equals the mean of -log2 P(story) over 20,000 stories, to 6
+    standard errors, and it is at least 0.8 bits per token. The stories are the same in every run;
+    over other seeds, the chance of a false alarm is 2e-9."""
     rng = random.Random(0)
     stories, bits = zip(*(prep.toy_story(rng) for _ in range(20_000)))
     assert abs(np.mean(bits) - prep.toy_entropy()) < 6 * np.std(bits) / len(bits) ** 0.5

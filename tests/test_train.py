@@ -45,7 +45,8 @@ def test_learning_rate_rises_then_falls_to_its_minimum():
 def test_optimizer_decays_the_trunks_matrices_only():
     """Norms, biases and the head, whose maps start at the identity and not at 0, are not
     decayed."""
-    run = tiny_run(bias=True, head="chain")
+    run = tiny_run(bias=True, head="chain", weight_decay=0.3)
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.3, 0.0]
     decayed, rest = (group["params"] for group in run.optimizer.param_groups)
     names = {id(p): name for name, p in run.model.named_parameters()}
     assert {names[id(p)].rsplit(".", 2)[-2] for p in decayed} == {"wte", "wpe", "c_attn", "c_proj", "c_fc"}
@@ -60,12 +61,15 @@ def test_accumulated_gradients_are_those_of_one_large_batch(monkeypatch):
     steps = {}
     for accum, clip in ((1, 0.0), (2, 0.0), (2, 1e-3)):
         run = tiny_run(zip(idx.chunk(accum), gold.chunk(accum)), grad_accum=accum, grad_clip=clip)
+        run.model.double()
         run.optimizer = torch.optim.SGD(run.model.parameters(), lr=1.0)
         before = [p.detach().clone() for p in run.model.parameters()]
         trainer.optimizer_step(run)
         steps[accum, clip] = torch.cat([(a - b.detach()).flatten() for a, b in zip(before, run.model.parameters())])
-    torch.testing.assert_close(steps[1, 0.0], steps[2, 0.0], rtol=0, atol=1e-6)
-    assert steps[2, 1e-3].norm().item() == pytest.approx(1e-3, rel=1e-2) and steps[1, 0.0].norm() > 0.1
+    torch.testing.assert_close(steps[1, 0.0], steps[2, 0.0], rtol=0, atol=1e-12)
+    # clip_grad_norm_ divides by the norm and 1e-6
+    norm, clipped = steps[1, 0.0].norm().item(), steps[2, 1e-3].norm().item()
+    assert norm > 0.1 and clipped == pytest.approx(1e-3, rel=1e-6 / norm + 1e-9)
 
 
 def test_the_default_settings_are_the_laptop_preset():
@@ -197,6 +201,7 @@ def test_half_precision_trains_with_a_scaled_loss(data):
     run, reference = data(dtype="float16"), data(dtype="float32")
     assert isinstance(run.autocast, torch.autocast) and isinstance(reference.autocast, nullcontext)
     assert run.scaler.is_enabled() and run.scaler.get_scale() > 1
+    # a half has 11 bits: 40 roundings of 5e-4, all of them the same way
     assert run.log[-1]["val"]["joint"] == pytest.approx(reference.log[-1]["val"]["joint"], rel=0.02)
     assert torch.load("out/laptop/ckpt.pt", weights_only=True)["scaler"] == {}  # the reference's, which came last
 
@@ -206,6 +211,7 @@ def test_auto_is_float32_on_a_cpu(data):
     assert trainer.pick_dtype("auto", CPU) == torch.float32 and isinstance(data().autocast, nullcontext)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["cp", "chain"])
 def test_compiled_training_is_the_same(data, head):
     """--compile, for real: the losses of every step are those of the eager run, to rounding. (On all positions: compiled
@@ -214,8 +220,8 @@ def test_compiled_training_is_the_same(data, head):
         pytest.skip("no C++ compiler, or a torch that compiles wrong gradients")
     fast, eager = (data(compile=c, head=head, joint_share=1.0) for c in (True, False))
     for a, b in zip(fast.log, eager.log):
-        if "loss" in a:
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["joint"] == pytest.approx(b["joint"], rel=1e-3)
+        for name in {"loss", "joint"} & a.keys():  # six steps of roundings of 6e-8
+            assert a[name] == pytest.approx(b[name], rel=1e-3)
 
 
 def test_a_torch_that_compiles_wrong_gradients_is_refused(monkeypatch):
