@@ -297,14 +297,14 @@ class Mixture:
 
     def __init__(self, head, log_b, P):
         self.head, self.log_b = head, log_b
-        self.P, self.s = P.unbind(1), 1  # P^(s + 1) (B, r, V)
+        self.P, self.P_x = [*P.unbind(1)], None  # of the places to come, of x_s: (B, r, V)
 
     def row(self, x):
         """x_s (B,) -> log q_{s+1} (B, V), for s = 1, 2, ..., k."""
-        if self.s > 1:
-            self.log_b = self.log_b + self.head.log_along(self.P[self.s - 2], x)  # (B, r)
-        self.s += 1
-        return torch.bmm(self.log_b.softmax(-1).unsqueeze(1), self.P[self.s - 2]).squeeze(1).log()
+        if self.P_x is not None:  # else x is x_1
+            self.log_b = self.log_b + self.head.log_along(self.P_x, x)  # (B, r)
+        self.P_x = self.P.pop(0)
+        return torch.bmm(self.log_b.softmax(-1).unsqueeze(1), self.P_x).squeeze(1).log()
 
 
 def walk(row, x1, n_drafts, sampler):

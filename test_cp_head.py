@@ -1093,7 +1093,9 @@ FULL, CHAIN = partial(chi_square_model, "full"), partial(chi_square_model, "chai
 
 
 @pytest.mark.parametrize("decoder,make", [
-    (generate_plain, FULL), (generate, FULL), (generate, CHAIN)], ids=["plain", "full", "chain"])
+    (generate_plain, FULL), (generate, FULL), (generate, CHAIN),
+    (generate, partial(chi_square_model, "conditional_low_rank"))],
+    ids=["plain", "full", "chain", "conditional"])
 def test_sampled_texts_follow_the_target(decoder, make):
     """Chi-square of 4,000 texts of 3 tokens, with real random numbers, which no enumeration sees.
     Chance of a false alarm: 1e-9."""

@@ -6,16 +6,20 @@ import torch
 from torch.nn import functional as F
 
 from decode import Greedy, Sampling
+from heads.conditional import Given
 from heads.sequential import Sequential
 from model import BadInput, gold_log_prob
 
 
 def few_tokens(Head, K):
-    """The class of a Head (cp, medusa, chain, recurrent) whose factors are softmaxes over K tokens.
+    """The class of a Head (cp, low_rank, medusa, chain, recurrent) whose factors are softmaxes over K
+    tokens.
 
     With a vocabulary of tens of thousands the products with W are most of what a draft costs, and a
     few thousand tokens are most of any text. `choose_drafts` says which, before anything else.
     """
+    if issubclass(Head, Given):
+        raise BadInput("a head that is given x_1 drafts all tokens: take no draft vocabulary with it")
     return type(f"Few{Head.__name__}", (FewTokens, Head), {"K": K})
 
 

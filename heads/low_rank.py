@@ -44,7 +44,8 @@ class Head(CPHead):
 
     def all_logits(self, e, offsets, unembed):
         h, c = self.parts(e, offsets)
-        return self.logits(h, unembed).unsqueeze(-2) + self.logits(c, self.through(unembed))
+        own = widen(F.linear(c, self.through(getattr(self, "draft_rows", unembed))))  # few_tokens'
+        return self.logits(h, unembed).unsqueeze(-2) + own
 
     def through(self, unembed):
         """W U (V, k). In decoding on a CPU it is kept until somebody writes into W or U.
@@ -67,7 +68,7 @@ class Head(CPHead):
     def gold_log_probs(self, e, gold, unembed):
         """As `gold_log_prob` of model.py, in chunks that the backward pass computes again."""
         def chunk(h, c, y, unembed, WU):
-            logits = self.logits(h, unembed).unsqueeze(1) + self.logits(c, WU)  # (N', r, V)
+            logits = self.logits(h, unembed).unsqueeze(1) + widen(F.linear(c, WU))  # (N', r, V)
             y = y.unsqueeze(1).expand(logits.shape[:2])
             return -F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
 

@@ -127,9 +127,57 @@ def test_layers_sees_the_trunks_layers():
 
 
 # -----------------------------------------------------------------------------
+# components that differ in few directions
+
+
+def test_what_low_rank_keeps_is_of_the_weights_as_they_are():
+    """In decoding W U is computed once, and anew after whoever writes into W or U: an optimizer, a
+    checkpoint, a cast. In training it has its gradient."""
+    model = tiny_model(head="low_rank", target="lm_head")
+    e, head, found = a_state(model)[None], model.head, []
+
+    def right():
+        with torch.inference_mode():
+            logits = head.all_logits(e, slice(None), model.unembed)
+            close(logits, head.logits(head.vectors(e), model.unembed))
+            found.append(head.kept[1])
+            head.all_logits(e, slice(None), model.unembed)
+            return head.kept[1] is found[-1]
+
+    assert right() and right() and found[0] is found[1]
+    for weight in (head.directions, model.lm_head.weight):
+        with torch.no_grad():
+            weight.mul_(2)
+        assert right()
+    other = tiny_model(seed=1, head="low_rank", target="lm_head")
+    model.load_state_dict(other.state_dict())
+    assert right() and len({id(x) for x in found}) == 4
+    head.all_logits(e, slice(None), model.unembed).sum().backward()
+    assert head.directions.grad.abs().max() > 0
+
+
+def test_the_target_is_never_of_older_weights():
+    """Written behind torch's back, where no draft can tell."""
+    model = tiny_model(head="low_rank")
+    idx = torch.tensor([[1, 2]])
+    with torch.inference_mode():
+        before = model(idx)
+        model.head.directions.data.mul_(3)
+        after = model(idx)
+    close(after, new_target(model, idx))
+    assert (after - before).abs().max() > 1e-3
+
+
+def new_target(model, idx):
+    copy = tiny_model(head="low_rank")
+    copy.load_state_dict(model.state_dict())
+    return copy(idx).detach()
+
+
+# -----------------------------------------------------------------------------
 # a draft vocabulary
 
-FEW = ("cp", "medusa", "chain", "recurrent")
+FEW = ("cp", "medusa", "chain", "recurrent", "low_rank")
 few = pytest.mark.parametrize("head", FEW)
 
 
@@ -165,7 +213,7 @@ def test_few_tokens_by_the_formula(head, rank):
     model = few_model(head, ids[::-1], rank=rank, vocab_size=4)
     e, W = a_state(model), model.unembed
     for window in itertools.product(range(4), repeat=3):
-        P, b, joint, rows = few_factors(model, e, window), weights(model, e), [], []
+        P, b, joint, rows = few_factors(model, e, window), weights(model, e, window[0]), [], []
         for s, x in enumerate(window):
             if s:
                 rows.append((b / b.sum()) @ P[s])
@@ -229,3 +277,5 @@ def test_few_tokens_learn_and_refuse():
     for K in (0, 6):
         with pytest.raises(BadInput, match="1 to 5 tokens"):
             few_tokens(head_class("cp"), K)(model.config)
+    with pytest.raises(BadInput, match="take no draft vocabulary"):
+        few_tokens(head_class("conditional"), 2)
