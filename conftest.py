@@ -29,7 +29,7 @@ def toy(tmp_path_factory):
     """A folder with toy data and a model that train.py made of it, data/toy and out/toy: to be
     copied."""
     import torch
-    from helpers import run, TOY
+    from helpers import TOY, run
 
     home = tmp_path_factory.mktemp("toy")
     run(home, "prepare", "--toy", "--stories", 300)
@@ -53,7 +53,7 @@ def forks():
 @pytest.fixture(autouse=True)
 def as_a_script_finds_it():
     """All signals interrupt, also where the tests run as a shell's background job, which ignores
-    Ctrl-C. What a script sets for its own process, and sums depend on to the last bit, is reset."""
+    Ctrl-C. What a script sets for its own process changes the last bits of sums, and is reset."""
     import torch
 
     signals = [s for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]

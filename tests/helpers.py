@@ -31,10 +31,10 @@ CPU = torch.device("cpu")
 SHORT = {"prepare": "prepare_tinystories", "bench": "bench_speculative",
          "plot": "experiments.plots", "training": "experiments.bench_training"}
 # a training of less than a second
-SMALL = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--block_size", 32, "--batch_size", 4,
+FLAGS = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--block_size", 32, "--batch_size", 4,
          "--max_iters", 12, "--eval_interval", 4, "--eval_windows", 4, "--log_interval", 2,
          "--dropout", 0.1, "--device", "cpu"]
-TOY = " ".join(map(str, ["--preset toy --rank 2", *SMALL]))  # that of the fixture `toy`
+TOY = " ".join(map(str, ["--preset toy --rank 2", *FLAGS]))  # that of the fixture `toy`
 
 
 def start(script, args):
@@ -115,10 +115,10 @@ def fork(function, *args, out=os.devnull, err=os.devnull):
     child = os.fork()
     if child:
         return child
-    for fd, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     code = 1
     try:
+        for fd, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
         function(*args)
         code = 0
     except SystemExit as e:  # a text is what Python prints, with code 1
@@ -152,8 +152,9 @@ class Forks:
                                         stdout=subprocess.PIPE, text=True, start_new_session=True)
 
     def __call__(self, cwd, function, *args):
-        """(exit code, stdout, stderr) of a function of a module, in cwd; args are plain."""
-        order = [str(cwd), function.__module__, function.__name__, *args]
+        """(exit code, stdout, stderr) of a function of a module, in cwd and with the environment
+        of now; args are plain."""
+        order = [str(cwd), dict(os.environ), function.__module__, function.__name__, *args]
         print(json.dumps(order), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
@@ -164,8 +165,10 @@ class Forks:
 
     @staticmethod
     def serve():
-        def work(cwd, module, name, *args):
+        def work(cwd, environment, module, name, *args):
             os.chdir(cwd)
+            os.environ.clear()
+            os.environ.update(environment)
             getattr(importlib.import_module(module), name)(*args)
 
         signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a background job

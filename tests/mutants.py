@@ -34,7 +34,7 @@ class Mutant(NamedTuple):
     old: str  # text that the file has exactly once
     new: str  # what stands there instead
     tests: str  # the files that can see it: "heads" is tests/test_heads.py
-    ring: str = "quick"  # or "slow", outside of the core
+    options: str = ""  # of pytest: -k where another test would stumble over it first
 
     def paths(self):
         return ["test_cp_head.py" if name == "cp_head" else f"tests/test_{name}.py"
@@ -103,7 +103,8 @@ MUTANTS = [
     M("train.py", "--resume draws the windows from the beginning again",
       'self.windows.set_state(states[RANK]["windows"])', "pass", "robustness"),
     M("train.py", "--resume forgets the optimizer's moments",
-      'self.optimizer.load_state_dict(ckpt["optimizer"])', 'ckpt["optimizer"]', "robustness"),
+      'self.optimizer.load_state_dict(ckpt["optimizer"])', 'ckpt["optimizer"]', "robustness",
+      "-k bit_identically"),
     M("train.py", "the checkpoint is written in its place, not beside it",
       "with replacing(path) as file:\n            torch.save",
       'with open(path, "wb") as file:\n            torch.save', "robustness"),
@@ -111,6 +112,8 @@ MUTANTS = [
       '"meta": self.meta,', '"meta": {**self.meta, "tokenizer": None},', "scripts robustness"),
     M("train.py", "every rank trains alone",
       "run.net = DistributedDataParallel(run.net)", "pass", "distributed"),
+    M("train.py", "the process group outlives the run, and may abort Python",
+      "from torch.distributed.nn import functional", "pass", "distributed"),
     M("common.py", "all ranks get the same batches",
       "self.at(starts[rank]", "self.at(starts[0]", "distributed"),
     M("common.py", "the validation windows are drawn anew every time",
@@ -119,7 +122,7 @@ MUTANTS = [
       "lock.acquire()", 'open(folder / ".lock", "a").close()', "robustness"),
     M("common.py", "every exception becomes one line, bugs, too",
       "    except BadInput as e:\n        sys.exit(str(e))",
-      "    except Exception as e:\n        sys.exit(str(e))", "robustness"),
+      "    except Exception as e:\n        sys.exit(str(e))", "robustness", "-k traceback"),
     M("common.py", "a foreign checkpoint can run code",
       "weights_only=True", "weights_only=False", "robustness"),
     M("sample.py", "--seed is not used",
@@ -184,7 +187,7 @@ MUTANTS = [
 
 
 def pytest(copy, *args):
-    """(whether it ended in time, its output), in a copy of the repository."""
+    """The tests that fail in a copy of the repository; of what cannot be imported, the file."""
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *args]
     # a file changes faster than the times by which Python tells old bytecode
     own = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(copy.parent)}
@@ -194,13 +197,18 @@ def pytest(copy, *args):
                                    start_new_session=True)
         RUNNING.add(process)
         try:
-            process.wait(LIMIT)
-            in_time = True
+            code = process.wait(LIMIT)
         except subprocess.TimeoutExpired:
-            in_time = False
             end(process)
-        RUNNING.remove(process)
-    return in_time, log.read_text(encoding="utf-8", errors="replace")
+            return ["time limit"]
+        finally:
+            RUNNING.remove(process)
+    output = log.read_text(encoding="utf-8", errors="replace")
+    tests = re.findall(r"^(\S+::.+?) (?:FAILED|ERROR)\b", output, flags=re.M)
+    failures = tests or re.findall(r"^ERROR (\S+\.py)", output, flags=re.M)
+    if bool(code) != bool(failures):
+        raise RuntimeError(f"pytest ended with {code}:\n{output[-2000:]}")
+    return failures
 
 
 def end(process):
@@ -210,26 +218,15 @@ def end(process):
         process.wait()
 
 
-def failures(output):
-    """The tests that fail; of files that cannot even be imported, the file."""
-    tests = re.findall(r"^(\S+::.+?) (?:FAILED|ERROR)\b", output, flags=re.M)
-    return tests or re.findall(r"^ERROR (\S+\.py)", output, flags=re.M)
-
-
 def hunt(mutant, copies):
-    """(test that found it or None, ring, seconds)."""
+    """(test that found it or None, seconds)."""
     copy, start = copies.get(), time.monotonic()
     path = copy / mutant.file
     before = path.read_bytes()
     try:
         path.write_text(mutant.source(), encoding="utf-8")
-        for ring in ("quick", "slow")[: 1 + (mutant.ring == "slow")]:
-            in_time, output = pytest(copy, "-x", *["-m", "slow"][: 2 * (ring == "slow")],
-                                     *mutant.paths())
-            found = failures(output)[:1] if in_time else ["time limit"]
-            if found:
-                return found[0], ring, time.monotonic() - start
-        return None, mutant.ring, time.monotonic() - start
+        found = pytest(copy, "-x", *mutant.options.split(), *mutant.paths())
+        return found[0] if found else None, time.monotonic() - start
     finally:
         path.write_bytes(before)
         copies.put(copy)
@@ -237,11 +234,11 @@ def hunt(mutant, copies):
 
 def table(found):
     """The rows of docs/testing.md."""
-    rows = ["| file | fault | found by | ring |", "|---|---|---|---|"]
+    rows = ["| file | fault | found by |", "|---|---|---|"]
     for m in MUTANTS:
-        test, ring, _ = found[m]
+        test, _ = found[m]
         test = f"`{test.split('[')[0]}`" if test else "**not found**"
-        rows.append(f"| `{m.file}` | {m.what} | {test} | {ring} |")
+        rows.append(f"| `{m.file}` | {m.what} | {test} |")
     return "\n".join(rows) + "\n"
 
 
@@ -257,8 +254,8 @@ def plant_all(mutants):
         jobs = {pool.submit(hunt, m, copies): m for m in mutants}
         try:
             for n, job in enumerate(as_completed(jobs), 1):
-                m, (test, ring, seconds) = jobs[job], job.result()
-                found[m] = test, ring, seconds
+                m, (test, seconds) = jobs[job], job.result()
+                found[m] = test, seconds
                 what = f"found by {test}" if test else "NOT FOUND"
                 print(f"{n}/{len(jobs)} {m.file}: {m.what}: {what} in {seconds:.0f} s", flush=True)
         except BaseException:  # Ctrl-C
@@ -266,12 +263,14 @@ def plant_all(mutants):
             for process in [*RUNNING]:
                 end(process)
             raise
-        tests = sorted({test for test, _, _ in found.values() if test and "::" in test})
-        in_time, output = pytest(copies.get(), "-m", "", *tests) if tests else (True, "")
-    return found, failures(output) if in_time else ["time limit"]
+        tests = sorted({test for test, _ in found.values() if test and "::" in test})
+        return found, pytest(copies.get(), *tests) if tests else []
 
 
 def main(files):
+    unknown = set(files) - {m.file for m in MUTANTS}
+    if unknown:
+        sys.exit(f"There are no mutants of {', '.join(sorted(unknown))}.")
     chosen = [m for m in MUTANTS if not files or m.file in files]
     start = time.monotonic()
     found, false = plant_all(chosen)

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import a_model, LOOK_BACK, some_prompts, three
+from helpers import LOOK_BACK, a_model, some_prompts, three
 from test_cp_head import (SMALL, chi_square_model, counting_model, enumerated, expected_texts,
                           tiny_model, total_variation)
 
@@ -17,6 +17,7 @@ from model import BadInput
 
 DECODERS = (generate_plain_batch, generate_batch)
 decoders = pytest.mark.parametrize("decoder", DECODERS)
+
 
 def greedy(model, prompts, length, **options):
     return [list(generate_oracle(model, prompt, length, sampler=Greedy(), **options)) for prompt in prompts]

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import a_model, LOOK_BACK, some_prompts, three
+from helpers import LOOK_BACK, a_model, some_prompts, three
 from test_cp_head import (SMALL, chi_square_model, chi_square_p_value, counting_model, enumerated,
                           expected_texts, tiny_model, total_variation)
 
@@ -202,8 +202,8 @@ WRONG = {"roll-back": (Captured, "step", step_without_roll_back), "mask": (batch
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_steps_are_caught(name, monkeypatch):
-    """No roll-back of the drafts, no mask, a wrong place: the enumeration of the last test
-    fails."""
+    """No roll-back of the drafts, no mask, a wrong place: the enumeration of
+    `test_the_distribution_is_the_targets` fails. (Chain's texts are those that end soonest.)"""
     model = chi_square_model("chain")
     monkeypatch.setattr(*WRONG[name])
     write = partial(generate, model, [0, 1], 3)

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import a_model, LOOK_BACK, some_prompts, three
+from helpers import LOOK_BACK, a_model, some_prompts, three
 from test_cp_head import SMALL, counting_model, enumerated, expected_texts, tiny_model, total_variation
 
 from decode import Greedy, Sampling, Stats, generate, generate_oracle

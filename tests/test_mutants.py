@@ -1,4 +1,4 @@
-"""The list of mutants, and docs/testing.md, which shows what they found: both fit the code as it is."""
+"""The list of mutants, and docs/testing.md, which shows what found them: both fit the code."""
 
 import re
 
@@ -16,12 +16,12 @@ def test_a_mutant_fits_its_file(mutant):
     assert mutant.source() != source
     compile(mutant.source(), mutant.file, "exec")
     assert all((ROOT / path).exists() for path in mutant.paths())
-    assert mutant.ring == "quick" or "/" in mutant.file and mutant.ring == "slow"
 
 
 def test_the_document_has_every_mutant_and_no_other():
     found = [line.split(" | ")[:2] for line in TABLE.search(DOCUMENT)[0].splitlines()[2:]]
     assert found == [[f"| `{m.file}`", m.what] for m in MUTANTS]
+    assert not re.search("not found|time limit", TABLE.search(DOCUMENT)[0])
 
 
 def test_the_tests_that_the_document_names_exist():
@@ -29,6 +29,6 @@ def test_the_tests_that_the_document_names_exist():
     names = set(re.findall(r"`([\w/]+\.py)::(\w+)`", DOCUMENT))
     sources = {file: (ROOT / file).read_text(encoding="utf-8") for file, _ in names}
     assert len(names) > 40
-    assert [(file, name) for file, name in sorted(names) if f"\ndef {name}(" not in sources[file]] == []
-    files = {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")} | {"test_cp_head.py"}
+    assert [name for file, name in sorted(names) if f"\ndef {name}(" not in sources[file]] == []
+    files = {"test_cp_head.py", *(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py"))}
     assert [file for file in sorted(files) if f"| `{file}` |" not in DOCUMENT] == []

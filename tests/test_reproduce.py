@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import call, exit_code, fork, in_a_fork, start, wait_until
+from helpers import call, exit_code, fork, in_a_fork, start
 
 import train as trainer
 from experiments import before_after, bench_training, reproduce
@@ -100,12 +100,13 @@ def test_real_processes_two_at_once_make_what_forks_make(smoke, tmp_path):
     here, there = (sorted(path.name for path in (cwd / "results/smoke").iterdir())
                    for cwd in (smoke[0], tmp_path))
     assert here == there and len(here) > 40
-    own, forks = results(tmp_path), results(smoke[0])
-    for name in own:
-        if "val" in json.loads(own[name]) and "seconds" not in name:
-            a, b = ([point["joint"] for point in json.loads(found[name])["val"]]
-                    for found in (own, forks))
-            assert a == pytest.approx(b, rel=1e-4), name  # of five digits
+    own, forks = ({name: [point["joint"] for point in run["val"]]
+                   for name, run in zip(texts, map(json.loads, texts.values()))
+                   if "val" in run and "seconds" not in name}  # a clock ends those that name it
+                  for texts in (results(tmp_path), results(smoke[0])))
+    assert own.keys() == forks.keys() and len(own) > 10
+    for name, joints in own.items():
+        assert joints == pytest.approx(forks[name], rel=1e-4), name  # of five digits
 
 
 def test_finished_runs_are_not_made_again(smoke, monkeypatch, capsys):
@@ -148,16 +149,30 @@ def test_finished_runs_are_not_made_again(smoke, monkeypatch, capsys):
     path.write_text(before[path.name])
 
 
+def interrupted_after_a_result(*args):
+    """Ctrl-C just before the next script of an experiment starts."""
+    script, places = reproduce.Place.script, []
+
+    def interrupted(place, *args):
+        if results(Path()):
+            places.append(place)
+            os.kill(os.getpid(), signal.SIGINT)
+        return script(place, *args)
+
+    reproduce.Place.script = interrupted
+    try:
+        start("experiments.reproduce", args)
+    finally:
+        assert places and not any(process.poll() is None for process in places[0].processes)
+
+
 @pytest.mark.slow
-def test_an_interrupted_experiment_goes_on(tmp_path):
-    """Ctrl-C after the first result, which is seconds before the last: exit code 130, no process is
-    left at work, and the same command makes the rest."""
-    command = [*COMMAND, "next_token", "--scale", "smoke"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=ELSEWHERE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: results(tmp_path) or process.poll() is not None)
+def test_an_interrupted_experiment_goes_on(forks, tmp_path):
+    """Ctrl-C after the first result: exit code 130, no process is left at work, and the same command
+    makes the rest."""
+    code, _, error = forks(tmp_path, interrupted_after_a_result, "next_token", "--scale", "smoke")
     first = results(tmp_path)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 130 and "Traceback" not in process.stderr.read()
+    assert code == 130 and "Traceback" not in error, error
     wanted = {f"{run.name}.json" for cell in EXPERIMENTS["next_token"].cells(SCALES["smoke"]) for run in cell.runs}
     assert first and set(first) < wanted
     assert launch(tmp_path, "next_token", "--scale", "smoke", "--jobs", 2).returncode == 0

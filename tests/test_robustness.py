@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import (assert_same_run, call, can_compile, contents, exit_code, fork, in_a_fork,
-                     stamps, start, steps_of, TOY, wait_until)
+from helpers import (TOY, assert_same_run, call, can_compile, contents, exit_code, fork, in_a_fork,
+                     stamps, start, steps_of, wait_until)
 
 import bench_speculative
 import common
@@ -495,6 +495,27 @@ def test_a_second_writer_is_refused_and_the_first_is_not_disturbed(script, forks
     else:
         for name in WRITERS[script][-1]:
             assert (first / name).read_bytes() == (alone / name).read_bytes()
+
+
+def two_writers_at_once(script):
+    args, _, files = WRITERS[script]
+    flag = "--out_dir" if script == "train" else "--data_dir"
+    for i in range(5):
+        both = [fork(start, script, f"{args} {flag} out/{i}", err=f"error{k}") for k in range(2)]
+        errors = sorted((exit_code(child), Path(f"error{k}").read_text()) for k, child in enumerate(both))
+        assert errors[0][0] == 0 and (errors[1][0] == 0 or "Another process writes in" in errors[1][1]), errors
+        # the first checkpoint is kept where the second writer came after the first
+        names = {path.name for path in Path(f"out/{i}").iterdir()}
+        assert names - {"ckpt.old.pt"} == {".lock", *files}, names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", WRITERS)
+def test_of_two_writers_at_once_each_ends_or_is_refused(script, forks, home, tmp_path):
+    """Making the folder and taking the lock run against each other."""
+    shutil.copytree(home / "data/toy", tmp_path / "data/toy")
+    code, _, error = forks(tmp_path, two_writers_at_once, script)
+    assert code == 0, error
 
 
 def dies_with_a_lock():

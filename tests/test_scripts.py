@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import call, run, SMALL, TOY
+from helpers import FLAGS, TOY, call, run
 from test_cp_head import tiny_model
 
 import prepare_tinystories as prep
@@ -78,7 +78,7 @@ def test_max_seconds_ends_a_run_and_its_learning_rate_decay(trained, monkeypatch
 def test_heads_on_a_frozen_trunk_leave_it_as_it_was(trained):
     """--init_from a checkpoint in nanoGPT's own layout with --freeze_trunk: the trunk's tensors
     stay bit for bit, the head's change."""
-    run(trained, "train.py", "--preset", "toy", "--n_future", 1, *SMALL, "--out_dir", "plain")
+    run(trained, "train.py", "--preset", "toy", "--n_future", 1, *FLAGS, "--out_dir", "plain")
     ckpt = torch.load(trained / "plain/ckpt.pt", weights_only=True)
     nano = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     torch.save({"model": {"_orig_mod." + name: tensor for name, tensor in ckpt["model"].items()},
@@ -117,7 +117,7 @@ def test_a_trained_head_is_kept_where_it_fits(trained):
 
 
 def test_plain_model_samples_and_has_nothing_to_bench(trained):
-    run(trained, "train.py", "--preset", "toy", "--n_future", 1, *SMALL, "--out_dir", "plain1", "--grad_accum", 2,
+    run(trained, "train.py", "--preset", "toy", "--n_future", 1, *FLAGS, "--out_dir", "plain1", "--grad_accum", 2,
         "--max_seconds", 60)
     assert "plain: " in run(trained, "sample.py", "--out_dir", "plain1", "--max_new_tokens", 5)
     code, message = call("bench", ["--out_dir", str(trained / "plain1")])
@@ -253,7 +253,7 @@ def test_marginal_target_and_text_files_end_to_end(trained):
     (folder / "b.bin").write_bytes(b"\xff\xfe\x00")
     out = run(trained, "prepare_tinystories.py", "--input", folder, "--vocab_size", 280)
     assert "skipped 1 files" in out and "30 documents" not in out and "280 ids" in out
-    run(trained, "train.py", *SMALL, "--target", "marginal", "--head", "full", "--out_dir", "out/text")
+    run(trained, "train.py", *FLAGS, "--target", "marginal", "--head", "full", "--out_dir", "out/text")
     out = run(trained, "bench_speculative.py", "--rounds", 5, "--max_new_tokens", 8, "--out_dir", "out/text")
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert [row["mode"] for row in rows] == ["plain", "speculative", "lm_head_only"] * 2
@@ -271,14 +271,14 @@ def test_a_tilde_in_a_flag_is_the_home_folder(tmp_path, monkeypatch):
 def test_tinystories_is_downloaded_and_prepared(tmp_path, monkeypatch):
     """Without flags the script fetches both files of the data set, here from a server on this
     machine: train.txt becomes train.bin and valid.txt val.bin; --max_mb takes the first stories."""
-    for split, n in (("train", 6000), ("valid", 40)):  # 1.4 MB
+    for split, n in (("train", 8000), ("valid", 40)):  # 1.4 MB
         text = f"\n{EOT}\n".join(f"Story {i} of {split}." + 20 * " Go on." for i in range(n))
         (tmp_path / f"TinyStoriesV2-GPT4-{split}.txt").write_text(text)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path))
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()  # ends sooner
     monkeypatch.setattr(prep, "TINYSTORIES", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setenv("no_proxy", "*")
-    for args, n_train in (([], 6000), (["--max_mb", "1"], None)):
+    for args, n_train in (([], 8000), (["--max_mb", "1"], None)):
         monkeypatch.setattr(sys, "argv", ["prepare_tinystories.py", "--data_dir", str(tmp_path / "data"), *args])
         prep.main()
         meta = json.loads((tmp_path / "data/meta.json").read_text())

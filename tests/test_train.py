@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import can_compile, CPU, eight_windows, RunOfFive, tiny_run, windows
+from helpers import CPU, RunOfFive, can_compile, eight_windows, tiny_run, windows
 from test_cp_head import tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
