@@ -28,7 +28,7 @@ import torch
 from common import ArgumentParser, number, run_script
 from decode import Stats, generate, generate_plain, make_sampler, window_ids
 from model import BadInput
-from sample import add_model_flags, fast_kernels, load
+from sample import add_cut_flags, add_model_flags, fast_kernels, load
 
 HEAD_FIELDS = ("head", "n_future", "rank")  # of a config: which head it is
 
@@ -136,6 +136,7 @@ class Bench:
         self.kinds = prompts if isinstance(prompts, dict) else {"all": prompts}
         self.prompts = [prompt for kind in self.kinds.values() for prompt in kind]
         self.n_tokens, self.seed, self.stop_token = n_tokens, seed, stop_token
+        self.cuts = {}  # top_k and top_p of the samplers
         self.modes, self.about = {"plain": Mode(generate_plain, model)}, {}
         self.modes["speculative"] = Mode(generate, model, True)
         if model.config.target == "marginal":  # plain decoding pays for r heads: how much?
@@ -147,7 +148,7 @@ class Bench:
         """Continue the prompts, or all of them; returns the texts. laps time the steps' parts."""
         mode, options = self.modes[name], {"stop_token": self.stop_token, **options}
         generator = torch.Generator(self.device).manual_seed(seed)
-        sampler = make_sampler(temperature, generator=generator)
+        sampler = make_sampler(temperature, generator=generator, **self.cuts)
         with mode.context(), laps.around(mode.model, sampler) if laps else nullcontext():
             return [list(mode.function(mode.model, prompt, self.n_tokens, sampler=sampler,
                                        **options)) for prompt in prompts or self.prompts]
@@ -283,6 +284,7 @@ def describe(bench, args):
         **{name: getattr(config, name) for name in HEAD_FIELDS}, "target": config.target,
         "vocab_size": config.n_token, "prompts": len(bench.prompts),
         "tokens_per_prompt": bench.n_tokens, "rounds": args.rounds, "seed": args.seed,
+        **{name: value for name, value in bench.cuts.items() if value is not None},
         **bench.about,
     }
 
@@ -350,6 +352,9 @@ def parse_args(description, add_flags):
     parser.add_argument("--max_new_tokens", type=number(int, 2),
                         help="tokens per prompt, the first of which the prefill yields (as many as "
                              "fit the block, or half of it; at most 256)")
+    parser.add_argument("--temperatures", nargs="+", type=number(float, 0, 1e6), default=[0.0, 1.0],
+                        help="a table's rows for each of them; 0 is greedy (0 1)")
+    add_cut_flags(parser)
     parser.add_argument("--threads", type=number(int, 1, 1024),
                         help="CPU threads (the number that is best for plain decoding)")
     if add_flags is not None:
@@ -371,19 +376,23 @@ def main(description=__doc__, add_flags=None, add_modes=None):
     room = model.config.block_size - max(len(ids) for kind in prompts.values() for ids in kind)
     n_tokens = args.max_new_tokens or min(256, max(room, model.config.block_size // 2, 2))
     bench = Bench(model, prompts, n_tokens, args.seed, enc.answer_end)
+    bench.cuts = {"top_k": args.top_k, "top_p": args.top_p}
     if add_modes is not None:
         add_modes(bench, args)
     torch.set_num_threads(args.threads or bench.best_threads())
     card = describe(bench, args)
     print_card(card, bench)
 
-    greedy, texts = bench.rows(0.0, args.rounds)
-    sampled, _ = bench.rows(1.0, args.rounds)
-    print_table(greedy + sampled)
-    card["first_difference"] = {name: bench.first_difference(texts, name) for name in texts
-                                if name not in ("plain", "lm_head_only")}
-    print_differences(card["first_difference"])
-    print(json.dumps({"card": card, "rows": greedy + sampled}), flush=True)
+    rows = []
+    for temperature in args.temperatures:
+        found, texts = bench.rows(temperature, args.rounds)
+        rows += found
+        if temperature == 0:
+            card["first_difference"] = {name: bench.first_difference(texts, name) for name in texts
+                                        if name not in ("plain", "lm_head_only")}
+    print_table(rows)
+    print_differences(card.get("first_difference", {}))
+    print(json.dumps({"card": card, "rows": rows}), flush=True)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,12 @@ def add_model_flags(parser):
     parser.add_argument("--seed", type=any_seed, default=1337, help="seed of the draws (1337)")
 
 
+def add_cut_flags(parser):
+    parser.add_argument("--top_k", type=number(int, 1), help="draw from the k most probable tokens")
+    parser.add_argument("--top_p", type=number(float, 1e-6, 1),
+                        help="draw from the smallest set of tokens that has this probability")
+
+
 def parse_args():
     parser = ArgumentParser(__doc__)
     add_model_flags(parser)
@@ -110,9 +116,7 @@ def parse_args():
                         help="longest text in tokens (256)")
     parser.add_argument("--temperature", type=number(float, 0, 1e6), default=1.0,
                         help="0 is greedy, 1 the model's own distribution (1)")
-    parser.add_argument("--top_k", type=number(int, 1), help="draw from the k most probable tokens")
-    parser.add_argument("--top_p", type=number(float, 1e-6, 1),
-                        help="draw from the smallest set of tokens that has this probability")
+    add_cut_flags(parser)
     parser.add_argument("--show_drafts", action="store_true",
                         help="colour each token by where it came from; in a pipe, or with "
                              "NO_COLOR, mark it")

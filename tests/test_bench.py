@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import run
 from test_cp_head import HEADS, heads, tiny_model
 from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +18,7 @@ import bench_speculative
 import model as model_py
 from bench_speculative import Bench, Laps, Mode, distinct, print_card, print_table, timed
 from common import from_checkpoint
-from decode import Greedy, Sampling, Stats, generate, generate_plain
+from decode import Greedy, Sampling, Stats, generate, generate_plain, make_sampler
 from decoders.coupled import Coupled
 from experiments import bench_training
 from experiments.peers import add_beside, add_captured, add_transformers, add_trees, check_same_target, to_transformers
@@ -411,3 +412,27 @@ def test_a_bad_cell_is_refused_before_anything_is_measured(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*ROWS, "64", "--n_head", "3"])
     with pytest.raises(BadInput, match=r"^n_embd 256 is not divisible by n_head 3$"):
         bench_training.main()
+
+
+# -----------------------------------------------------------------------------
+# the flags
+
+
+def test_temperatures_and_cuts_are_what_the_user_asks_for(toy, monkeypatch):
+    """A row for each mode at each temperature, by samplers with the cuts; without temperature 0
+    there is no greedy text to compare."""
+    made = []
+
+    def noted(*args, **options):
+        made.append((args[0], options["top_k"], options["top_p"]))
+        return make_sampler(*args, **options)
+
+    monkeypatch.setattr(bench_speculative, "make_sampler", noted)
+    out = run(toy, "bench_speculative", "--max_new_tokens", 4, "--rounds", 5, "--threads", 1,
+              "--temperatures", 0.7, 1, "--top_p", 0.9)
+    found = json.loads(out.splitlines()[-1])
+    assert [(row["mode"], row["temperature"]) for row in found["rows"]] == [
+        ("plain", 0.7), ("speculative", 0.7), ("plain", 1.0), ("speculative", 1.0)]
+    assert set(made) == {(0.7, None, 0.9), (1.0, None, 0.9)}
+    assert found["card"]["top_p"] == 0.9 and "top_k" not in found["card"]
+    assert "first_difference" not in found["card"] and "temperature 0" not in out
