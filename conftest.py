@@ -14,14 +14,23 @@ import pytest
 # set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+QUICK = "not slow"  # what pytest.ini chooses
+pytest.register_assert_rewrite("helpers")  # so that its asserts say what they saw
+
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="the slow ring, too")
 
 
 def pytest_configure(config):
-    if config.option.all:
+    by_name = config.args and all("::" in arg for arg in config.args)
+    if (config.option.all or by_name) and config.option.markexpr == QUICK:
         config.option.markexpr = ""
+
+
+def pytest_report_header(config):
+    if config.option.markexpr == QUICK:
+        return "the quick ring: --all adds the slow one"
 
 
 @pytest.fixture(scope="session")

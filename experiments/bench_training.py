@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model
 from bench_speculative import hardware, timed
 from common import ArgumentParser, Batches, padded, pick_device, run_script
-from heads import full, masks, medusa
+from heads import conditional, full, masks, medusa
 from model import ROOT, BadInput, GPTConfig, new_model, widen
 from train import Run, TrainConfig, add_flags, count, optimizer_step, pick_dtype
 
@@ -120,7 +120,7 @@ def measure(cfg, vocab_size, nanogpt, at_once=False, rounds=5):
     """
     device = torch.device(cfg.device)
     if at_once:
-        for module in (model, full, masks, medusa):
+        for module in (model, conditional, full, masks, medusa):
             module.gold_log_prob = all_logits
     tiny = replace(cfg, n_layer=1, n_head=1, n_embd=8, block_size=8, batch_size=1, grad_accum=1)
     stepper(tiny, 64, nanogpt)[1]()  # loads what PyTorch loads at its first use

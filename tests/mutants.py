@@ -3,9 +3,9 @@
     python tests/mutants.py                all, two at a time; writes the table of docs/testing.md
     python tests/mutants.py model.py       those of a file; writes nothing
 
-A fault, a mutant, is a small edit of a copy of the repository in a temporary folder: nobody's files
-are touched. Of the tests, those files run that can see it, the likeliest first, up to the first
-failure. At the end, the tests that found something run once more without any fault, and have to
+A fault, a mutant, is a small edit of a copy of the repository, with what is not committed, in a
+temporary folder: nobody's files are touched. Of the tests, those files run that can see it, the
+likeliest first, up to the first failure. At the end, the tests that found something run once more without any fault, and have to
 pass. docs/testing.md says how to add one.
 """
 
@@ -62,6 +62,9 @@ MUTANTS = [
       "mask.triu_(past + 1)", "mask.triu_(past + 2)", "model"),
     M("model.py", "drafts are softmaxes over padded ids, too",
       "self.lm_head.weight[: self.config.n_token]", "self.lm_head.weight", "decode"),
+    M("model.py", "the logits of all factors are kept for the backward pass",
+      "partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)", "chunk",
+      "model"),
     M("decode.py", "after a rejection the token is drawn from p, not from the residual",
       "return (keep * p - q).relu()", "return keep * p", "cp_head"),
     M("decode.py", "the residual leaves out keep",
@@ -87,6 +90,8 @@ MUTANTS = [
       "            model.hidden(window_ids(tokens, model)[:, :-1], cache)", "decode"),
     M("decode.py", "the window moves one token too early",
       "-(-(t - block_size) // stride)", "((t - block_size) // stride + 1)", "decode"),
+    M("decode.py", "plain decoding, the baseline, has lost its cache",
+      "        if cache.length == model.config.block_size:", "        if True:", "decode"),
     M("decode.py", "the stop token is not part of the text",
       "block[: block.index(stop_token) + 1]", "block[: block.index(stop_token)]", "cp_head"),
     M("decode.py", "the tokens after a text's end are counted",
@@ -112,6 +117,10 @@ MUTANTS = [
       '"meta": self.meta,', '"meta": {**self.meta, "tokenizer": None},', "scripts robustness"),
     M("train.py", "every rank trains alone",
       "run.net = DistributedDataParallel(run.net)", "pass", "distributed"),
+    M("train.py", "the validation text is the training text",
+      'self.read_data("val")', 'self.read_data("train")', "train"),
+    M("train.py", "the weights of the loss do not reach it",
+      '("joint_weight", "balance_weight", "joint_share")', '("joint_share",)', "train"),
     M("train.py", "the process group outlives the run, and may abort Python",
       "from torch.distributed.nn import functional", "pass", "distributed"),
     M("common.py", "all ranks get the same batches",
@@ -258,19 +267,21 @@ def plant_all(mutants):
                 found[m] = test, seconds
                 what = f"found by {test}" if test else "NOT FOUND"
                 print(f"{n}/{len(jobs)} {m.file}: {m.what}: {what} in {seconds:.0f} s", flush=True)
-        except BaseException:  # Ctrl-C
+        except BaseException as e:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in [*RUNNING]:
                 end(process)
+            if isinstance(e, KeyboardInterrupt):
+                sys.exit(130)
             raise
         tests = sorted({test for test, _ in found.values() if test and "::" in test})
         return found, pytest(copies.get(), *tests) if tests else []
 
 
 def main(files):
-    unknown = set(files) - {m.file for m in MUTANTS}
-    if unknown:
-        sys.exit(f"There are no mutants of {', '.join(sorted(unknown))}.")
+    known = {m.file: None for m in MUTANTS}
+    if not known.keys() >= set(files):
+        sys.exit(f"{__doc__}\nThere are mutants of {', '.join(known)}.")
     chosen = [m for m in MUTANTS if not files or m.file in files]
     start = time.monotonic()
     found, false = plant_all(chosen)

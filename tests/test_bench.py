@@ -22,7 +22,7 @@ from decode import Greedy, Sampling, Stats, generate, generate_plain, make_sampl
 from decoders.coupled import Coupled
 from experiments import bench_training
 from experiments.peers import add_beside, add_captured, add_transformers, add_trees, check_same_target, to_transformers
-from heads import full, masks, medusa
+from heads import conditional, full, masks, medusa
 from model import BadInput, head_class
 from train import TrainConfig
 
@@ -359,7 +359,7 @@ def test_all_logits_at_once_are_the_same_loss(head, monkeypatch):
     losses, grads = [], []
     for at_once in (False, True):
         if at_once:
-            for module in (model_py, full, medusa, masks):
+            for module in (model_py, conditional, full, medusa, masks):
                 monkeypatch.setattr(module, "gold_log_prob", bench_training.all_logits)
         monkeypatch.setattr(model_py, "checkpoint", lambda *args, **options: pytest.fail("a chunk") if at_once else
                             checkpoint(*args, **options))

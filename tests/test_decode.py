@@ -81,6 +81,22 @@ def test_of_equal_logits_the_first_is_drawn_and_the_first_is_kept():
     assert (tokens.tolist(), n_accepted.tolist(), token.tolist()) == ([[1, 0]], [[1]], [[0]])
 
 
+def test_an_unlikely_token_can_be_drawn():
+    """Sums in float64 see a token of 1e-9 after half of the mass."""
+    p = torch.tensor([0.5, 1e-9, 0.5])
+    u = (0.5 + 0.5e-9) / (1 + 1e-9)
+    assert categorical(p, lambda *args, dtype, **options: torch.tensor([u], dtype=dtype)) == 1
+
+
+def test_a_coin_of_probability_0_never_says_yes():
+    assert not decode.bernoulli(torch.zeros(3), lambda *args, **options: torch.zeros(3)).any()
+
+
+def test_top_p_stops_where_the_share_is_reached_exactly():
+    p = warp(torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64).log(), top_p=0.5)
+    assert p.tolist() == [1, 0, 0, 0]
+
+
 def test_draws_stay_in_the_vocabulary():
     """Whatever the row holds: NaN, infinity, nothing. No row at all gives no token."""
     for value in (float("nan"), float("inf"), 0.0):
@@ -290,6 +306,30 @@ def test_statistics_add_up():
     assert all(0 <= stats.accepted[k - 1] - origins[k] <= 1 for k in (1, 2, 3)) and origins["corrected"] > 5
     assert 0 <= stats.steps - (origins["corrected"] + origins["bonus"] + origins["plain"] - 1) <= 1
     assert math.isnan(Stats().tokens_per_step)
+
+
+def test_no_decoder_but_the_oracle_passes_a_token_twice_through_the_trunk():
+    """Guards a baseline of the bench that has lost its cache: its text is the same."""
+    def passes(decoder, n_tokens):
+        model, sizes = tiny_model(), []
+        hidden = model.hidden
+        model.hidden = lambda idx, *args: sizes.append(idx.size(1)) or hidden(idx, *args)
+        list(decoder(model, [1, 2], n_tokens))
+        return sizes
+
+    assert passes(generate_plain, 6) == [2, 1, 1, 1, 1, 1]
+    assert passes(generate_oracle, 3) == [2, 3, 4]
+    assert set(passes(generate, 3)[1:]) == {3}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_decoding_keeps_no_graph(decoder):
+    class Noting(Greedy):
+        def draw(self, logits):
+            assert torch.is_inference_mode_enabled() and not logits.requires_grad
+            return super().draw(logits)
+
+    assert len(list(decoder(tiny_model(), [1, 2], 6, sampler=Noting()))) == 6
 
 
 def test_tokens_after_the_end_are_not_counted():

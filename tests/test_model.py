@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from helpers import eight_windows
 from test_cp_head import GIVEN, HEADS, MASKS, close, heads, target_of, tiny_model, variants
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import from_checkpoint
 from decode import Sampling
-from model import GPT, BadInput, GPTConfig, new_model
+from model import GPT, BadInput, GPTConfig, gold_log_prob, new_model
 
 # -----------------------------------------------------------------------------
 # the trunk
@@ -294,3 +296,53 @@ def test_loss_goes_through_logits_in_chunks(head):
 
 
 WIDTH = dict(gloeckle=3, layers=3, mask=3, mask_linear=3)  # of a state, for n = 3, in C
+
+
+def test_the_forward_pass_keeps_no_logits():
+    """They are computed again: what autograd keeps is less than the logits of one offset."""
+    kept, N, V = [], 300, 700
+    h = torch.randn(N, 3, 2, 4, requires_grad=True)
+    W, y = torch.randn(V, 4, requires_grad=True), torch.randint(V, (N, 3, 1))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x,
+                                                  lambda x: x):
+        gold_log_prob(h, W, y)
+    assert 0 < sum(kept) < N * V
+
+
+def test_the_loss_of_a_half_precision_model_is_float32():
+    h, W, y = torch.randn(50, 8).bfloat16(), torch.randn(5, 8).bfloat16(), torch.randint(5, (50,))
+    assert gold_log_prob(h, W, y).dtype == torch.float32
+
+
+def test_a_share_sees_one_position_at_least_and_usage_sees_all():
+    model, (idx, gold) = tiny_model(target="lm_head"), eight_windows()
+    assert model.loss(idx[:1], gold[:1], joint_share=0.01)[0].isfinite()
+    full, part = (model.loss(idx, gold, joint_share=share)[1]["usage"] for share in (1.0, 0.25))
+    assert torch.equal(full, part)
+
+
+def test_all_four_dropouts_act_in_training_and_none_later(monkeypatch):
+    """In attention, after it, after the MLP and after the embedding. Of 2,560 numbers at least, half
+    vanish: a tenth away from that are ten standard deviations, which is below 1e-20."""
+    model = tiny_model(dropout=0.5, n_embd=32).train()
+    block, x = model.transformer.h[0], torch.randn(20, 4, 32, dtype=torch.float64)
+    rates, attention = [], F.scaled_dot_product_attention
+
+    def noted(q, k, v, mask, dropout, is_causal):
+        rates.append(dropout)
+        return attention(q, k, v, mask, 0.0, is_causal)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(model, "through_blocks", lambda x, cache, mask: x)
+    for share in (0.5, 0.0):
+        idx = torch.randint(5, (80, 8))
+        for out in (block.attn(x, 0, None, None), block.mlp(x), model.hidden(idx)):
+            assert (out == 0).double().mean().item() == pytest.approx(share, abs=0.1)
+        assert rates.pop() == share
+        model.eval()
+
+
+def test_biases_start_at_0():
+    model = new_model(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=4))
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    assert biases and not any(p.any() for p in biases)

@@ -49,8 +49,17 @@ def measure_by_fork(*args):
     return json.loads(out.splitlines()[-1])
 
 
+def specialties_by_fork(ckpt, out_dir, specialties=reproduce.specialties):
+    """The only thing that reproduce itself computes: whoever has computed cannot fork, as locks of
+    MKL may be taken then."""
+    code, out, error = in_a_fork(lambda: print(json.dumps(specialties(ckpt, out_dir))))
+    assert code == 0, error
+    return json.loads(out)
+
+
 def reproduce_by_fork(*args):
     reproduce.Place.script, bench_training.measure_apart = script_by_fork, measure_by_fork
+    reproduce.specialties = specialties_by_fork
     start("experiments.reproduce", args)
 
 

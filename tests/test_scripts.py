@@ -67,7 +67,7 @@ def test_max_seconds_ends_a_run_and_its_learning_rate_decay(trained, monkeypatch
     """The cosine reaches its end with the time, long before max_iters. By a clock on which every
     step takes 1/8 s, and which begins after the first."""
     monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=count(step=0.125).__next__))
-    run(trained, "train.py", *TOY.split(), "--max_iters", 10**6, "--max_seconds", 2,
+    run(trained, "train.py", *TOY.split(), "--max_iters", 100, "--max_seconds", 2,
         "--out_dir", "timed", "--eval_interval", 10**6, "--log_interval", 1)
     log = [json.loads(line) for line in (trained / "timed/log.jsonl").read_text().splitlines()]
     cfg = trainer.PRESETS["toy"]
@@ -155,8 +155,9 @@ def test_the_mode_coupled_writes_what_any_decoder_would(trained, monkeypatch):
     seeds = [torch.randint(2**32, (), generator=generator).item() for _ in range(2)]
     written = run(trained, "sample.py", *flags, "--mode", "coupled").rsplit("\n\n", 1)[0]
     for decoder in (generate, generate_plain, generate_oracle):
-        ids = [list(decoder(model, enc.prompt_ids(""), 25, sampler=Coupled(seed), stop_token=enc.eot_token))
+        ids = [[*decoder(model, enc.prompt_ids(""), 25, sampler=Coupled(seed), stop_token=enc.eot_token)]
                for seed in seeds]
+        ids = [[x for x in text if x != enc.eot_token] for text in ids]
         assert ids[0] != ids[1] and "\n\n".join(map(enc.decode, ids)).strip() == written.strip()
     free = [run(trained, "sample.py", *flags, "--mode", mode).rsplit("\n\n", 1)[0]
             for mode in ("speculative", "plain", "oracle")]
@@ -354,3 +355,26 @@ def test_the_snippets_of_the_readme_run(trained, monkeypatch, capsys):
     assert len(blocks) == 2
     assert torch.equal(names["product"], torch.full((2, 2), 0.25)) and torch.equal(names["mixture"], torch.eye(2) / 2)
     assert names["tokens"] == list(generate_plain(names["model"], names["prompt"], 50, sampler=Greedy()))
+
+
+# -----------------------------------------------------------------------------
+# flags arrive
+
+
+def test_every_flag_of_the_sampler_reaches_it(toy, monkeypatch):
+    seen, make = [], sampler.make_sampler
+    monkeypatch.setattr(sampler, "make_sampler", lambda *args: seen.append(args) or make(*args))
+    run(toy, "sample.py", "--temperature", 0.7, "--top_k", 5, "--top_p", 0.9, "--max_new_tokens", 4)
+    assert seen[-1][:3] == (0.7, 5, 0.9)
+
+
+def test_tokens_per_step_leave_out_the_prefill(toy):
+    """Nine plain tokens are one of the prefill, and those of eight steps."""
+    out = run(toy, "sample.py", "--mode", "plain", "--max_new_tokens", 9, "--seed", 3)
+    assert "plain: 9 tokens, 1.00 per step" in out
+
+
+def test_a_trunk_that_is_gone_on_with_gets_this_runs_dropout(toy, tmp_path):
+    run(toy, "train.py", *TOY.split(), "--init_from", "out/toy/ckpt.pt", "--dropout", 0.3,
+        "--out_dir", tmp_path)
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["model_args"]["dropout"] == 0.3

@@ -2,6 +2,7 @@
 train once for real."""
 
 import json
+import math
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -245,3 +246,87 @@ def test_the_log_has_every_loss_apart(data):
     log = [json.loads(line) for line in Path("out/laptop/log.jsonl").read_text().splitlines()]
     assert {"loss", "next", "joint", "balance", "offset", "usage", "lr", "tokens_per_second"} <= set(log[0])
     assert [line["iter"] for line in log] == [1, 2, 3, 4, 5, 6, 6] and "val" in log[-1]
+
+
+# -----------------------------------------------------------------------------
+# what has to arrive: weights of the loss, rates, seeds, the validation text
+
+
+def test_every_step_follows_its_own_gradient_at_the_rate_of_all_groups(monkeypatch):
+    """Guards gradients that pile up, a rate that some parameters never get, and a weight of the loss
+    that is not passed on."""
+    idx, gold = eight_windows()
+    weights = dict(joint_weight=0.3, balance_weight=0.2)
+    monkeypatch.setattr(trainer, "learning_rate", lambda progress, cfg: 1.0)
+    run = tiny_run([(idx, gold)] * 2, target="lm_head", grad_clip=0.0, **weights)
+    run.model.double()
+    parameters = list(run.model.parameters())
+    run.optimizer = torch.optim.SGD([{"params": [p]} for p in parameters], lr=0.0)
+    for _ in range(2):
+        before = [p.detach().clone() for p in parameters]
+        grads = torch.autograd.grad(run.model.loss(idx, gold, **weights)[0], parameters)
+        trainer.optimizer_step(run)
+        for p, old, grad in zip(parameters, before, grads):
+            torch.testing.assert_close(p.detach(), old - grad, rtol=0, atol=1e-12)
+
+
+def test_validation_is_the_mean_over_the_windows_of_val_without_dropout(data):
+    """Guards a run that validates on its own text, and a last, smaller batch that counts fully."""
+    run = data(dropout=0.5, eval_windows=7, batch_size=3)
+    assert run.model.training
+    run.model.eval()
+    one = trainer.Windows("val.bin", trainer.replace(run.cfg, batch_size=1), run.device)
+    with torch.no_grad():
+        losses = [run.model.loss(*batch)[1] for batch in one.fixed(7)]
+    for name in ("next", "joint"):  # float32 sums of 7 numbers, in other orders
+        mean = sum(parts[name].item() for parts in losses) / 7
+        assert run.log[-1]["val"][name] == pytest.approx(mean, rel=1e-5)
+
+
+def test_the_seed_decides_weights_and_windows():
+    def first(seed):
+        run = tiny_run(seed=seed)
+        return run.model.lm_head.weight, run.windows.get_state()
+
+    for a, again, other in zip(first(0), first(0), first(1)):
+        assert torch.equal(a, again) and not torch.equal(a, other)
+
+
+def test_settings_reach_the_optimizer_and_the_count_of_tokens(data):
+    assert all(group["betas"] == (0.9, 0.5) for group in tiny_run(beta2=0.5).optimizer.param_groups)
+    assert data(grad_accum=3).tokens_per_step == 4 * 16 * 3
+
+
+def test_the_log_has_the_rate_of_each_step(data):
+    run = data(lr=1.0, min_lr=0.1, warmup=0.0)
+    rates = [line["lr"] for line in run.log if "lr" in line]
+    assert rates == pytest.approx([trainer.learning_rate(i / 6, run.cfg) for i in range(6)])
+
+
+def test_gradients_are_unscaled_before_they_are_clipped(data, monkeypatch):
+    """Else a scaled gradient would be clipped to a step that is 65,536 times too small."""
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda *args: norms.append(clip(*args).item()))
+    for dtype in ("float16", "float32"):
+        data(dtype=dtype, max_iters=1)
+    assert norms[0] == pytest.approx(norms[1], rel=0.1)  # half precision has 1e-3
+
+
+def test_a_loss_that_is_no_number_ends_the_run_at_its_log_line(data, monkeypatch):
+    step, steps = trainer.optimizer_step, []
+
+    def diverging(run):
+        loss, parts = step(run)
+        steps.append(1)
+        return loss * float("nan"), parts
+
+    monkeypatch.setattr(trainer, "optimizer_step", diverging)
+    with pytest.raises(BadInput, match="diverged"):
+        data()
+    assert len(steps) == 1
+
+
+def test_the_report_has_bits_per_byte(capsys):
+    trainer.report({"next": 2 * math.log(2)}, {"bytes_per_token": 4})
+    assert "= 0.5000 bits per byte" in capsys.readouterr().out
