@@ -30,6 +30,7 @@ from decoders.batched import RowCache, check_head, fill, mask_of
 from decoders.coupled import Coupled
 from heads.circuits import Circuit
 from heads.few_tokens import FewTokens
+from heads.conditional import Given
 from heads.sequential import Prefixes, Sequential
 from model import BadInput
 
@@ -285,6 +286,9 @@ def tree_blocks(model, tokens, sampler, n_nodes, max_new_tokens):
 def check_tree(model, n_nodes):
     """BadInput for models and sizes that have no trees."""
     check_head(model)
+    if isinstance(model.head, Given):
+        raise BadInput(f"head {model.config.head} has another state for each token that a tree "
+                       "could begin with; take --mode speculative")
     most = BEAMS * (model.config.n_future - 1)
     if not 1 <= n_nodes <= most:
         raise BadInput(f"a tree has from 1 to {most} drafts here, {BEAMS} for each offset of the "

@@ -16,7 +16,7 @@ from contextlib import redirect_stdout
 import numpy as np
 import pytest
 import torch
-from test_cp_head import tiny_model
+from test_cp_head import GIVEN, tiny_model
 
 import common
 import train as trainer
@@ -231,7 +231,7 @@ THREE = [dict(head="cp", target="marginal"), dict(head="chain", target="lm_head"
 three = pytest.mark.parametrize("variant", THREE, ids=lambda v: v["head"])
 # all heads that draft from states alone, those with a Model of their own included
 LOOK_BACK = ["cp", "chain", "full", "gloeckle", "hmm", "layers", "medusa", "recurrent",
-             "tree_circuit", "wide"]
+             "tree_circuit", "wide", "low_rank", *GIVEN]
 
 
 def a_model(seed, block_size=None):

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import LOOK_BACK, a_model, some_prompts, three
-from test_cp_head import SMALL, counting_model, enumerated, expected_texts, tiny_model, total_variation
+from test_cp_head import GIVEN, SMALL, counting_model, enumerated, expected_texts, tiny_model, total_variation
 
 from decode import Greedy, Sampling, Stats, generate, generate_oracle
 from decoders import draft_tree as tree
@@ -16,6 +16,7 @@ from decoders.draft_tree import generate as generate_tree
 from heads.few_tokens import few_tokens
 from model import BadInput, head_class
 
+TREES = [head for head in LOOK_BACK if head not in GIVEN]
 
 # -----------------------------------------------------------------------------
 # what is in a tree
@@ -38,7 +39,7 @@ def row_after(model, e, path):
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize("head", LOOK_BACK)
+@pytest.mark.parametrize("head", TREES)
 def test_a_tree_holds_the_most_probable_paths(head, rank, monkeypatch):
     """With beams enough for all paths: exactly those that a loop over all of them finds; and the
     nodes are in order. The rows that it keeps are those of the head along each path."""
@@ -74,7 +75,7 @@ def test_a_certain_child_comes_after_its_parent():
         assert found.parent.tolist() == [0, *range(n_nodes)]
 
 
-@pytest.mark.parametrize("head", LOOK_BACK)
+@pytest.mark.parametrize("head", TREES)
 def test_a_tree_of_one_path_is_a_chain_of_drafts(head, monkeypatch):
     """One beam, as many nodes as offsets: the steps of greedy speculative decoding."""
     monkeypatch.setattr(tree, "BEAMS", 1)
@@ -112,7 +113,7 @@ def test_a_long_text_makes_its_cache_grow():
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize("head", LOOK_BACK)
+@pytest.mark.parametrize("head", TREES)
 def test_a_head_that_gives_nan_never_changes_a_text(head, rank):
     model = tiny_model(target="lm_head", head=head, rank=rank, n_future=4)
     expected = list(generate_oracle(model, [1, 2], 12, sampler=Greedy()))
@@ -268,7 +269,7 @@ def test_wrong_leaves_are_caught(name, monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize("head", LOOK_BACK)
+@pytest.mark.parametrize("head", TREES)
 def test_leaves_are_drawn_from_what_their_nodes_children_leave(head, rank):
     """q is the head's row without the other children; the nodes are those where most is left, one
     leaf for each."""
@@ -339,6 +340,8 @@ def test_what_a_tree_cannot_do_is_refused():
         generate_tree(tiny_model(n_future=1), [1], 3)
     with pytest.raises(BadInput, match="masks at places of its own"):
         list(generate_tree(tiny_model(head="mask", target="lm_head"), [1], 3))
+    with pytest.raises(BadInput, match="another state for each token"):
+        generate_tree(tiny_model(head="conditional", target="lm_head"), [1], 3)
     model.transformer.wpe.weight.data[5] = float("nan")
     with pytest.raises(BadInput, match="NaN or infinite logits"):
         list(generate_tree(model, [1], 8, sampler=Greedy()))
