@@ -29,8 +29,8 @@ from decode import Sampling, all_finite, check_finite, draw_next, stream, verify
 from decoders.batched import RowCache, check_head, fill, mask_of
 from decoders.coupled import Coupled
 from heads.circuits import Circuit
-from heads.few_tokens import FewTokens
 from heads.conditional import Given
+from heads.few_tokens import FewTokens
 from heads.sequential import Prefixes, Sequential
 from model import BadInput
 

@@ -442,15 +442,15 @@ def test_a_bug_in_compiled_code_keeps_its_traceback(home, tmp_path, monkeypatch)
 # two writers
 
 
-WRITERS = {"train": (f"{TOY} --max_iters 2", "train.optimizer_step", ["ckpt.pt", "log.jsonl"]),
-           "prepare": ("--toy --stories 120", "prepare_tinystories.toy_story",
+WRITERS = {"train": (f"{TOY} --max_iters 2 --out_dir", "train.optimizer_step",
+                     ["ckpt.pt", "log.jsonl"]),
+           "prepare": ("--toy --stories 120 --data_dir", "prepare_tinystories.toy_story",
                        ["meta.json", "train.bin", "val.bin"])}
 
 
 def two_writers(script):
     """One of them stops in the midst of its work, until the other one is refused."""
     args, where, files = WRITERS[script]
-    flag = "--out_dir" if script == "train" else "--data_dir"
 
     def stops_once():
         module, name = where.split(".")
@@ -462,10 +462,10 @@ def two_writers(script):
             return function(*args)
 
         setattr(sys.modules[module], name, stopped)
-        start(script, f"{args} {flag} out/both")
+        start(script, f"{args} out/both")
 
     def write(folder):
-        return in_a_fork(start, script, f"{args} {flag} {folder}")
+        return in_a_fork(start, script, f"{args} {folder}")
 
     first = fork(stops_once, err="error")
     assert os.WIFSTOPPED(os.waitpid(first, os.WUNTRACED)[1]), Path("error").read_text()
@@ -499,11 +499,11 @@ def test_a_second_writer_is_refused_and_the_first_is_not_disturbed(script, forks
 
 def two_writers_at_once(script):
     args, _, files = WRITERS[script]
-    flag = "--out_dir" if script == "train" else "--data_dir"
     for i in range(5):
-        both = [fork(start, script, f"{args} {flag} out/{i}", err=f"error{k}") for k in range(2)]
-        errors = sorted((exit_code(child), Path(f"error{k}").read_text()) for k, child in enumerate(both))
-        assert errors[0][0] == 0 and (errors[1][0] == 0 or "Another process writes in" in errors[1][1]), errors
+        both = [fork(start, script, f"{args} out/{i}", err=f"error{k}") for k in range(2)]
+        (code, _), (other, line) = ends = sorted(
+            (exit_code(child), Path(f"error{k}").read_text()) for k, child in enumerate(both))
+        assert code == 0 and (other == 0 or "Another process writes in" in line), ends
         # the first checkpoint is kept where the second writer came after the first
         names = {path.name for path in Path(f"out/{i}").iterdir()}
         assert names - {"ckpt.old.pt"} == {".lock", *files}, names
