@@ -31,7 +31,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with the script's docstring for help and errors of one line."""
 
     def __init__(self, description, **options):
-        super().__init__(description=description, allow_abbrev=False,
+        super().__init__(description=description or "", allow_abbrev=False,  # python -OO has none
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):

@@ -154,7 +154,8 @@ def main():
         raise BadInput(f"{args.out_dir} has n_future = 1: there is no head to draft from; take "
                        "--mode plain.")
     decoder = MODES[mode] if mode in MODES else door("mode", mode).generate
-    colour = is_terminal() and not os.environ.get("NO_COLOR")  # https://no-color.org
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"  # https://no-color.org
+    colour = is_terminal() and not plain
     if args.show_drafts:
         print(legend(model.config.n_future - 1 if drafts else 0, colour) + "\n")
     sampler = make_sampler(*options, torch.Generator(model.device).manual_seed(args.seed))

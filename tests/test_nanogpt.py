@@ -104,14 +104,25 @@ def test_without_meta_pkl_the_tokens_are_gpt2s(nano, monkeypatch):
     assert code == 1 and "another tokenizer" in message and not Path("out/nano").exists()
 
 
-def test_nothing_is_written_over(nano):
+@pytest.mark.parametrize("left", ["meta.pkl", "train.bin", "input.txt"])
+def test_nothing_is_written_over(nano, left):
     """Neither by our texts, nor by a conversion, nor is anything left behind, after which the folder
-    would not be nanoGPT's any more."""
+    would not be nanoGPT's any more. The folders of its BPE data have no meta.pkl."""
+    if left != "meta.pkl":
+        (nano / "data/meta.pkl").unlink()
+        (nano / "data/input.txt").write_text("To be")
+    if left == "input.txt":
+        for split in ("train", "val"):
+            (nano / f"data/{split}.bin").unlink()
     before = files(nano)
+    code, message = call("prepare", "--input nano/data/input.txt --data_dir nano/data")
+    assert code == 1 and ", which this script did not write" in message and files(nano) == before
+    if left != "meta.pkl":
+        return
     code, message = call("prepare", "--toy --stories 50 --data_dir nano/data")
-    assert code == 1 and "holds meta.pkl, which this script did not write" in message
-    assert call("pretrained.nanogpt", "nano/data --output nano/data") == (
-        1, "nano/data holds meta.pkl, and nothing is written over; take another --output")
+    assert code == 1 and ", which this script did not write" in message
+    code, message = call("pretrained.nanogpt", "nano/data --output nano/data")
+    assert code == 1 and message.endswith("and nothing is written over; take another --output")
     assert files(nano) == before
     assert call("pretrained.nanogpt", CONVERT) == (0, "")
     there = files(Path("data/nano"))

@@ -28,6 +28,7 @@ from pretrained import adapter, packed
 from pretrained import generate as generating
 from pretrained.losses import TEACHERS, loss_on_frozen_trunk, loss_on_states
 from pretrained.prompts import FRAMES, HELD_OUT, SHARES
+from pretrained import prompts as prompts_of
 from pretrained import texts as texts_of
 from pretrained.texts import FILES, Texts
 
@@ -476,13 +477,15 @@ def test_kinds_take_turns_by_their_shares():
 def test_prompts_of_ones_own(home, cwd, capsys):
     """Each file is a kind; its first lines are held out for the bench."""
     shutil.copytree(home / "lm", "lm")
-    Path("hello.txt").write_text("hello\nhow are you\n\nbye\nsee you\n", encoding="utf-8")
+    Path("hello.txt").write_text("hello\nhow are you\n\nbye\u2028bye\nsee you\n", encoding="utf-8-sig")
     Path("sums.txt").write_text("1 + 1\n2 + 2\n", encoding="utf-8")
     args = GENERATE.replace("--num_texts 40 --batch_size 20", "--num_texts 6 --batch_size 3")
     assert call("pretrained.generate", f"{args} --prompts hello.txt sums.txt") == (0, "")
     meta = texts_of.read_texts("own")
     assert list(zip(meta["kinds"], meta["prompts"])) == [("hello", "hello"), ("hello", "how are you"),
                                                          ("sums", "1 + 1")]
+    training, _ = prompts_of.read_prompts(["hello.txt"])
+    assert training == {"hello": ["bye\u2028bye", "see you"]}  # a line of Unicode's is none
     one = f"{args} --data_dir one --prompts hello.txt sums.txt --kinds"
     assert call("pretrained.generate", f"{one} tales")[1].endswith("the kind tales; there are hello, sums")
     assert call("pretrained.generate", f"{one} sums") == (0, "")

@@ -109,6 +109,7 @@ def make_bad_files(home):
     shutil.copytree(home / "data/blank", home / "data/half")
     (home / "data/half/TinyStoriesV2-GPT4-train.txt").write_text("A story.")
     (home / "latin1.txt").write_bytes("Çedilla".encode("latin-1"))
+    (home / "utf16.txt").write_bytes("A story.".encode("utf-16-le"))  # without a mark it is utf-8, too
     (home / "none.txt").write_text(" \n")
     (home / "folder").mkdir()
     (home / "folder/binary").write_bytes(b"\xff\xfe")
@@ -180,6 +181,7 @@ BAD = [
     ("prepare", "--input nowhere.txt", "nowhere.txt: no such file or folder"),
     ("prepare", f"--input {os.devnull}", "neither a plain file nor a folder"),
     ("prepare", "--input latin1.txt", "latin1.txt is not utf-8 text"),
+    ("prepare", "--input utf16.txt", "utf16.txt holds NUL characters"),
     ("prepare", "--input none.txt", "There is no text in none.txt"),
     ("prepare", "--input folder", "There is no text in folder"),
     ("prepare", "--toy --vocab_size 256", "--vocab_size: must be at least 257"),
