@@ -268,8 +268,9 @@ def stream(blocks, model, prompt, max_new_tokens, *, sampler=None, stop_token=No
     """What all decoders share: yields up to max_new_tokens ids that continue prompt, a list of ids.
 
     sampler: `Sampling` (the default, at temperature 1), `Greedy` or one of your own, see `Sampler`.
-    stop_token: the id that ends the text; it is yielded. stats: a Stats to count in. BadInput for a
-    model in training mode and for a prompt that is no list of the model's ids, at the call.
+    stop_token: the id that ends the text, or a set, list or tuple of such ids; it is yielded. stats:
+    a Stats to count in. BadInput for a model in training mode, and for a prompt or a stop_token that
+    is not of the model's ids, at the call.
 
     blocks(model, tokens, sampler) yields (new tokens, number of drafts or None for the prefill) for
     ever. `until_end` is the one place where text ends, so no decoder can overshoot or miss a stop
@@ -277,15 +278,16 @@ def stream(blocks, model, prompt, max_new_tokens, *, sampler=None, stop_token=No
     """
     sampler = Sampling() if sampler is None else sampler
     check_call(model, prompt, sampler)
+    stops = stop_ids(model, stop_token)
     steps = blocks(model, list(prompt), sampler)
-    return yield_tokens(steps, max_new_tokens, stop_token, stats)
+    return yield_tokens(steps, max_new_tokens, stops, stats)
 
 
 @torch.inference_mode()
-def yield_tokens(steps, left, stop_token, stats):
+def yield_tokens(steps, left, stops, stats):
     while left > 0:
         new, n_drafts = next(steps)
-        block, left = until_end(new, left, stop_token)
+        block, left = until_end(new, left, stops)
         if stats is not None:
             stats.count(len(new), len(block), n_drafts)
         yield from block
@@ -303,11 +305,25 @@ def check_call(model, prompt, sampler):
         raise BadInput(f"a sampler is an object of decode.Sampler or a subclass, not {sampler!r}")
 
 
-def until_end(new, left, stop_token):
+def stop_ids(model, stop_token):
+    """The set of ids that end a text: of None, an id, or a set, list or tuple of ids. BadInput for
+    anything else: it would never end one."""
+    several = isinstance(stop_token, (set, frozenset, list, tuple))
+    ids = stop_token if several else [] if stop_token is None else [stop_token]
+    n_token = model.config.n_token
+    # type and not isinstance: True is no id
+    if not all(type(x) is int and 0 <= x < n_token for x in ids):
+        raise BadInput(f"a stop_token is an id below {n_token}, a set or list of such ids, or None, "
+                       f"not {stop_token!r}")
+    return frozenset(ids)
+
+
+def until_end(new, left, stops):
     """The part of a step's new tokens that belongs to the text, and how many may follow it."""
     block = new[:left]
-    if stop_token in block:
-        return block[: block.index(stop_token) + 1], 0
+    for i, x in enumerate(block):
+        if x in stops:
+            return block[: i + 1], 0
     return block, left - len(block)
 
 

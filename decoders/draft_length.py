@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import bench_speculative
 from bench_speculative import Mode, distinct
 from common import number, run_script
-from decode import Greedy, Sampling, draw_next, generate, window_ids
+from decode import Greedy, Sampling, draw_next, generate, stop_ids, window_ids
 from model import BadInput, widen
 from sample import fast_kernels
 
@@ -99,11 +99,12 @@ def collect(model, prompts, n_tokens, sampler, stop_token=None):
     if model.head is None:
         raise BadInput("n_future = 1: there is no head to draft from")
     n, block_size, states, labels = model.config.n_future, model.config.block_size, [], []
+    stops = stop_ids(model, stop_token)
     for prompt in prompts:
         cache = model.new_cache()
         hidden = model.hidden(window_ids(list(prompt), model), cache)
         token, end = draw_next(model, hidden, sampler, []), cache.length + n_tokens
-        while cache.length < min(end, block_size - n + 1) and token != stop_token:
+        while cache.length < min(end, block_size - n + 1) and token.item() not in stops:
             e, length = model.split(hidden[:, -1])[1], cache.length  # (1, C)
             drafted, _ = model.head.draft(e, token, n - 1, Greedy(), model.unembed)
             if drafted.size(1) < n - 1:

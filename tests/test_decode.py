@@ -14,11 +14,13 @@ from test_cp_head import HEADS, MASKS, chi_square_p_value, close, counting_model
 import decode
 from decode import (Greedy, Sampling, Stats, categorical, generate, generate_oracle, generate_plain,
                     keep_probability, make_sampler, verify, warp, window_ids, window_start)
-from decoders import coupled
+from decoders import batched, captured, coupled, draft_tree
 from decoders.coupled import Coupled
+from decoders.draft_length import collect, fit, generate_unverified
 from model import BadInput
 
 DECODERS = (generate_oracle, generate_plain, generate)
+MODES = [*DECODERS, *(mode.generate for mode in (batched, captured, coupled, draft_tree))]
 
 
 def seeded(seed=0):
@@ -339,6 +341,38 @@ def test_tokens_after_the_end_are_not_counted():
         stats = Stats()
         text = list(generate(model, [3], length, sampler=Greedy(), stop_token=stop, stats=stats))
         assert stats.tokens == len(text) - 1 and len(stats.origins) == len(text)
+
+
+def plain_batch(model, prompt, max_new_tokens, *, sampler, **options):
+    return batched.generate_plain_batch(model, [prompt], max_new_tokens, samplers=sampler, **options)[0]
+
+
+def unverified(model, prompt, max_new_tokens, **options):
+    clp = fit(torch.eye(model.config.n_embd).double(), torch.zeros(model.config.n_embd).long(), model.config.n_future)
+    return generate_unverified(model, prompt, max_new_tokens, clp, 1.0, **options)  # drafts nothing
+
+
+@pytest.mark.parametrize("decoder", [*MODES, plain_batch, unverified], ids=lambda f: f"{f.__module__}.{f.__name__}")
+def test_text_ends_at_any_of_several_stop_tokens(decoder):
+    """The first that comes, given as a set, a list or a tuple; one alone, and none. What could never end a text is one
+    ValueError, at the call."""
+    model = counting_model(7, 5, "lm_head")
+    write = partial(decoder, model, [3], 9, sampler=Greedy())
+    for stop_token, length in (({1, 6}, 3), ([1, 6, 6], 3), ((6,), 3), (frozenset({0}), 4), (6, 3), (0, 4), (None, 9),
+                               ([], 9), (set(), 9)):
+        assert list(write(stop_token=stop_token)) == [(4 + i) % 7 for i in range(length)], stop_token
+    for wrong in ("6", "ab", b"6", True, False, 6.0, 7, -1, [6, 7], {"6"}, [True], [[6]], [None], {6: 1}, object(),
+                  torch.tensor(6)):
+        with pytest.raises(ValueError, match="^a stop_token is an id below 7, a set or list of such ids, or None, not"):
+            write(stop_token=wrong)  # nothing is asked for
+
+
+def test_collect_knows_several_stop_tokens():
+    model = counting_model(7, 3, "marginal")
+    states, _ = collect(model, [[3]], 20, Greedy(), stop_token={0, 2})
+    assert len(states) == 3
+    with pytest.raises(ValueError, match="^a stop_token is an id below 7"):
+        collect(model, [[3]], 20, Greedy(), stop_token="0")
 
 
 def test_the_mode_coupled_takes_its_seed_from_a_generator():
