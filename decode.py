@@ -268,9 +268,9 @@ def stream(blocks, model, prompt, max_new_tokens, *, sampler=None, stop_token=No
     """What all decoders share: yields up to max_new_tokens ids that continue prompt, a list of ids.
 
     sampler: `Sampling` (the default, at temperature 1), `Greedy` or one of your own, see `Sampler`.
-    stop_token: the id that ends the text, or a set, list or tuple of such ids; it is yielded. stats:
-    a Stats to count in. BadInput for a model in training mode, and for a prompt or a stop_token that
-    is not of the model's ids, at the call.
+    stop_token: the id that ends the text, or a set, list or tuple of such ids; it is yielded.
+    stats: a Stats to count in. BadInput for a model in training mode, and for a prompt or a
+    stop_token that is not of the model's ids, at the call.
 
     blocks(model, tokens, sampler) yields (new tokens, number of drafts or None for the prefill) for
     ever. `until_end` is the one place where text ends, so no decoder can overshoot or miss a stop
@@ -313,8 +313,8 @@ def stop_ids(model, stop_token):
     n_token = model.config.n_token
     # type and not isinstance: True is no id
     if not all(type(x) is int and 0 <= x < n_token for x in ids):
-        raise BadInput(f"a stop_token is an id below {n_token}, a set or list of such ids, or None, "
-                       f"not {stop_token!r}")
+        raise BadInput(f"a stop_token is an id below {n_token}, a set or list of such ids, or "
+                       f"None, not {stop_token!r}")
     return frozenset(ids)
 
 

@@ -129,12 +129,13 @@ def is_terminal():
 
 def write_sample(args, decoder, model, enc, sampler, colour):
     """Print one text; returns what the decoder did."""
-    stats, stream = Stats(), TextStream(enc, printable=is_terminal())
-    tokens = decoder(model, enc.prompt_ids(args.prompt), args.max_new_tokens, sampler=sampler,
-                     stop_token=enc.eot_token, stats=stats)
+    prompt, stats = enc.prompt_ids(args.prompt), Stats()
+    stream = TextStream(enc, prompt, printable=is_terminal())
+    tokens = decoder(model, prompt, args.max_new_tokens, sampler=sampler, stop_token=enc.ends,
+                     stats=stats)
     print(args.prompt, end=enc.gap, flush=True)
     for i, token in enumerate(tokens):
-        text = stream.push(token) if token != enc.eot_token else stream.end()
+        text = stream.push(token) if token not in enc.ends else stream.end()
         if args.show_drafts:
             text = paint(text, stats.origins[i], colour)
         print(text, end="", flush=True)
