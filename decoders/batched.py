@@ -142,7 +142,8 @@ class EachItsOwn:
 
     def draw(self, logits):
         found = [own.draw(part) for own, part in zip(self.samplers, logits.split(1))]
-        rows = [torch.zeros_like(logits[:1]) if row is None else row for _, row in found]
+        even = torch.full_like(logits[:1], 1 / logits.size(-1))  # where nobody looks at q
+        rows = [even if row is None else row for _, row in found]
         return torch.cat([tokens for tokens, _ in found]), torch.cat(rows)
 
     def verify(self, logits, q, drafted):
@@ -194,7 +195,7 @@ def write(model, draft, prompts, max_new_tokens, samplers, stop_token, stats):
     """The texts after all prompts; draft None is plain decoding."""
     samplers = own_samplers(Sampling() if samplers is None else samplers, len(prompts))
     for prompt, own in zip(prompts, samplers):
-        check_call(model, prompt, own)
+        check_call(model, prompt, max_new_tokens, own)
     everyone = [Row(list(prompt), own, max_new_tokens) for prompt, own in zip(prompts, samplers)]
     rows, n, block_size = everyone, model.config.n_future, model.config.block_size
     room = max(map(len, prompts), default=0) + max_new_tokens + n  # drafts may go past a text's end
@@ -253,7 +254,8 @@ def generate_plain_batch(model, prompts, max_new_tokens, *, samplers=None, stop_
     row's text depends on the others by rounding alone. stop_token: the id that ends a text, and is
     in it. stats: a Stats to count in; a step counts once for each row. BadInput as in `stream`.
     """
-    return write(model, None, prompts, max_new_tokens, samplers, stop_token, stats)
+    with torch.autocast(model.device.type, enabled=False):  # as in `stream`
+        return write(model, None, prompts, max_new_tokens, samplers, stop_token, stats)
 
 
 def generate_batch(model, prompts, max_new_tokens, *, samplers=None, stop_token=None, stats=None):
@@ -264,12 +266,14 @@ def generate_batch(model, prompts, max_new_tokens, *, samplers=None, stop_token=
     make fewer drafts, and random numbers go to other places of their texts.
     """
     check_head(model)
-    return write(model, model.head.draft, prompts, max_new_tokens, samplers, stop_token, stats)
+    with torch.autocast(model.device.type, enabled=False):  # as in `stream`
+        return write(model, model.head.draft, prompts, max_new_tokens, samplers, stop_token, stats)
 
 
 def generate(model, prompt, max_new_tokens, *, sampler=None, **options):
-    """generate_batch of one prompt, in the form of decode.py's decoders."""
-    yield from generate_batch(model, [prompt], max_new_tokens, samplers=sampler, **options)[0]
+    """generate_batch of one prompt, in the form of decode.py's decoders; all is written at once."""
+    texts = generate_batch(model, [prompt], max_new_tokens, samplers=sampler, **options)
+    return (token for token in texts[0])
 
 
 # -----------------------------------------------------------------------------
