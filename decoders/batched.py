@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.nn import functional as F
 
 from bench_speculative import hardware, speedups, timed
 from common import ArgumentParser, number, run_script
@@ -142,8 +143,8 @@ class EachItsOwn:
 
     def draw(self, logits):
         found = [own.draw(part) for own, part in zip(self.samplers, logits.split(1))]
-        even = torch.full_like(logits[:1], 1 / logits.size(-1))  # where nobody looks at q
-        rows = [even if row is None else row for _, row in found]
+        rows = [F.one_hot(tokens, logits.size(-1)).to(logits.dtype) if row is None else row
+                for tokens, row in found]  # where nobody looks at q
         return torch.cat([tokens for tokens, _ in found]), torch.cat(rows)
 
     def verify(self, logits, q, drafted):
