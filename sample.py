@@ -27,7 +27,7 @@ MODES = {"speculative": generate, "plain": generate_plain, "oracle": generate_or
 def load(out_dir, device="auto", dtype="auto"):
     """(model, tokenizer, checkpoint) of out_dir/ckpt.pt, the model in evaluation mode."""
     path, device = Path(out_dir) / "ckpt.pt", pick_device(device)
-    ckpt = read_checkpoint(path)
+    ckpt = read_checkpoint(path, "train.py")
     if "trunk" in ckpt:  # a head on a model from elsewhere
         trunk = ckpt["trunk"] if isinstance(ckpt["trunk"], dict) else {}
         if "door" not in trunk:

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 import bench_speculative
 from bench_speculative import Mode, distinct
 from common import number, run_script
-from decode import Greedy, Sampling, draw_next, generate, stop_ids, window_ids
-from model import BadInput, widen
+from decode import Greedy, Sampling, check_call, draw_next, generate, stop_ids, window_ids
+from model import BadInput, whole, widen
 from sample import fast_kernels
 
 # -----------------------------------------------------------------------------
@@ -38,9 +38,7 @@ def at_most(head, most, e, x1, n_drafts, sampler, unembed):
 
 def fixed(head, k):
     """k drafts at every step, if there is room."""
-    if not isinstance(k, int) or k < 0:
-        raise BadInput(f"the number of drafts must be a whole number of at least 0, not {k!r}")
-    return partial(at_most, head, k)
+    return partial(at_most, head, whole("the number of drafts", k, 0))
 
 
 def confident(head, threshold):
@@ -147,6 +145,8 @@ def generate_unverified(model, prompt, max_new_tokens, clp, tau, *, sampler=None
     """
     if not 0 < tau <= 1:
         raise BadInput(f"tau must be above 0 and at most 1, not {tau}")
+    sampler = Sampling() if sampler is None else sampler
+    check_call(model, prompt, max_new_tokens, sampler)  # of a class, the copy would be itself
 
     def draft(e, *rest):
         log_p, L = clp.log_probs(e[0]).max(-1)
@@ -156,7 +156,7 @@ def generate_unverified(model, prompt, max_new_tokens, clp, tau, *, sampler=None
         n_accepted = torch.full((1, 1), drafted.size(1), device=drafted.device)
         return n_accepted, lossy.draw(logits[:, -1])[0].unsqueeze(1)
 
-    lossy = copy.copy(Sampling() if sampler is None else sampler)
+    lossy = copy.copy(sampler)
     lossy.verify = keep_all
     return generate(model, prompt, max_new_tokens, draft=draft, sampler=lossy, **options)
 
