@@ -93,8 +93,9 @@ class TrainConfig:
 PRESETS = {
     "laptop": TrainConfig(),
     "toy": TrainConfig(
-        data_dir="data/toy", out_dir="out/toy", block_size=128, n_layer=10, n_head=4, n_embd=64,
-        n_future=8, rank=8, lr=4e-3, max_iters=1500, eval_interval=500,
+        data_dir="data/toy", out_dir="out/toy", block_size=128, n_layer=6, n_head=4, n_embd=128,
+        head="conditional_low_rank", n_future=8, rank=8, joint_share=0.125, batch_size=4,
+        max_iters=1000, eval_interval=500,
     ),
     "tinystories": TrainConfig(
         data_dir="data/tinystories", out_dir="out/tinystories", n_head=8, n_embd=512,

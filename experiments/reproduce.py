@@ -26,6 +26,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,6 +50,7 @@ class Scale:
     texts: dict  # flags of prepare_tinystories.py, by text: stories, pieces, toy
     base: dict  # flags of train.py that most runs share
     large: dict  # instead of base, of the models of `speedups`, by text
+    large_heads: dict  # beside it, of heads on the frozen trunk of such a model
     seeds: tuple
     ranks: tuple
     headline: int  # the rank that is compared with 1, with all seeds
@@ -103,15 +105,25 @@ class Scale:
 TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=4, max_iters=4,
             eval_interval=2, eval_windows=4, device="cpu", dtype="float32")
 CPU = dict(device="cpu", dtype="float32")
+# heads and ranks, and whether they are trained with all seeds, or with the first alone
 SIDE = {("cp", 1): True, ("cp", 8): False, ("medusa", 1): False, ("gloeckle", 1): False,
         ("hmm", 8): False, ("tree_circuit", 8): False, ("mask", 1): False, ("chain", 1): True,
-        ("recurrent", 1): True, ("layers", 1): False}  # whether with all seeds, or the first alone
+        ("recurrent", 1): True, ("layers", 1): False}
+COMPONENTS = {
+    "stories": {("cp", 1): True, ("cp", 8): True, ("low_rank", 8): True, ("low_rank", 32): True,
+                ("low_rank", 128): False, ("conditional", 1): True, ("conditional", 8): True,
+                ("conditional_low_rank", 8): True, ("conditional_low_rank", 32): True,
+                ("chain", 1): True},
+    "pieces": {("cp", 1): False, ("low_rank", 32): False, ("conditional_low_rank", 32): False,
+               ("chain", 1): False}}
+LARGE = {("cp", 1): True, ("cp", 8): False, ("low_rank", 32): True,
+         ("conditional_low_rank", 32): True, ("chain", 1): True}
 
 SCALES = {
     "smoke": Scale(
         texts=dict.fromkeys(("stories", "toy"), dict(toy=True, stories=300)),
         base=TINY,
-        large=dict(toy=TINY | dict(n_future=2)),
+        large=dict(toy=TINY | dict(n_future=2)), large_heads={},
         seeds=(1,), ranks=(1, 2), headline=2, futures=(2,), seconds=0.1, trunk_iters=6,
         sizes=((1, 8),), bench=dict(rounds=5, max_new_tokens=4, threads=1, device="cpu"), repeats=1,
         side={("cp", 1): True, ("recurrent", 1): False},
@@ -124,8 +136,9 @@ SCALES = {
                    toy=dict(toy=True)),
         base=dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=600,
                   eval_interval=75, eval_windows=32, **CPU),
-        large=dict(toy=dict(preset="toy", **CPU), pieces=dict(preset="laptop", **CPU),
+        large=dict(toy=dict(preset="toy", **CPU),
                    stories=dict(preset="laptop", n_future=8, max_iters=3200, **CPU)),
+        large_heads=dict(batch_size=4, max_iters=1000, eval_interval=1000),
         seeds=(1, 2, 3), ranks=(1, 2, 4, 8, 16), headline=8, futures=(4, 8), seconds=60.0,
         trunk_iters=3000, sizes=((2, 64), (4, 128), (6, 192)),
         bench=dict(rounds=5, max_new_tokens=100, threads=1, device="cpu"), repeats=3, side=SIDE,
@@ -138,6 +151,7 @@ SCALES = {
         base=dict(n_layer=8, n_head=8, n_embd=512, block_size=256, batch_size=64, grad_accum=4,
                   lr=1e-3, joint_share=0.125, max_iters=20000, eval_interval=1000, device="cuda"),
         large=dict(toy=dict(preset="toy"), stories=dict(preset="tinystories", target="lm_head")),
+        large_heads=dict(max_iters=4000),
         seeds=(1, 2, 3), ranks=(1, 2, 4, 8, 16), headline=8, futures=(4, 8), seconds=7200.0,
         trunk_iters=20000, sizes=((4, 256), (8, 512), (12, 768)),
         bench=dict(rounds=5, device="cuda"), repeats=3, side=SIDE,
@@ -206,11 +220,47 @@ def heads_only(scale):
                 yield Cell((teacher, r), tuple(Bench((run,), scale.bench) for run in runs), first)
 
 
+def components(scale):
+    """Components that are full maps, or that differ in few directions, and such as see x_1: on one
+    frozen trunk for each text, in one bench for each seed. Then what else might help."""
+    for text in (text for text in COMPONENTS if text in scale.texts):
+        own = dict(text=text, n_future=scale.futures_of(text), trunk=scale.trunk(text),
+                   eval_interval=scale.base["max_iters"])
+        heads = scale.side if scale.smallest else COMPONENTS[text]
+        yield from beside(scale, heads, (text, "base"), lambda seed, head, r: scale.training(
+            (seed,), head=head, rank=r, **own)[0])
+        for what, flags in (("no balance loss", dict(balance_weight=0.0)),
+                            ("three times the steps", dict(max_iters=3 * scale.base["max_iters"])),
+                            ("rows as teacher", dict(teacher="kl"))):
+            for head, r in () if scale.smallest or text != "stories" else (
+                    ("cp", 1), ("low_rank", 8), ("low_rank", 32), ("conditional_low_rank", 32)):
+                if r > 1 or "balance_weight" not in flags:
+                    run, = scale.training(scale.seeds[:1], head=head, rank=r, **own, **flags)
+                    yield Cell((text, what, label(head, r)), (Bench((run,), scale.bench),))
+
+
+def beside(scale, heads, labels, make):
+    """A Cell for each head, in one bench for each seed. heads: whether with all seeds, by (head,
+    rank). make(seed, head, rank) -> Training."""
+    first, seeds = scale.seeds[0], scale.seeds if any(heads.values()) else scale.seeds[:1]
+    benches = [Bench(tuple(make(seed, *head) for head, every in heads.items()
+                           if every or seed == first), scale.bench) for seed in seeds]
+    for head in heads:
+        runs = [bench.of(training) for bench in benches for training in bench.trainings
+                if head_of(training) == head]
+        yield Cell((*labels, label(*head)), tuple(runs))
+
+
 def overheads(scale):
-    costs = Costs({**scale.costs, "futures": list(scale.futures), "ranks": list(scale.ranks)})
-    for n in scale.futures:
-        for r in scale.ranks:
-            yield Cell((n, r), (costs,))
+    n, r = list(scale.futures), scale.headline
+    for head, share, futures, ranks in (("cp", 1.0, n, list(scale.ranks)),
+                                        ("low_rank", 1.0, n[-1:], [r, 4 * r]),
+                                        ("cp", 0.125, n[-1:], [r]),
+                                        ("low_rank", 0.125, n[-1:], [r, 4 * r])):
+        flags = {"head": head, "joint_share": share, "futures": futures, "ranks": ranks}
+        costs = Costs(scale.costs | flags, f"costs-{head}-share{share}")
+        for pair in itertools.product(futures, ranks):
+            yield Cell((*pair, head, share), (costs,))
 
 
 def memory(scale):
@@ -292,36 +342,35 @@ def label(head, r):
     return head if r == 1 and head != "cp" else f"{head}, r = {r}"
 
 
-def large(scale, text, seed=1337, **flags):
+def large(scale, text, seed=1337, trunk=None, **flags):
     """One of the models of the README's first table."""
     flags = scale.large[text] | flags | {"seed": seed}
-    return Training(text, flags, {name: flags[name] for name in flags if name not in TINY})
+    return Training(text, flags, {name: flags[name] for name in flags if name not in TINY}, trunk)
+
+
+def on_large(scale, seed, head, r):
+    """A head on the frozen trunk of such a model on stories."""
+    trunk = large(scale, "stories", head="cp", rank=1)
+    return large(scale, "stories", seed, trunk, head=head, rank=r, **scale.large_heads)
 
 
 def speedups(scale):
-    """The models of the README's first table, each benched several times."""
-    for text, head, r, target in scale.some((
-            ("toy", "cp", 1, "lm_head"), ("toy", "cp", 8, "lm_head"), ("toy", "cp", 8, "marginal"),
-            ("stories", "cp", 1, "lm_head"), ("stories", "cp", 4, "lm_head"),
-            ("stories", "chain", 4, "lm_head"),
-            ("pieces", "cp", 1, "lm_head"), ("pieces", "cp", 4, "lm_head"))):
-        if text in scale.large:
-            own = {"target": target} if target == "marginal" else {}
-            run = large(scale, text, head=head, rank=r, **own)
-            runs = tuple(Bench((run,), scale.bench, nth + 1) for nth in range(scale.repeats))
-            yield Cell((text, label(head, r), target), runs)
+    """Whole models on the toy, and heads on one trunk on stories, there in one bench per seed."""
+    for head, r in scale.some((("cp", 1), ("cp", 8), ("conditional_low_rank", 8), ("chain", 1))):
+        runs = [large(scale, "toy", seed, head=head, rank=r) for seed in (1337, 1, 2)]
+        benches = [Bench((run,), scale.bench) for run in runs[: scale.repeats]]
+        yield Cell(("toy", label(head, r)), tuple(benches))
+    if "stories" in scale.large:
+        yield from beside(scale, LARGE, ("stories",), partial(on_large, scale))
 
 
 @elsewhere
 def compiled(scale):
     """Both decoders as they are, and in compiled steps of fixed shapes, in one bench."""
-    for text, head, r in (("toy", "cp", 1), ("toy", "cp", 8), ("stories", "cp", 1),
-                          ("stories", "cp", 4), ("stories", "chain", 4)):
-        if text in scale.large:
-            run = large(scale, text, head=head, rank=r)
-            flags = scale.bench | {"compile": True}
-            runs = tuple(Bench((run,), flags, nth + 1, PEERS) for nth in range(scale.repeats))
-            yield Cell((text, label(head, r)), runs)
+    for head, r in (("cp", 1), ("cp", 4), ("chain", 4)):
+        run, flags = large(scale, "stories", head=head, rank=r), scale.bench | {"compile": True}
+        runs = tuple(Bench((run,), flags, nth + 1, PEERS) for nth in range(scale.repeats))
+        yield Cell(("stories", label(head, r)), runs)
 
 
 def head_of(training):
@@ -332,19 +381,11 @@ def head_of(training):
 
 def side_by_side(scale):
     """All heads on one frozen trunk, in one bench for each text and seed."""
-    heads = [(head, min(r, scale.headline), every) for (head, r), every in scale.side.items()]
     for text in (text for text in ("stories", "pieces") if text in scale.texts):
         flags = dict(trunk=scale.trunk(text), text=text, n_future=scale.futures_of(text))
-        benches = []
-        for seed in scale.seeds:
-            own = [scale.training((seed,), "time", head=head, rank=r, **flags)[0]
-                   for head, r, every in heads if every or seed == scale.seeds[0]]
-            benches.append(Bench(tuple(own), scale.bench))
-        for head, r, _ in heads:
-            runs = [bench.of(training) for bench in benches for training in bench.trainings
-                    if head_of(training) == (head, r)]
-            yield Cell((text, "time", label(head, r)), tuple(runs))
-        for head, r, _ in () if scale.smallest else heads:
+        yield from beside(scale, scale.side, (text, "time"), lambda seed, head, r: scale.training(
+            (seed,), "time", head=head, rank=r, **flags)[0])
+        for head, r in () if scale.smallest else scale.side:
             runs = scale.training(scale.seeds[:1], head=head, rank=r, **flags)
             yield Cell((text, "steps", label(head, r)), runs)
 
@@ -516,7 +557,7 @@ def of_run(key):
 
 def in_use(found, run, against, labels):
     """exp of the entropy of the mean weights: how many components share the work."""
-    usage = found[run.name]["val"][-1]["usage"]
+    usage = found[trained(run)]["val"][-1]["usage"]
     return math.exp(-sum(w * math.log(w) for w in usage if w > 0))
 
 
@@ -642,17 +683,16 @@ def speed(column):
 
 
 SPEED = speed(of_bench)
+PER_STEP = dict(list(SPEED.items())[:2])
 
 EXPERIMENTS = {
     "speedups": Experiment(
-        "Speed-up over plain decoding", speedups, ("text", "head", "target"),
+        "Speed-up over plain decoding", speedups, ("text", "head"),
         {**SPEED, "bound, 0": (of_bench("bound", 0.0), 2), "bound, 1": (of_bench("bound", 1.0), 2),
          "step / plain, 1": (of_bench("step_ms", 1.0), 2),
          "draft / plain, 1": (of_bench("parts_ms", 1.0, "draft"), 2),
-         "next token": (val("next"), 3), "joint": (val("joint"), 3),
-         "minutes": (lambda *run: of_run("seconds")(*run) / 60, 0)},
-        (Panel("head", "speed-up, 0", "text", (("target", "lm_head"),)),
-         Panel("head", "speed-up, 1", "text", (("target", "lm_head"),)))),
+         "next token": (val("next"), 3), "joint": (val("joint"), 3)},
+        (Panel("head", "speed-up, 0", "text"), Panel("head", "speed-up, 1", "text"))),
     "compiled": Experiment(
         "Compiled steps", compiled, ("text", "head"),
         {"plain, tokens/s": (of_decoder("tokens_per_second", 0.0, "plain"), 0)}
@@ -676,22 +716,29 @@ EXPERIMENTS = {
     "acceptance": Experiment(
         "Acceptance and speed against rank (figure 5)", acceptance, ("target", "r"),
         {"next token": (val("next"), 3),
-         "first draft accepted, 1": (of_bench("acceptance", 1.0, 0), 2),
-         **SPEED},
-        (Panel("r", "tok/step, 0", "target"), Panel("r", "tok/step, 1", "target"),
-         Panel("r", "speed-up, 1", "target"))),
+         "first draft accepted, 1": (of_bench("acceptance", 1.0, 0), 2), **PER_STEP},
+        (Panel("r", "tok/step, 0", "target"), Panel("r", "tok/step, 1", "target"))),
     "heads_only": Experiment(
         "Heads alone, on a frozen trunk (table 3)", heads_only, ("teacher", "r"),
-        {"joint": (val("joint"), 3), "gain over r = 1": (gain("joint"), 3),
-         **SPEED},
+        {"joint": (val("joint"), 3), "gain over r = 1": (gain("joint"), 3), **PER_STEP},
         (Panel("iter", "joint", "r", (("teacher", "text"),)), Panel("r", "joint", "teacher"),
          Panel("r", "tok/step, 1", "teacher"))),
+    "components": Experiment(
+        "Components that differ in few directions, and such as see x_1", components,
+        ("text", "training", "head"),
+        {"head, M": (of_run("head_parameters"), 2), "seconds": (of_run("seconds"), 0),
+         "joint": (val("joint"), 3), "components in use": (in_use, 1), **SPEED,
+         "draft / plain, 1": (of_bench("parts_ms", 1.0, "draft"), 2),
+         "tokens/s, 1": (of_bench("tokens_per_second", 1.0), 0)},
+        tuple(Panel("head", y, "text", (("training", "base"),))
+              for y in ("joint", "tok/step, 1", "speed-up, 1"))),
     "overheads": Experiment(
-        "What a head costs in training (table 4)", overheads, ("n", "r"),
+        "What a head costs in training (table 4)", overheads, ("n", "r", "head", "share"),
         {"head, M": (of_costs("head_parameters", 1e6), 2),
          "step / step without a head": (of_costs("ratio"), 2),
          "MiB at the peak": (of_costs("bytes", 2**20), 0)},
-        (Panel("r", "step / step without a head", "n"), Panel("r", "MiB at the peak", "n"))),
+        (Panel("r", "step / step without a head", "n", (("head", "cp"), ("share", 1.0))),
+         Panel("r", "MiB at the peak", "n", (("head", "cp"), ("share", 1.0))))),
     "memory": Experiment(
         "Memory of the logits in training", memory, ("n", "r", "head", "logits"),
         {"MiB at the peak": (of_costs("bytes", 2**20), 0),
@@ -868,7 +915,7 @@ class Costs:
 
     alone, needs, text = True, [], "none"
 
-    def __init__(self, flags, name="costs"):
+    def __init__(self, flags, name):
         self.name, self.spec = name, {"script": "experiments/bench_training.py", "flags": flags}
 
     def run(self, place):

@@ -45,7 +45,8 @@ class Head(CPHead):
     def all_logits(self, e, offsets, unembed):
         h, c = self.parts(e, offsets)
         own = widen(F.linear(c, self.through(getattr(self, "draft_rows", unembed))))  # few_tokens'
-        return self.logits(h, unembed).unsqueeze(-2) + own
+        own += self.logits(h, unembed).unsqueeze(-2)  # in place: a third array of r x V costs time
+        return own
 
     def through(self, unembed):
         """W U (V, k). In decoding on a CPU it is kept until somebody writes into W or U.

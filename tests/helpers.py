@@ -34,7 +34,7 @@ SHORT = {"prepare": "prepare_tinystories", "bench": "bench_speculative",
 FLAGS = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--block_size", 32, "--batch_size", 4,
          "--max_iters", 12, "--eval_interval", 4, "--eval_windows", 4, "--log_interval", 2,
          "--dropout", 0.1, "--device", "cpu"]
-TOY = " ".join(map(str, ["--preset toy --rank 2", *FLAGS]))  # that of the fixture `toy`
+TOY = " ".join(map(str, ["--preset toy --head cp --rank 2", *FLAGS]))  # that of the fixture `toy`
 
 
 def start(script, args):

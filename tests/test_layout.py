@@ -172,7 +172,7 @@ def test_the_core_needs_no_folder(tmp_path):
     """With its files alone, train.py makes a model with the CP head and sample.py decodes with it."""
     for module in CORE:
         (tmp_path / f"{module}.py").write_bytes((ROOT / f"{module}.py").read_bytes())
-    small = ("--preset toy --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 "
+    small = ("--preset toy --head cp --n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --batch_size 4 --rank 2 "
              "--n_future 3 --max_iters 2 --eval_windows 4 --device cpu").split()
     code = "import runpy, sys"
     for script, args in (("prepare_tinystories", ["--toy", "--stories", "50"]), ("train", small),

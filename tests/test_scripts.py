@@ -94,7 +94,8 @@ def test_a_trained_head_is_kept_where_it_fits(trained):
     """--init_from goes on with a trained head; another kind of head, --n_future or --rank begins afresh, and so does
     --fresh_head. The trunk is kept in any case. A chain's greedy text is plain decoding's, and it goes through the
     bench, resume and bfloat16 as any other."""
-    flags = ["--preset", "toy", "--rank", 2, *HEAD_ONLY, "out/toy/ckpt.pt", "--freeze_trunk", "--lr", 1e-4, "--seed", 1]
+    flags = ["--preset", "toy", "--head", "cp", "--rank", 2, *HEAD_ONLY, "out/toy/ckpt.pt", "--freeze_trunk",
+             "--lr", 1e-4, "--seed", 1]
     for out_dir, kept, more in (("kept", True, []), ("chain", False, ["--head", "chain"]),
                                 ("fresh", False, ["--fresh_head", "--dtype", "bfloat16"]),
                                 ("longer", False, ["--n_future", 9]), ("wider", False, ["--rank", 3])):
