@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with the script's docstring for help and errors of one line."""
 
     def __init__(self, description, **options):
-        super().__init__(description=description, allow_abbrev=False,
+        super().__init__(description=description or "", allow_abbrev=False,  # python -OO has none
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
@@ -73,6 +73,7 @@ def any_path(text):
 
 
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, getattr(errno, "ENOTSUP", errno.ENOSYS)}
 
 
 def run_script(main):
@@ -165,7 +166,7 @@ def locked(folder):
     """
     folder = Path(folder)
     check_folder(folder)
-    is_new = not folder.exists()
+    is_new, error = not folder.exists(), None
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -173,10 +174,15 @@ def locked(folder):
     except Timeout:
         raise BadInput(f"Another process writes in {folder}; wait for its end, or take another "
                        "folder.") from None
-    except OSError as e:
-        e.filename = str(folder)  # the lock is not what the user knows
-        raise
+    except (OSError, NotImplementedError) as e:  # the second is filelock's for ENOSYS
+        error = e
     try:
+        if getattr(error, "errno", errno.ENOSYS if error else None) in NO_LOCKS:
+            raise BadInput(f"{folder} is on a file system that cannot lock files, so two writers "
+                           "could mix theirs; take a folder on a local disk")
+        if error:
+            error.filename = str(folder)  # the lock is not what the user knows
+            raise error
         check_writable(folder / "probe")  # where an old lock can be opened, a new file may not
         for file in folder.iterdir():
             if re.search(r"\.[0-9a-f]{8}\.tmp$", file.name):
@@ -184,8 +190,8 @@ def locked(folder):
         yield folder
     finally:
         lock.release()
-        if is_new and os.listdir(folder) == [".lock"]:
-            (folder / ".lock").unlink()
+        if is_new and set(os.listdir(folder)) <= {".lock"}:  # which some versions take away
+            (folder / ".lock").unlink(missing_ok=True)
             folder.rmdir()
 
 
@@ -261,24 +267,33 @@ def stop_signals(patient=False):
 # checkpoints and data
 
 
+# settings of older versions' heads, and their values where a head is one of today's
+OLD_HEADS = {"draft_vocab": 0, "factors": "reduced", "context": "none"}
+WRAPPERS = re.compile(r"^((_orig_mod\.)?module\.)+|\b_orig_mod\.")  # of DataParallel, compile
+
+
 def from_checkpoint(ckpt, fresh_head=False, **changes):
     """The model of a checkpoint dict, ours or one of nanoGPT's train.py, loaded strictly.
 
     changes: fields of GPTConfig that differ from the checkpoint's (n_future, rank, head, target,
     dropout, n_token). Where they ask for another head, or with fresh_head, the old one is left out
-    and a fresh one is put on the trunk. BadInput where the file does not fit.
+    and a fresh one is put on the trunk. BadInput for what does not fit, or settings not known here.
     """
-    known = {f.name for f in fields(GPTConfig)}
-    old = {name: value for name, value in ckpt["model_args"].items() if name in known}
-    old = {"head": "cp", "n_future": 1, "rank": 1} | old  # nanoGPT's has no head
-    config = GPTConfig(**{**old, **changes})
+    args = {"head": "cp", "n_future": 1, "rank": 1} | ckpt["model_args"]  # nanoGPT's has no head
+    old = {f.name: args.pop(f.name) for f in fields(GPTConfig) if f.name in args}
+    new = {**old, **changes}
+    fresh_head |= any(old[key] != new[key] for key in ("head", "n_future", "rank"))
+    for name, value in args.items():
+        if name not in OLD_HEADS or not fresh_head and value != OLD_HEADS[name]:
+            raise BadInput(f"its model_args say {name} = {value!r}, which is not known here")
+    config = GPTConfig(**new)
     model = new_model(config)
-    # nanoGPT saves a compiled model's names with a prefix, and once saved the causal mask
-    state = {name.removeprefix("_orig_mod."): tensor for name, tensor in ckpt["model"].items()
+    # nanoGPT once saved the causal mask
+    state = {WRAPPERS.sub("", name): tensor for name, tensor in ckpt["model"].items()
              if not name.endswith(".attn.bias")}
     if config.rank == 1:  # an older version had a router for one component, too
         state = {name: tensor for name, tensor in state.items() if ".router." not in name}
-    if fresh_head or any(old[key] != getattr(config, key) for key in ("head", "n_future", "rank")):
+    if fresh_head:
         fresh = model.state_dict()
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
         state |= {name: tensor for name, tensor in fresh.items() if name.startswith("head.")}
@@ -294,24 +309,29 @@ def load_model(ckpt, path, fresh_head=False, **changes):
     try:
         return from_checkpoint(ckpt, fresh_head, **changes)
     except BadInput as e:
-        if fresh_head:
-            raise
-        raise BadInput(f"{path} holds no model that fits: {e}. README says how to convert one of "
-                       f"an older version; train.py --init_from {path} --fresh_head keeps the "
-                       "trunk alone.") from None
+        def fits(**changes):
+            with suppress(BadInput):
+                return from_checkpoint(ckpt, True, **changes)
+
+        trunk = fits(head="cp", n_future=1, rank=1)
+        if trunk and changes and not fits(**changes):
+            raise  # it is what the flags ask for that cannot be
+        advice = (" README says how to convert one of an older version; train.py --init_from "
+                  f"{path} --fresh_head keeps the trunk alone." if trunk else "")
+        raise BadInput(f"{path} holds no model that fits: {e}.{advice}") from None
 
 
-def read_checkpoint(path):
-    """A checkpoint's dict, of plain tensors and plain Python: a foreign file cannot run code."""
+def read_checkpoint(path, script=None):
+    """A checkpoint's dict, plain tensors and Python: no foreign code is run. script writes one."""
     path = Path(path)
     check_folder(path.parent)
     if path.is_dir():
         raise BadInput(f"{path} is a folder; name the checkpoint in it, {path / 'ckpt.pt'}")
     if not path.exists():
         there = ", ".join(str(p) for p in sorted(path.parent.glob("*.pt")))
-        advice = (f"{path.parent} holds {there}" if there else
-                  f"train one first: python train.py --out_dir {path.parent}")
-        raise BadInput(f"There is no checkpoint {path}; {advice}")
+        advice = (f"; {path.parent} holds {there}" if there else script and
+                  f"; train one first: python {script} --out_dir {path.parent}")
+        raise BadInput(f"There is no checkpoint {path}{advice or ''}")
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # of a foreign file torch has more to say than one line

@@ -14,11 +14,12 @@ model.py. The accept rule is `verify` alone.
 
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 
 import torch
 from torch.nn import functional as F
 
-from model import BadInput, widen
+from model import BadInput, whole, widen
 
 # -----------------------------------------------------------------------------
 # from logits to probabilities to a token
@@ -148,13 +149,15 @@ class Sampling(Sampler):
     """
 
     def __init__(self, temperature=1.0, top_k=None, top_p=None, generator=None):
-        if not 1e-6 <= temperature <= 1e6:
+        if not isinstance(temperature, Real) or not 1e-6 <= temperature <= 1e6:
             raise BadInput("temperature must be 0, which is greedy, or from 1e-6 to 1e6, "
-                           f"not {temperature}")
-        if top_k is not None and not top_k >= 1:
-            raise BadInput(f"top_k must be at least 1, not {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise BadInput(f"top_p must be above 0 and at most 1, not {top_p}")
+                           f"not {temperature!r}")
+        if top_k is not None:
+            whole("top_k", top_k, 1)
+        if top_p is not None and not (isinstance(top_p, Real) and 0 < top_p <= 1):
+            raise BadInput(f"top_p must be above 0 and at most 1, not {top_p!r}")
+        if not isinstance(generator, (torch.Generator, type(None))):
+            raise BadInput(f"generator must be a torch.Generator or None, not {generator!r}")
         self.warp = partial(warp, temperature=temperature, top_k=top_k, top_p=top_p)
         self.generator, self.uniform = generator, partial(torch.rand, generator=generator)
         nothing_cut = temperature == 1 and top_k is None and top_p in (None, 1)
@@ -227,13 +230,18 @@ def speculative_step(model, cache, e, token, n_drafts, sampler, draft):
 
 
 def all_finite(logits, q=None):
-    """Whether a text's numbers (B, T, V) are all finite: (B, 1), without waiting for a GPU."""
-    total = logits.sum((1, 2)) if q is None else logits.sum((1, 2)) + q.sum((1, 2))
-    return total.isfinite().long().unsqueeze(1)
+    """Of a text's numbers (B, T, V), without waiting for a GPU: (B, 1), 0 where not all are finite,
+    2 where rows of q do not sum to 1, else 1."""
+    sums = logits.new_zeros(len(logits), 0) if q is None else q.sum(-1)  # (B, k)
+    finite = (logits.sum((1, 2)) + sums.sum(1)).isfinite()
+    return (finite * (1 + ((sums - 1).abs() > 1e-3).any(1))).unsqueeze(1)
 
 
 def check_finite(finite):
-    """BadInput where `all_finite` says no: else tokens would be drawn from NaN all the same."""
+    """BadInput where `all_finite` says no: else tokens would be drawn from NaN all the same, or
+    from other rows than the target's."""
+    if finite == 2:
+        raise BadInput("rows q of the draft do not sum to 1: no token was drawn from them")
     if not finite:
         raise BadInput("the model gives NaN or infinite logits: its weights are damaged, or "
                        "overflow in half precision; try --dtype float32")
@@ -268,46 +276,66 @@ def stream(blocks, model, prompt, max_new_tokens, *, sampler=None, stop_token=No
     """What all decoders share: yields up to max_new_tokens ids that continue prompt, a list of ids.
 
     sampler: `Sampling` (the default, at temperature 1), `Greedy` or one of your own, see `Sampler`.
-    stop_token: the id that ends the text; it is yielded. stats: a Stats to count in. BadInput for a
-    model in training mode and for a prompt that is no list of the model's ids, at the call.
+    stop_token: the id that ends the text, or a set, list or tuple of such ids; it is yielded.
+    stats: a Stats to count in. BadInput for a model in training mode and for a prompt or a
+    stop_token that is not of the model's ids, at the call. Within torch.autocast the text is what
+    it is without: the model's own type says how to compute.
 
     blocks(model, tokens, sampler) yields (new tokens, number of drafts or None for the prefill) for
     ever. `until_end` is the one place where text ends, so no decoder can overshoot or miss a stop
     token inside a block.
     """
     sampler = Sampling() if sampler is None else sampler
-    check_call(model, prompt, sampler)
+    check_call(model, prompt, max_new_tokens, sampler)
+    stops = stop_ids(model, stop_token)
     steps = blocks(model, list(prompt), sampler)
-    return yield_tokens(steps, max_new_tokens, stop_token, stats)
+    own_type = torch.autocast(model.device.type, enabled=False)  # drafts come from q, not rounded
+    return yield_tokens(steps, own_type, max_new_tokens, stops, stats)
 
 
 @torch.inference_mode()
-def yield_tokens(steps, left, stop_token, stats):
+def yield_tokens(steps, own_type, left, stops, stats):
     while left > 0:
-        new, n_drafts = next(steps)
-        block, left = until_end(new, left, stop_token)
+        with own_type:  # around a step, not around yield, when the caller's code runs
+            new, n_drafts = next(steps)
+        block, left = until_end(new, left, stops)
         if stats is not None:
             stats.count(len(new), len(block), n_drafts)
         yield from block
 
 
-def check_call(model, prompt, sampler):
-    """BadInput unless the model is in evaluation mode, prompt a list of ids, sampler a Sampler."""
+def check_call(model, prompt, max_new_tokens, sampler):
+    """BadInput unless the model is in evaluation mode, and the others are what `stream` says."""
     if model.training:
         raise BadInput("call model.eval() first: dropout would change the distribution")
     n_token = model.config.n_token
     is_list = isinstance(prompt, (list, tuple)) and len(prompt)
-    if not is_list or not all(isinstance(x, int) and 0 <= x < n_token for x in prompt):
+    if not is_list or not all(whole("an id of a prompt", x, 0) < n_token for x in prompt):
         raise BadInput(f"a prompt must be a non-empty list of ids below {n_token}")
+    whole("max_new_tokens", max_new_tokens, 0)
     if not isinstance(sampler, Sampler):
         raise BadInput(f"a sampler is an object of decode.Sampler or a subclass, not {sampler!r}")
 
 
-def until_end(new, left, stop_token):
+def stop_ids(model, stop_token):
+    """The set of ids that end a text: of None, an id, or a set, list or tuple of ids. BadInput for
+    anything else: it would never end one."""
+    several = isinstance(stop_token, (set, frozenset, list, tuple))
+    ids = stop_token if several else [] if stop_token is None else [stop_token]
+    n_token = model.config.n_token
+    # type and not isinstance: True is no id
+    if not all(type(x) is int and 0 <= x < n_token for x in ids):
+        raise BadInput(f"a stop_token is an id below {n_token}, a set or list of such ids, or "
+                       f"None, not {stop_token!r}")
+    return frozenset(ids)
+
+
+def until_end(new, left, stops):
     """The part of a step's new tokens that belongs to the text, and how many may follow it."""
     block = new[:left]
-    if stop_token in block:
-        return block[: block.index(stop_token) + 1], 0
+    for i, x in enumerate(block):
+        if x in stops:
+            return block[: i + 1], 0
     return block, left - len(block)
 
 

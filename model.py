@@ -18,6 +18,7 @@ import importlib
 import math
 from dataclasses import asdict, dataclass
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -52,20 +53,27 @@ class GPTConfig:
 
     def __post_init__(self):
         self.n_token = self.n_token or self.vocab_size
-        whole = ("vocab_size", "n_layer", "n_head", "n_embd", "n_future", "rank", "n_token")
-        for name, least in [("block_size", 2), *((name, 1) for name in whole)]:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise BadInput(f"{name} must be a whole number of at least {least}, not {value!r}")
+        counts = ("vocab_size", "n_layer", "n_head", "n_embd", "n_future", "rank", "n_token")
+        for name, least in [("block_size", 2), *((name, 1) for name in counts)]:
+            setattr(self, name, whole(name, getattr(self, name), least))
         if self.n_embd % self.n_head:
             raise BadInput(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise BadInput(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+        if not isinstance(self.bias, bool):  # any text would be true
+            raise BadInput(f"bias must be True or False, not {self.bias!r}")
         if self.n_token > self.vocab_size:
             raise BadInput(f"n_token {self.n_token} is more than vocab_size {self.vocab_size}")
         if self.target not in ("marginal", "lm_head"):
             raise BadInput(f"target must be marginal or lm_head, not {self.target!r}")
         head_class(self.head)
+
+
+def whole(name, value, least):
+    """value as an int; BadInput unless it is whole. To Python, True is 1."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise BadInput(f"{name} must be a whole number of at least {least}, not {value!r}")
+    return int(value)
 
 
 def widen(x):

@@ -144,14 +144,13 @@ def text_files(paths):
             raise BadInput(f"{named}: neither a plain file nor a folder." if named.exists() else
                            f"{named}: no such file or folder.")
         for file in visible_files(named) if named.is_dir() else [named]:
-            try:
-                for _ in chunks(file):
-                    pass
-                files.setdefault(file.resolve(), file)
-            except UnicodeDecodeError:
-                if file == named:
-                    raise BadInput(f"{file} is not utf-8 text; convert it first.") from None
+            why = no_text(file)
+            if why and file == named:
+                raise BadInput(f"{file} {why}; convert it first.")
+            if why:
                 skipped += 1
+            else:
+                files.setdefault(file.resolve(), file)
     files = list(files.values())
     if next(documents(files), None) is None:
         raise BadInput(f"There is no text in {' '.join(map(str, paths))}.")
@@ -162,6 +161,15 @@ def visible_files(folder):
     """The files in a folder and in the folders there, but for hidden ones, in order."""
     return sorted(p for p in folder.rglob("*") if p.is_file() and not any(
         part.startswith(".") for part in p.relative_to(folder).parts))
+
+
+def no_text(file):
+    """Why a file is no utf-8 text; None where it is."""
+    try:
+        nul = any("\0" in chunk for chunk in chunks(file))
+    except UnicodeDecodeError:
+        return "is not utf-8 text"
+    return "holds NUL characters, as UTF-16 and binary files do" if nul else None
 
 
 def chunks(path, size=2**22):
@@ -475,12 +483,24 @@ def prepare_text(args):
     return prepare(train, val, description, args.data_dir, seed=args.seed, source=source)
 
 
+def check_own(folder):
+    """BadInput unless folder is new or empty, or holds what this script left there, also when it
+    was interrupted: its meta.json, its downloads, or the .lock of `locked`."""
+    there = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    meta = folder / "meta.json"
+    ours = ".lock" in there or all(name.startswith("TinyStoriesV2-GPT4-") for name in there)
+    if meta.exists():
+        text = meta.read_text(encoding="utf-8", errors="replace")
+        ours = '"splits"' in text and '"tokenizer"' in text
+    foreign = [name for name in there if name in ("states.bin", "meta.pkl")]  # whatever else says
+    if foreign or not ours:
+        raise BadInput(f"{folder} holds {(foreign or there)[0]}, which this script did not write; "
+                       "take a new or an empty --data_dir")
+
+
 def main():
     args = parse_args()
-    for name in ("states.bin", "meta.pkl"):  # of pretrained.generate, and of nanoGPT
-        if (args.data_dir / name).exists():  # before a .lock says that the folder is ours
-            raise BadInput(f"{args.data_dir} holds {name}, which this script did not write, and "
-                           "would lose the files beside it; take another --data_dir")
+    check_own(args.data_dir)
     with locked(args.data_dir):
         meta = prepare_toy(args) if args.toy else prepare_text(args)
     for split, counts in meta["splits"].items():

@@ -27,7 +27,7 @@ MODES = {"speculative": generate, "plain": generate_plain, "oracle": generate_or
 def load(out_dir, device="auto", dtype="auto"):
     """(model, tokenizer, checkpoint) of out_dir/ckpt.pt, the model in evaluation mode."""
     path, device = Path(out_dir) / "ckpt.pt", pick_device(device)
-    ckpt = read_checkpoint(path)
+    ckpt = read_checkpoint(path, "train.py")
     if "trunk" in ckpt:  # a head on a model from elsewhere
         trunk = ckpt["trunk"] if isinstance(ckpt["trunk"], dict) else {}
         if "door" not in trunk:
@@ -129,12 +129,13 @@ def is_terminal():
 
 def write_sample(args, decoder, model, enc, sampler, colour):
     """Print one text; returns what the decoder did."""
-    stats, stream = Stats(), TextStream(enc, printable=is_terminal())
-    tokens = decoder(model, enc.prompt_ids(args.prompt), args.max_new_tokens, sampler=sampler,
-                     stop_token=enc.eot_token, stats=stats)
+    prompt, stats = enc.prompt_ids(args.prompt), Stats()
+    stream = TextStream(enc, prompt, printable=is_terminal())
+    tokens = decoder(model, prompt, args.max_new_tokens, sampler=sampler, stop_token=enc.ends,
+                     stats=stats)
     print(args.prompt, end=enc.gap, flush=True)
     for i, token in enumerate(tokens):
-        text = stream.push(token) if token != enc.eot_token else stream.end()
+        text = stream.push(token) if token not in enc.ends else stream.end()
         if args.show_drafts:
             text = paint(text, stats.origins[i], colour)
         print(text, end="", flush=True)
@@ -154,7 +155,8 @@ def main():
         raise BadInput(f"{args.out_dir} has n_future = 1: there is no head to draft from; take "
                        "--mode plain.")
     decoder = MODES[mode] if mode in MODES else door("mode", mode).generate
-    colour = is_terminal() and not os.environ.get("NO_COLOR")  # https://no-color.org
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"  # https://no-color.org
+    colour = is_terminal() and not plain
     if args.show_drafts:
         print(legend(model.config.n_future - 1 if drafts else 0, colour) + "\n")
     sampler = make_sampler(*options, torch.Generator(model.device).manual_seed(args.seed))

@@ -80,18 +80,23 @@ class Tokenizer(tiktoken.Encoding):
     """A tiktoken.Encoding, and what the scripts ask of any tokenizer. Your own has these, too:
 
         prompt_ids(text)   the ids that a text begins with
-        pieces()           a function from the next token to the text that it completes, and from
-                           None to what is left at the end
+        pieces(prompt)     a function from the next token after these ids to the text that it
+                           completes, and from None to what is left at the end
         gap                what stands between a prompt and its text
-        answer_end         the token that ends an answer; None for texts that go on
+        ends               the ids that end a text
+        answer_end         those that end an answer; None for texts that go on
     """
 
     gap, answer_end = "", None
 
+    @property
+    def ends(self):
+        return {self.eot_token}
+
     def prompt_ids(self, text):
         return [self.eot_token, *encode(self, text)]  # texts begin after one, as in training
 
-    def pieces(self):
+    def pieces(self, prompt=()):
         # holds back the bytes of a character until it is complete
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -105,7 +110,7 @@ class Tokenizer(tiktoken.Encoding):
 class Characters:
     """A tokenizer of single characters, as nanoGPT has: it knows no others, nor <|endoftext|>."""
 
-    gap, answer_end, eot_token = "", None, None
+    gap, ends, answer_end, eot_token = "", (), None, None
 
     def __init__(self, name, characters):
         self.name, self.characters, self.n_vocab = name, characters, len(characters)
@@ -124,7 +129,7 @@ class Characters:
     def prompt_ids(self, text):
         return encode(self, text or ("\n" if "\n" in self.ids else self.characters[0]))
 
-    def pieces(self):
+    def pieces(self, prompt=()):
         return lambda token: "" if token is None else self.characters[token]
 
 
@@ -167,14 +172,14 @@ def segments(text):
 
 
 class TextStream:
-    """Token ids in, text out, as far as it is complete.
+    """The token ids after a prompt's in, text out, as far as it is complete.
 
     With printable, control characters other than newline and tab come out as visible escapes
     (\\x1b): a model of bytes may write any of them, and a terminal would obey.
     """
 
-    def __init__(self, enc, printable=False):
-        self.piece, self.printable = enc.pieces(), printable
+    def __init__(self, enc, prompt=(), printable=False):
+        self.piece, self.printable = enc.pieces(prompt), printable
 
     def push(self, token):
         """The text that a token completes; what is left for None, at the end."""

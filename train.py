@@ -436,7 +436,7 @@ class Run:
     def resumed(cls, out_dir, given):
         """The Run that out_dir/ckpt.pt holds, with its settings but for flags that may differ."""
         path = Path(out_dir) / "ckpt.pt"
-        ckpt = read_checkpoint(path)
+        ckpt = read_checkpoint(path, cls.script)
         known, settings = set(asdict(cls.Config())), ckpt.get("train_config")
         if any(name not in ckpt for name in SAVED) or not isinstance(settings, dict) or (
                 set(settings) != known):

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.nn import functional as F
 
 from bench_speculative import hardware, speedups, timed
 from common import ArgumentParser, number, run_script
 from decode import (Sampling, Stats, all_finite, check_call, check_finite, draw_next, make_sampler,
-                    until_end, window_ids)
+                    stop_ids, until_end, window_ids)
 from decoders.coupled import Coupled
 from model import BadInput
 from sample import add_model_flags, fast_kernels, load
@@ -142,7 +143,8 @@ class EachItsOwn:
 
     def draw(self, logits):
         found = [own.draw(part) for own, part in zip(self.samplers, logits.split(1))]
-        rows = [torch.zeros_like(logits[:1]) if row is None else row for _, row in found]
+        rows = [F.one_hot(tokens, logits.size(-1)).to(logits.dtype) if row is None else row
+                for tokens, row in found]  # where nobody looks at q
         return torch.cat([tokens for tokens, _ in found]), torch.cat(rows)
 
     def verify(self, logits, q, drafted):
@@ -194,14 +196,15 @@ def write(model, draft, prompts, max_new_tokens, samplers, stop_token, stats):
     """The texts after all prompts; draft None is plain decoding."""
     samplers = own_samplers(Sampling() if samplers is None else samplers, len(prompts))
     for prompt, own in zip(prompts, samplers):
-        check_call(model, prompt, own)
+        check_call(model, prompt, max_new_tokens, own)
+    stops = stop_ids(model, stop_token)
     everyone = [Row(list(prompt), own, max_new_tokens) for prompt, own in zip(prompts, samplers)]
     rows, n, block_size = everyone, model.config.n_future, model.config.block_size
     room = max(map(len, prompts), default=0) + max_new_tokens + n  # drafts may go past a text's end
     cache = RowCache(len(rows), min(room, block_size))
 
     def add(row, new, n_drafts):
-        block, row.left = until_end(new, row.left, stop_token)
+        block, row.left = until_end(new, row.left, stops)
         row.tokens += block
         if stats is not None:
             stats.count(len(new), len(block), n_drafts)
@@ -250,10 +253,11 @@ def generate_plain_batch(model, prompts, max_new_tokens, *, samplers=None, stop_
     """Plain decoding of B prompts, lists of ids, one token of each per forward pass: -> B texts.
 
     samplers: one that all rows draw from in turn, or a list of B; with a generator of its own, a
-    row's text depends on the others by rounding alone. stop_token: the id that ends a text, and is
-    in it. stats: a Stats to count in; a step counts once for each row. BadInput as in `stream`.
+    row's text depends on the others by rounding alone. stop_token: as in `stream`, of all rows.
+    stats: a Stats to count in; a step counts once for each row. BadInput as in `stream`.
     """
-    return write(model, None, prompts, max_new_tokens, samplers, stop_token, stats)
+    with torch.autocast(model.device.type, enabled=False):  # as in `stream`
+        return write(model, None, prompts, max_new_tokens, samplers, stop_token, stats)
 
 
 def generate_batch(model, prompts, max_new_tokens, *, samplers=None, stop_token=None, stats=None):
@@ -264,12 +268,14 @@ def generate_batch(model, prompts, max_new_tokens, *, samplers=None, stop_token=
     make fewer drafts, and random numbers go to other places of their texts.
     """
     check_head(model)
-    return write(model, model.head.draft, prompts, max_new_tokens, samplers, stop_token, stats)
+    with torch.autocast(model.device.type, enabled=False):  # as in `stream`
+        return write(model, model.head.draft, prompts, max_new_tokens, samplers, stop_token, stats)
 
 
 def generate(model, prompt, max_new_tokens, *, sampler=None, **options):
-    """generate_batch of one prompt, in the form of decode.py's decoders."""
-    yield from generate_batch(model, [prompt], max_new_tokens, samplers=sampler, **options)[0]
+    """generate_batch of one prompt, in the form of decode.py's decoders; all is written at once."""
+    texts = generate_batch(model, [prompt], max_new_tokens, samplers=sampler, **options)
+    return (token for token in texts[0])
 
 
 # -----------------------------------------------------------------------------

@@ -81,7 +81,8 @@ class Captured:
     def generate(self, prompt, max_new_tokens, *, generator=None, **options):
         """A text, as the decoders of decode.py yield it. generator: in the place of the sampler's.
         Options: see `stream`, but for the sampler."""
-        blocks = partial(self.blocks, generator=generator or self.generator)
+        own = Sampling(generator=generator).generator or self.generator  # BadInput for a seed
+        blocks = partial(self.blocks, generator=own)
         return stream(blocks, self.model, prompt, max_new_tokens, **options)
 
     def blocks(self, model, tokens, unused, generator):

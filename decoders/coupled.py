@@ -4,7 +4,7 @@ import torch
 
 import decode
 from decode import Greedy, Sampling, keep_equal
-from model import BadInput
+from model import BadInput, whole
 
 
 class Coupled(Sampling):
@@ -17,6 +17,8 @@ class Coupled(Sampling):
     """
 
     def __init__(self, seed, temperature=1.0, top_k=None, top_p=None, device="cpu"):
+        if whole("seed", seed, 0) >= 2**32:
+            raise BadInput(f"seed must be below 2**32, not {seed}")
         super().__init__(temperature, top_k, top_p, torch.Generator(device))
         self.seed, self.place = seed, 0
         self.verified = 1  # the text's first token comes from draw, all others from verify

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 import bench_speculative
 from bench_speculative import Mode, distinct
 from common import number, run_script
-from decode import Greedy, Sampling, draw_next, generate, window_ids
-from model import BadInput, widen
+from decode import Greedy, Sampling, check_call, draw_next, generate, stop_ids, window_ids
+from model import BadInput, whole, widen
 from sample import fast_kernels
 
 # -----------------------------------------------------------------------------
@@ -38,9 +38,7 @@ def at_most(head, most, e, x1, n_drafts, sampler, unembed):
 
 def fixed(head, k):
     """k drafts at every step, if there is room."""
-    if not isinstance(k, int) or k < 0:
-        raise BadInput(f"the number of drafts must be a whole number of at least 0, not {k!r}")
-    return partial(at_most, head, k)
+    return partial(at_most, head, whole("the number of drafts", k, 0))
 
 
 def confident(head, threshold):
@@ -99,11 +97,12 @@ def collect(model, prompts, n_tokens, sampler, stop_token=None):
     if model.head is None:
         raise BadInput("n_future = 1: there is no head to draft from")
     n, block_size, states, labels = model.config.n_future, model.config.block_size, [], []
+    stops = stop_ids(model, stop_token)
     for prompt in prompts:
         cache = model.new_cache()
         hidden = model.hidden(window_ids(list(prompt), model), cache)
         token, end = draw_next(model, hidden, sampler, []), cache.length + n_tokens
-        while cache.length < min(end, block_size - n + 1) and token != stop_token:
+        while cache.length < min(end, block_size - n + 1) and token.item() not in stops:
             e, length = model.split(hidden[:, -1])[1], cache.length  # (1, C)
             drafted, _ = model.head.draft(e, token, n - 1, Greedy(), model.unembed)
             if drafted.size(1) < n - 1:
@@ -146,6 +145,8 @@ def generate_unverified(model, prompt, max_new_tokens, clp, tau, *, sampler=None
     """
     if not 0 < tau <= 1:
         raise BadInput(f"tau must be above 0 and at most 1, not {tau}")
+    sampler = Sampling() if sampler is None else sampler
+    check_call(model, prompt, max_new_tokens, sampler)  # of a class, the copy would be itself
 
     def draft(e, *rest):
         log_p, L = clp.log_probs(e[0]).max(-1)
@@ -155,7 +156,7 @@ def generate_unverified(model, prompt, max_new_tokens, clp, tau, *, sampler=None
         n_accepted = torch.full((1, 1), drafted.size(1), device=drafted.device)
         return n_accepted, lossy.draw(logits[:, -1])[0].unsqueeze(1)
 
-    lossy = copy.copy(Sampling() if sampler is None else sampler)
+    lossy = copy.copy(sampler)
     lossy.verify = keep_all
     return generate(model, prompt, max_new_tokens, draft=draft, sampler=lossy, **options)
 

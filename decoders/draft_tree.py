@@ -290,9 +290,9 @@ def check_tree(model, n_nodes):
         raise BadInput(f"head {model.config.head} has another state for each token that a tree "
                        "could begin with; take --mode speculative")
     most = BEAMS * (model.config.n_future - 1)
-    if not 1 <= n_nodes <= most:
+    if type(n_nodes) is not int or not 1 <= n_nodes <= most:  # True is no number
         raise BadInput(f"a tree has from 1 to {most} drafts here, {BEAMS} for each offset of the "
-                       f"head, not {n_nodes}")
+                       f"head, not {n_nodes!r}")
 
 
 def generate(model, prompt, max_new_tokens, n_nodes=8, *, sampler=None, **options):

@@ -9,6 +9,7 @@ All that is asked for is timed in one bench, in turn. Its own flags and its outp
 bench_speculative.py; see there.
 """
 
+import copy
 import itertools
 from contextlib import nullcontext
 from dataclasses import replace
@@ -91,8 +92,6 @@ def to_transformers(model):
 
     BadInput without transformers, or where the target is not the LM head.
     """
-    if isinstance(model, Pretrained):
-        return model.lm
     if model.config.target != "lm_head":
         raise BadInput("--transformers needs a model with target lm_head: others know nothing of "
                        "the head's marginal.")
@@ -101,6 +100,10 @@ def to_transformers(model):
     except ImportError:
         raise BadInput("--transformers needs it: python -m pip install transformers") from None
     transformers.logging.set_verbosity_error()
+    if isinstance(model, Pretrained):
+        peer = copy.copy(model.lm)  # its own has penalties and cuts of the model's makers
+        peer.generation_config = transformers.GenerationConfig()
+        return peer
     c = model.config
     peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=c.n_token, n_positions=c.block_size + LOOKUP, n_embd=c.n_embd, n_layer=c.n_layer,
@@ -123,13 +126,17 @@ def to_transformers(model):
 
 def transformers_generate(peer, prompt, max_new_tokens, *, sampler, stop_token=None, stats=None,
                           **options):
-    """peer.generate in the form of our decoders. Our generator seeds torch's own."""
-    peer.generation_config.eos_token_id = stop_token
+    """peer.generate in the form of our decoders; stop_token as one of theirs, or a set of ids. Our
+    generator seeds torch's own."""
+    several = isinstance(stop_token, (set, frozenset))
+    options["eos_token_id"] = sorted(stop_token) if several else stop_token
     options["do_sample"] = sampler.generator is not None
     if options["do_sample"]:
         seed = torch.randint(2**31, (), generator=sampler.generator, device=peer.device)
         torch.manual_seed(seed.item())
-        options |= dict(temperature=1.0, top_k=0)
+        cuts = sampler.warp.keywords
+        options |= dict(temperature=cuts["temperature"], top_k=cuts["top_k"] or 0,
+                        top_p=cuts["top_p"] or 1.0)
     idx = torch.tensor([prompt], device=peer.device)
     text = peer.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=max_new_tokens,
                          **options)

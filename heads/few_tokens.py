@@ -31,21 +31,32 @@ class FewTokens:
     """
 
     def __init__(self, config):
-        if not 1 <= self.K <= config.n_token:
-            raise BadInput(f"a head can draft 1 to {config.n_token} tokens, not {self.K}")
+        if type(self.K) is not int or not 1 <= self.K <= config.n_token:  # True is no number
+            raise BadInput(f"a head can draft 1 to {config.n_token} tokens, not {self.K!r}")
         super().__init__(replace(config, vocab_size=self.K, n_token=self.K))
         self.V = config.n_token
-        self.register_buffer("draft_ids", torch.zeros(self.K, dtype=torch.long))  # sorted
+        self.register_buffer("draft_ids", torch.arange(self.K))  # different ones, and sorted
         self.register_buffer("draft_rows", torch.zeros(self.K, config.n_embd))  # W_K
 
     def choose_drafts(self, ids, unembed):
         """Draft these ids (K,) from now on; unembed W (V, C) must not change after that."""
-        known = len(ids) == len(ids.unique()) == self.K and 0 <= ids.min() <= ids.max() < self.V
-        if not known:
+        ids = torch.as_tensor(ids).sort().values
+        if not self.can_draft(ids):
             raise BadInput(f"the head drafts {self.K} of {self.V} tokens: give it as many ids, "
                            "each once")
-        self.draft_ids.copy_(ids.sort().values)
+        self.draft_ids.copy_(ids)
         self.draft_rows.copy_(unembed[self.draft_ids])
+
+    def can_draft(self, ids):
+        """Whether they are K ids, sorted, each once: of one that is there twice, q would have half
+        of the probability that it is drawn with."""
+        return (ids.shape == (self.K,) and ids.dtype in (torch.int32, torch.int64)
+                and 0 <= ids[0] and ids[-1] < self.V and bool((ids.diff() > 0).all()))
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if not self.can_draft(self.draft_ids):
+            rest[-1].append(f"{prefix}draft_ids are not {self.K} ids, sorted, each once")
 
     def places(self, tokens):
         """Which of the K tokens (...) are: -> places (...), and whether they are among them."""

@@ -55,12 +55,14 @@ class Head(CPHead):
         accepted less, and the text is exact, as q is what they were drawn from.)
         """
         recorded = torch.compiler.is_compiling() or unembed.is_cuda  # steps that are replayed
-        if torch.is_grad_enabled() or recorded:
+        rounded = torch.is_autocast_enabled(unembed.device.type)
+        if torch.is_grad_enabled() or recorded or rounded:
             return unembed @ self.directions
         weights = [(x.data_ptr(), x.shape, x._version) for x in (unembed, self.directions)]
-        if self.kept is None or self.kept[0] != weights:
-            self.kept = weights, unembed @ self.directions
-        return self.kept[1]
+        kept = self.kept  # another thread may set it at any time
+        if kept is None or kept[0] != weights:
+            kept = self.kept = weights, unembed @ self.directions
+        return kept[1]
 
     def log_marginal(self, e, unembed):
         self.kept = None  # the target is never of older weights

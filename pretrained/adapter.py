@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,39 +86,123 @@ def fingerprint(folder, gguf):
 
 class HubTokenizer:
     """A tokenizer of transformers, as tokenizer.py asks for one. With chat, a text is the answer to
-    a user's message; BadInput where there is no template for that."""
+    a user's message; BadInput where there is no template for that.
 
-    def __init__(self, tokenizer, n_vocab, chat):
+    config: of the model, whose ids and room prompts must keep to. ends: the ids that end a text.
+    """
+
+    def __init__(self, tokenizer, config, chat, ends=()):
         if chat and not tokenizer.chat_template:
             raise BadInput("this model has no chat template, and its text was made with one")
-        self.tokenizer, self.n_vocab, self.chat = tokenizer, n_vocab, chat
-        self.eot_token = tokenizer.eos_token_id
-        self.gap, self.answer_end = ("\n\n", self.eot_token) if chat else ("", None)
+        self.tokenizer, self.chat, self.ends = tokenizer, chat, frozenset(ends)
+        self.n_vocab, self.longest = config.vocab_size, config.block_size - 1
+        self.gap, self.answer_end = ("\n\n", self.ends) if chat else ("", None)
+        added, unknown = tokenizer.added_tokens_decoder.items(), tokenizer.unk_token_id
+        self.control = {i: token.content for i, token in added
+                        if i in self.ends or token.special and i != unknown}
+        self.begin = ids_in_front(tokenizer)
 
     def prompt_ids(self, text):
         if self.chat:
-            message = [{"role": "user", "content": text}]
-            return list(self.tokenizer.apply_chat_template(message, add_generation_prompt=True,
-                                                           return_dict=True)["input_ids"])
-        ids = self.tokenizer(text)["input_ids"]
-        first = self.tokenizer.bos_token_id
-        return ids or [self.eot_token if first is None else first]
+            ids = self.encode(text, partial(self.render, add_generation_prompt=True))
+            if len(ids) > self.longest:  # else its beginning would be lost
+                raise BadInput(f"the message is of {len(ids):,} tokens with its template, and the "
+                               f"model has room for {self.longest:,} before an answer")
+            return self.known(ids)
+        ids, first = [*self.begin, *self.encode(text)], self.tokenizer.bos_token_id
+        if not ids and first is None:
+            raise BadInput("this model has no token that texts begin with: give it a prompt")
+        return self.known(ids or [first])
+
+    def known(self, ids):
+        """The ids, if the model has a row for each of them."""
+        for x in ids:
+            if x >= self.n_vocab:
+                token = self.tokenizer.convert_ids_to_tokens(x)
+                raise BadInput(f"the model has {self.n_vocab:,} tokens, and its tokenizer gives it "
+                               f"one more, {token!r}, with the id {x}")
+        return ids
 
     def open_message(self, frame):
         """The ids of a user's message that is not finished yet."""
-        message = [{"role": "user", "content": frame}]
-        text = self.tokenizer.apply_chat_template(message, tokenize=False)
-        text = text[: text.index(frame) + len(frame)]
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        def opened(frame):
+            before, found, _ = self.render(frame).rpartition(frame)
+            if not found:
+                raise BadInput("this model's chat template changes a user's message, so that the "
+                               "model cannot finish one; give it whole ones, --prompts")
+            return before + found
+
+        return self.known(self.encode(frame, opened))
+
+    def render(self, message, **options):
+        """A user's message in the model's template."""
+        try:
+            return self.tokenizer.apply_chat_template([{"role": "user", "content": message}],
+                                                      tokenize=False, **options)
+        except Exception as e:  # what a template raises, or Python in it: many kinds
+            why = " ".join(str(e).split())[:200] or type(e).__name__
+            raise BadInput(f"this model's chat template refuses a user's message: {why}") from None
+
+    def encode(self, text, wrap=str):
+        """The ids of wrap(text). A control token in the text is plain text: a mark in it, of which
+        nothing is left, keeps it from being one."""
+        mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in text)  # private use
+        plain = text
+        for token in self.control.values() if self.tokenizer.is_fast else ():  # else: see below
+            plain = plain.replace(token, token[:1] + mark + token[1:])
+        whole, is_marked = wrap(plain), plain != text
+        found = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=is_marked)
+        ids = found["input_ids"]
+        if is_marked:
+            spans = [whole[start:end] for start, end in found["offset_mapping"]]
+            ids = [x for x, span in zip(ids, spans) if span != mark]
+        # whatever a tokenizer makes of the mark, or of other forms of a control token
+        expected = self.tokenizer(wrap("a"), add_special_tokens=False)["input_ids"]
+        if self.controls(ids) != self.controls(expected) or mark in self.tokenizer.decode(ids):
+            raise BadInput("this model's tokenizer cannot keep a control token plain that is in "
+                           "the text; take it out")
+        return ids
+
+    def controls(self, ids):
+        return [x for x in ids if x in self.control]
 
     def decode(self, tokens):
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        tokens = [x for x in tokens if x not in self.ends]  # not all of them are special
+        # a clean-up would move what was there before
+        return self.tokenizer.decode(tokens, skip_special_tokens=True,
+                                     clean_up_tokenization_spaces=False)
 
-    def pieces(self):
-        from tokenizers.decoders import DecodeStream
+    def pieces(self, prompt=()):
+        ids = [] if self.chat else list(prompt)  # an answer stands by itself
+        shown = self.decode(ids)
 
-        stream, backend = DecodeStream(skip_special_tokens=True), self.tokenizer._tokenizer
-        return lambda token: "" if token is None else stream.step(backend, token) or ""
+        def piece(token):
+            nonlocal shown
+            ids.extend(() if token is None else (token,))
+            text = self.decode(ids)  # a token's form depends on those before it
+            if token is not None and text.endswith("\ufffd"):
+                return ""  # of a character that is not whole yet
+            new, shown = text[len(shown) :], text
+            return new
+
+        return piece
+
+
+def ids_in_front(tokenizer):
+    """What a tokenizer puts before a text; what it puts behind one, as [SEP], would end it."""
+    plain, whole = (tokenizer("a A 0", add_special_tokens=added)["input_ids"]
+                    for added in (False, True))
+    places = range(len(whole) - len(plain) + 1)
+    return next((whole[:i] for i in places if whole[i : i + len(plain)] == plain), [])
+
+
+def ends_of_text(lm, tokenizer):
+    """The ids that end a text: where transformers' generate would stop, and the tokenizer's own."""
+    own = getattr(lm.generation_config, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])}
+    n_vocab = lm.get_output_embeddings().weight.size(0)
+    return {x for x in ids - {None} if 0 <= x < n_vocab}  # no other one is ever written
 
 
 # -----------------------------------------------------------------------------
@@ -227,9 +312,12 @@ class Pretrained(GPT):
             hidden = self.hidden(idx)
         except AttributeError:  # its trunk is not what its LM head is on
             raise BadInput(f"{name} gives no hidden states, which a head drafts from") from None
-        if not self.close(widen(self.lm_head(hidden)), widen(self.lm(idx, use_cache=False).logits)):
+        if not self.is_one_product(idx, hidden):
             raise BadInput(f"{name}: its logits are not its LM head of its last hidden state (they "
                            "are scaled or capped), which a head needs")
+        if self.lm.get_input_embeddings().weight.size(0) < self.config.vocab_size:
+            raise BadInput(f"{name} has an LM head for {self.config.vocab_size:,} tokens, some of "
+                           "which it cannot read: its embedding has fewer rows")
         try:
             cache = self.new_cache()
             first = self.hidden(idx[:, :4], cache)
@@ -246,6 +334,31 @@ class Pretrained(GPT):
             raise BadInput(f"{name} has no cache that can be rolled back, or does not read from "
                            "left to right, so its drafts could not be verified; take a plain "
                            "transformer decoder")
+
+    def is_one_product(self, idx, hidden):
+        """Whether the logits after idx are the LM head's own, of the last of the hidden states.
+
+        Within one pass nothing is rounded twice, so all is equal to the last bit, in any type. A
+        tolerance would let logits pass in bfloat16 that are capped at 30, or a state that is scaled
+        by 1.05.
+        """
+        seen = {}
+
+        def note(module, args, out):
+            seen[module] = args[0] if args else None, out
+
+        trunk = self.lm.base_model
+        hooks = [part.register_forward_hook(note) for part in (trunk, self.lm_head)]
+        try:
+            logits = self.lm(idx, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        x, out = seen.get(self.lm_head, (None, None))
+        # some, as OPT, call a part of the trunk alone: then it is that of the pass before
+        state = seen[trunk][1].last_hidden_state if trunk in seen else hidden
+        return (torch.is_tensor(x) and torch.equal(widen(x), widen(state))
+                and torch.equal(widen(out), widen(logits)) and self.close(hidden, state))
 
     @torch.inference_mode()
     def check_rows(self):
@@ -362,7 +475,7 @@ def load_pretrained(name, device, dtype="auto", known=None, chat=None, **head):
     model = Pretrained(lm, lm_config(lm, **head), source)
     model.check(name)
     chat = bool(tokenizer.chat_template) if chat is None else chat
-    return model, HubTokenizer(tokenizer, model.config.vocab_size, chat)
+    return model, HubTokenizer(tokenizer, model.config, chat, ends_of_text(lm, tokenizer))
 
 
 def measured_dtype(name, device):

@@ -27,10 +27,10 @@ from pretrained.texts import open_texts
 
 
 @torch.inference_mode()
-def answer(model, prompts, max_new_tokens, temperature, stop_token, generator):
+def answer(model, prompts, max_new_tokens, temperature, ends, generator):
     """Continue prompts, lists of ids, all at once.
 
-    Returns for each prompt its tokens x_1, ..., x_L (L,), the last one being stop_token or the
+    Returns for each prompt its tokens x_1, ..., x_L (L,), the last one being one of ends or the
     max_new_tokens-th; the hidden states e_0, ..., e_{L-1} (L, C) that they were drawn from; and the
     logsumexp (L,) of the logits there.
     """
@@ -42,6 +42,7 @@ def answer(model, prompts, max_new_tokens, temperature, stop_token, generator):
         mask[i, width - len(prompt) :] = 1
     places, rows = (mask.cumsum(1) - 1).clamp_min(0), torch.arange(B)
     past, found, uniform = None, [], partial(torch.rand, generator=generator)
+    ends = torch.tensor(sorted(ends), dtype=torch.long, device=device)
     for _ in range(max_new_tokens):
         out = model.pass_over(idx, past, attention_mask=mask, position_ids=places)
         past, e = out[model.cache_name], out.last_hidden_state[:, -1]
@@ -50,7 +51,7 @@ def answer(model, prompts, max_new_tokens, temperature, stop_token, generator):
         # sums in float64 take 15 times as long, for digits that training text does not need
         tokens = categorical(p, uniform, torch.float32)
         found.append((rows, tokens.cpu(), e.cpu(), logits.logsumexp(-1).cpu()))
-        alive = tokens != stop_token
+        alive = ~torch.isin(tokens, ends)
         if not alive.all():  # texts that have ended make room
             kept = alive.nonzero().flatten()
             if not len(kept):
@@ -86,9 +87,11 @@ LONGEST_MESSAGE = 32  # tokens that finish a frame
 def finish(model, enc, frames, generator):
     """The frames as messages of one line, which the model finishes as if it were the user."""
     opened = [enc.open_message(frame) for frame in frames]
-    texts = answer(model, opened, LONGEST_MESSAGE, 0.8, enc.eot_token, generator)
-    messages = [frame + enc.decode(tokens.tolist()).split("\n")[0]
-                for frame, (tokens, *_) in zip(frames, texts)]
+    texts = answer(model, opened, LONGEST_MESSAGE, 0.8, enc.ends, generator)
+    # decoded after their beginnings: alone, a text may lose its first space
+    whole = [enc.decode([*ids, *tokens.tolist()]) for ids, (tokens, *_) in zip(opened, texts)]
+    messages = [frame + text[len(enc.decode(ids)) :].split("\n")[0]
+                for frame, ids, text in zip(frames, opened, whole)]
     held_out = {message for kind in HELD_OUT.values() for message in kind}
     return [frame if message in held_out else message for frame, message in zip(frames, messages)]
 
@@ -123,7 +126,7 @@ def generate(args):
                     batch = finish(model, enc, batch, generator)
                 batch = [enc.prompt_ids(prompt) for prompt in batch]
                 texts.append(answer(model, batch, args.max_new_tokens, args.temperature,
-                                    enc.eot_token, generator))
+                                    enc.ends, generator))
                 bar.update(args.batch_size)
                 bar.set_postfix(tokens=f"{sum(lengths):,}")
     print(f"{args.data_dir}: {len(lengths):,} texts of {model.source['name']}, {sum(lengths):,} "

@@ -37,11 +37,13 @@ def loss_on_states(model, teacher, states, gold, log_z, joint_weight=1.0, balanc
     head, W, e, real = model.head, model.unembed, states[:, 0], gold.clamp_min(0)
     # K of the rows are of tokens that can be drafted, and inside says which of gold are among them
     rows, (place, inside) = W, (real, gold >= 0)
+    bias = own_bias = model.lm_head.bias  # of the target; no draft sees it
     if isinstance(head, FewTokens):
         rows, (place, inside) = head.draft_rows, head.places(gold)
+        own_bias = None if bias is None else bias[head.draft_ids]
     log_q = head.rows(e, real[:, :-1], W)  # (B, n - 1, K)
     with torch.no_grad():
-        log_p = widen(F.linear(states[:, 1:], rows)) - log_z[:, 1:, None]  # (B, n - 1, K)
+        log_p = widen(F.linear(states[:, 1:], rows, own_bias)) - log_z[:, 1:, None]  # (B, n - 1, K)
     # an offset counts within the text, and where the tokens before it could be drafted
     drafted = F.pad(inside[:, 1:-1].long().cumprod(1), (1, 0), value=1)
     counts = drafted * (gold[:, 1:] >= 0)  # (B, n - 1)
@@ -58,7 +60,8 @@ def loss_on_states(model, teacher, states, gold, log_z, joint_weight=1.0, balanc
     balance = balance_loss(log_w)
     with torch.no_grad():
         accept = torch.minimum(log_p, log_q).exp().sum(-1)
-        first = (log_z[:, 0] - (W[real[:, 0]] * e).sum(-1)).mean()
+        first = (W[real[:, 0]] * e).sum(-1) + (0 if bias is None else bias[real[:, 0]])  # (B,)
+        first = (log_z[:, 0] - first).mean()
         parts = dict(next=first, joint=-mean(of_gold).mean(),
                      offset=torch.cat((first[None], -mean(of_gold))), balance=balance,
                      usage=log_w.exp().mean(0), accept=mean(accept),

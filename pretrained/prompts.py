@@ -65,7 +65,8 @@ def read_prompts(paths):
     training, held_out = {}, {}
     for path in map(Path, paths):
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            with open(path, encoding="utf-8-sig") as file:  # -sig: Windows puts a mark first
+                lines = [line.strip() for line in file]  # splitlines would end them at U+2028, too
         except UnicodeDecodeError:
             raise BadInput(f"{path} is not a utf-8 text with a prompt per line") from None
         lines = list(dict.fromkeys(filter(None, lines)))

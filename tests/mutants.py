@@ -93,7 +93,7 @@ MUTANTS = [
     M("decode.py", "plain decoding, the baseline, has lost its cache",
       "        if cache.length == model.config.block_size:", "        if True:", "decode"),
     M("decode.py", "the stop token is not part of the text",
-      "block[: block.index(stop_token) + 1]", "block[: block.index(stop_token)]", "cp_head"),
+      "return block[: i + 1], 0", "return block[:i], 0", "cp_head"),
     M("decode.py", "the tokens after a text's end are counted",
       "stats.count(len(new), len(block)", "stats.count(len(new), len(new)", "decode"),
     M("train.py", "gradients are a sum over grad_accum, not a mean",

@@ -1,11 +1,16 @@
 """The decoders' parts: warp, the draws, verification in floating point, samplers, windows,
 statistics, bad calls."""
 
+import copy
 import itertools
 import math
+import pickle
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -14,11 +19,13 @@ from test_cp_head import HEADS, MASKS, chi_square_p_value, close, counting_model
 import decode
 from decode import (Greedy, Sampling, Stats, categorical, generate, generate_oracle, generate_plain,
                     keep_probability, make_sampler, verify, warp, window_ids, window_start)
-from decoders import coupled
+from decoders import batched, captured, coupled, draft_tree
 from decoders.coupled import Coupled
-from model import BadInput
+from decoders.draft_length import collect, fit, generate_unverified
+from model import BadInput, GPTConfig
 
 DECODERS = (generate_oracle, generate_plain, generate)
+MODES = [*DECODERS, *(mode.generate for mode in (batched, captured, coupled, draft_tree))]
 
 
 def seeded(seed=0):
@@ -233,10 +240,74 @@ def test_drafts_are_drawn_by_the_samplers_own_rule(rank, head):
 @pytest.mark.parametrize("options", [
     dict(temperature=float("nan")), dict(temperature=-1.0), dict(temperature=1e-300), dict(temperature=1e300),
     dict(top_p=0.0), dict(top_p=-0.5), dict(top_p=float("nan")), dict(top_p=1.5), dict(top_k=0),
-    dict(temperature=0, top_p=0.0)], ids=str)
+    dict(temperature=0, top_p=0.0), dict(temperature="1"), dict(temperature=None), dict(top_k=3.0), dict(top_k="3"),
+    dict(top_k=True), dict(top_p="0.5"), dict(generator=0), dict(generator=1337), dict(temperature=0, generator=0)],
+    ids=str)
 def test_samplers_refuse_what_is_no_setting(options):
     with pytest.raises(ValueError, match=[*options][-1]):
         make_sampler(**options)
+
+
+BAD_CALLS = [
+    (dict(prompt=None), "prompt"), (dict(prompt="12"), "prompt"), (dict(prompt=[True, False]), "prompt"),
+    (dict(prompt=[1.0]), "prompt"), (dict(prompt=[5]), "prompt"), (dict(prompt={1: 2}), "prompt"),
+    *((dict(max_new_tokens=n), "max_new_tokens must be a whole number") for n in (1.5, 3.0, "10", None, -1, True, [3])),
+    *((dict(sampler=sampler), "sampler|Sampling") for sampler in (Greedy, Sampling, "greedy", 0, 0.7))]
+ALL = dict(oracle=generate_oracle, plain=generate_plain, speculative=generate, batched=batched.generate,
+           captured=captured.generate, draft_tree=draft_tree.generate, coupled=coupled.generate,
+           unverified=partial(generate_unverified, clp=None, tau=0.5))
+
+
+@pytest.mark.parametrize("decoder", ALL)
+def test_a_wrong_argument_is_a_value_error_at_the_call(decoder):
+    """Not at the first token, nor one of torch's or Python's from deep within; and nothing is
+    changed: a sampler's class once lost its verify."""
+    model, before = tiny_model(), [(one.draw, one.verify) for one in (Greedy, Sampling)]
+    for change, message in BAD_CALLS:
+        with pytest.raises(ValueError, match=message):
+            ALL[decoder](**{"model": model, "prompt": [1, 2], "max_new_tokens": 3, **change})
+    assert [(one.draw, one.verify) for one in (Greedy, Sampling)] == before
+    with pytest.raises(ValueError, match="eval"):
+        ALL[decoder](model.train(), [1, 2], 3)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    model, prompt, options = tiny_model(), np.array([1, 2]), dict(top_k=np.int64(3), temperature=np.float32(0.5))
+    texts = [list(decoder(model, list(prompt), np.int64(4), sampler=Sampling(**options))) for decoder in DECODERS]
+    assert [len(text) for text in texts] == [4, 4, 4] and type(texts[0][0]) is int
+
+
+@pytest.mark.parametrize("name,value", [
+    ("bias", "no"), ("bias", None), ("bias", 0), ("n_layer", True), ("n_future", 2.0), ("rank", "4"),
+    ("n_token", True), ("target", True), ("head", None)])
+def test_a_config_refuses_what_is_no_setting(name, value):
+    with pytest.raises(BadInput, match=name):
+        GPTConfig(**{name: value})
+
+
+def test_rows_that_the_drafts_were_not_drawn_from_are_refused():
+    """A head, a sampler or a draft= of somebody else's whose q is no distribution would change the
+    text's: with the unnormalised rows here by far. In every row of a batch, whatever the others'
+    samplers are."""
+    class Own(Sampling):
+        def draw(self, logits):
+            tokens, q = super().draw(logits)
+            return tokens, 0.9 * q
+
+    model = tiny_model()
+    for decoder in (generate, batched.generate):
+        with pytest.raises(BadInput, match="rows q of the draft do not sum to 1"):
+            list(decoder(model, [1, 2], 5, sampler=Own()))
+    for samplers in ([Greedy(), Sampling(), Coupled(0)], [Greedy(), Own(), Coupled(0)]):
+        def write():
+            return batched.generate_batch(model, [[1], [2], [3]], 5, samplers=samplers)
+        if type(samplers[1]) is Own:
+            with pytest.raises(BadInput, match="rows q of the draft do not sum to 1"):
+                write()
+        else:
+            assert [len(text) for text in write()] == [5, 5, 5]
+    with pytest.raises(BadInput, match="rows q of the draft do not sum to 1"):
+        list(generate(model, [1, 2], 5, draft=lambda *args: (model.head.draft(*args)[0], torch.zeros(1, 2, 5))))
 
 
 def test_bad_calls_are_refused():
@@ -248,6 +319,83 @@ def test_bad_calls_are_refused():
         generate(tiny_model(n_future=1), [1], 1)
     with pytest.raises(ValueError, match="eval"):
         list(generate_oracle(model.train(), [1], 1))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "1", None, True])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(BadInput, match="seed must be"):
+        Coupled(seed)
+
+
+def test_a_captured_text_takes_no_seed_for_a_generator():
+    """0 was ignored silently."""
+    steps = captured.Captured(tiny_model())
+    for generator in (0, 1337, "cpu"):
+        with pytest.raises(BadInput, match="generator must be a torch.Generator"):
+            steps.generate([1], 3, generator=generator)
+
+
+# -----------------------------------------------------------------------------
+# texts beside one another, and what stands around a call
+
+
+@heads
+def test_texts_of_one_model_do_not_meet(head):
+    """Two generators in turn, a pass of the model between two tokens, and texts in other threads:
+    each text is what it is alone. What a text needs is in its own cache, and nothing hangs on the
+    model or its layers."""
+    model = tiny_model(head=head, target="lm_head", block_size=16)
+    prompts = [[1, 2, x] for x in range(3)]
+    expected = [list(generate_oracle(model, prompt, 24, sampler=Greedy())) for prompt in prompts]
+    going, found = [generate(model, prompt, 24, sampler=Greedy()) for prompt in prompts], [[], [], []]
+    for _ in range(24):
+        for text, one in zip(found, going):
+            text.append(next(one))
+            with torch.no_grad():
+                model(torch.tensor([[4, 3, 2, 1]]))
+    assert found == expected
+    with ThreadPoolExecutor(4) as threads:
+        write = partial(generate, model, max_new_tokens=24, sampler=Greedy())
+        found = list(threads.map(lambda prompt: list(write(prompt)), 4 * prompts))
+    assert found == 4 * expected
+
+
+@heads
+def test_a_model_can_be_copied_after_training_and_after_decoding(head):
+    """No tensor of a pass, with its graph, is left in it."""
+    model = tiny_model(head=head, target="lm_head")
+    model.loss(torch.randint(5, (2, 4)), torch.randint(5, (2, 4, 3)))[0].backward()
+    expected = list(generate(model, [1, 2], 12, sampler=Greedy()))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert list(generate(copied, [1, 2], 12, sampler=Greedy())) == expected
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if head not in MASKS])
+def test_autocast_changes_no_text(head):
+    """Around the call, around the tokens, or around both: rounded rows are not what the drafts were
+    drawn from, and a cache would hold two types."""
+    model = tiny_model(head=head, target="lm_head", block_size=64).float()
+    rounded = partial(torch.autocast, "cpu", torch.bfloat16)
+    decoders = {name: decoder for name, decoder in ALL.items() if name != "unverified"
+                and not (name == "draft_tree" and head.startswith("conditional"))}
+    for sampler, (name, decoder) in itertools.product((Sampling, Greedy), decoders.items()):
+        def write(calls, steps):
+            own = sampler(generator=seeded(3)) if sampler is Sampling else Greedy()
+            torch.manual_seed(0)
+            with calls():
+                text = decoder(model, [1, 2], 16, sampler=own)
+            with steps():
+                return list(text)
+
+        expected = write(nullcontext, nullcontext)
+        for around in ((rounded, rounded), (rounded, nullcontext), (nullcontext, rounded)):
+            assert write(*around) == expected, name
+        text = decoder(model, [1, 2], 16, sampler=Greedy())
+        next(text)
+        assert not torch.is_autocast_enabled("cpu")  # between two tokens it is the caller's
+        with rounded():
+            next(text)
+            assert torch.is_autocast_enabled("cpu")
 
 
 # -----------------------------------------------------------------------------
@@ -339,6 +487,38 @@ def test_tokens_after_the_end_are_not_counted():
         stats = Stats()
         text = list(generate(model, [3], length, sampler=Greedy(), stop_token=stop, stats=stats))
         assert stats.tokens == len(text) - 1 and len(stats.origins) == len(text)
+
+
+def plain_batch(model, prompt, max_new_tokens, *, sampler, **options):
+    return batched.generate_plain_batch(model, [prompt], max_new_tokens, samplers=sampler, **options)[0]
+
+
+def unverified(model, prompt, max_new_tokens, **options):
+    clp = fit(torch.eye(model.config.n_embd).double(), torch.zeros(model.config.n_embd).long(), model.config.n_future)
+    return generate_unverified(model, prompt, max_new_tokens, clp, 1.0, **options)  # drafts nothing
+
+
+@pytest.mark.parametrize("decoder", [*MODES, plain_batch, unverified], ids=lambda f: f"{f.__module__}.{f.__name__}")
+def test_text_ends_at_any_of_several_stop_tokens(decoder):
+    """The first that comes, given as a set, a list or a tuple; one alone, and none. What could never end a text is one
+    ValueError, at the call."""
+    model = counting_model(7, 5, "lm_head")
+    write = partial(decoder, model, [3], 9, sampler=Greedy())
+    for stop_token, length in (({1, 6}, 3), ([1, 6, 6], 3), ((6,), 3), (frozenset({0}), 4), (6, 3), (0, 4), (None, 9),
+                               ([], 9), (set(), 9)):
+        assert list(write(stop_token=stop_token)) == [(4 + i) % 7 for i in range(length)], stop_token
+    for wrong in ("6", "ab", b"6", True, False, 6.0, 7, -1, [6, 7], {"6"}, [True], [[6]], [None], {6: 1}, object(),
+                  torch.tensor(6)):
+        with pytest.raises(ValueError, match="^a stop_token is an id below 7, a set or list of such ids, or None, not"):
+            write(stop_token=wrong)  # nothing is asked for
+
+
+def test_collect_knows_several_stop_tokens():
+    model = counting_model(7, 3, "marginal")
+    states, _ = collect(model, [[3]], 20, Greedy(), stop_token={0, 2})
+    assert len(states) == 3
+    with pytest.raises(ValueError, match="^a stop_token is an id below 7"):
+        collect(model, [[3]], 20, Greedy(), stop_token="0")
 
 
 def test_the_mode_coupled_takes_its_seed_from_a_generator():

@@ -156,6 +156,18 @@ def test_what_low_rank_keeps_is_of_the_weights_as_they_are():
     assert head.directions.grad.abs().max() > 0
 
 
+def test_low_rank_keeps_nothing_that_autocast_has_rounded():
+    """A pass of the model within autocast, and then a text without it."""
+    model = tiny_model(head="low_rank", target="lm_head").float()
+    e = a_state(model)[None]
+    with torch.inference_mode():
+        expected = model.head.all_logits(e, slice(None), model.unembed)
+        model.head.kept = None
+        with torch.autocast("cpu", torch.bfloat16):
+            model.head.all_logits(e, slice(None), model.unembed)
+        assert torch.equal(model.head.all_logits(e, slice(None), model.unembed), expected)
+
+
 def test_the_target_is_never_of_older_weights():
     """Written behind torch's back, where no draft can tell."""
     model = tiny_model(head="low_rank")
@@ -265,6 +277,34 @@ def test_texts_with_few_tokens_are_the_oracles(head, seed):
         assert texts[0] == texts[1] == texts[2]
 
 
+@few
+def test_few_tokens_are_different_ones_before_they_are_chosen(head, monkeypatch):
+    """Also of a head that nobody has told which: ids that are there twice would be drafted twice as
+    often as q says."""
+    model = tiny_model(head=head, target="lm_head", vocab_size=3, n_future=2)
+    model.head = few_tokens(head_class(head), 2)(model.config).double().eval()
+    texts = enumerated(lambda choose: generate(model, [0, 1], 3, sampler=Sampling()), monkeypatch)
+    assert total_variation(texts, expected_texts(model, [0, 1], 3)) < 1e-12
+
+
+def test_ids_that_are_there_twice_are_refused_wherever_they_come_from():
+    """A list, a checkpoint, a write into the buffer."""
+    model = few_model("chain", [1, 3, 4])
+    for ids in ([0, 0, 1], torch.tensor([2, 2, 3]), [1.2, 1.7, 3.0], [[0, 1, 2]], [True, False, True], []):
+        with pytest.raises(BadInput, match="drafts 3 of 5 tokens"):
+            model.head.choose_drafts(ids, model.unembed)
+    with torch.no_grad():
+        model.head.choose_drafts([4, 0, 2], model.unembed)
+    assert model.head.draft_ids.tolist() == [0, 2, 4]
+    for ids in ([1, 1, 2], [3, 2, 1], [2, 3, 5], [-1, 0, 1]):
+        other = few_model("chain", [1, 3, 4])
+        with pytest.raises(RuntimeError, match="draft_ids are not 3 ids, sorted, each once"):
+            other.head.load_state_dict({**model.head.state_dict(), "draft_ids": torch.tensor(ids)})
+    model.head.draft_ids[:2] = 0
+    with pytest.raises(BadInput, match="rows q of the draft do not sum to 1"):
+        list(generate(model, [1, 2], 5))
+
+
 def test_few_tokens_learn_and_refuse():
     """Gradients reach the head and not the rows of W that it keeps; ids must be K different ones."""
     model = few_model("chain", [1, 3])
@@ -274,7 +314,7 @@ def test_few_tokens_learn_and_refuse():
     for ids in ([1, 1], [1, 2, 3], [0], [1, 5]):
         with pytest.raises(BadInput, match="drafts 2 of 5 tokens"):
             model.head.choose_drafts(torch.tensor(ids), model.unembed)
-    for K in (0, 6):
+    for K in (0, 6, True, 2.0, "2"):
         with pytest.raises(BadInput, match="1 to 5 tokens"):
             few_tokens(head_class("cp"), K)(model.config)
     with pytest.raises(BadInput, match="take no draft vocabulary"):

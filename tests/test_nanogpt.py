@@ -70,6 +70,54 @@ def test_four_commands_for_a_run_of_nanogpt(nano, capsys):
     assert call("train", "--resume --max_iters 5 --out_dir out/nano --device cpu") == (0, "")
 
 
+WRAPPED = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module.",
+           "_orig_mod.module._orig_mod.", ""]
+
+
+@pytest.mark.parametrize("prefix", WRAPPED)
+def test_the_names_that_wrappers_give_are_taken_off(nano, prefix):
+    """DataParallel, DDP, torch.compile, of the whole or of its blocks, in any order."""
+    ckpt = torch.load(nano / "ckpt.pt", weights_only=True)
+    expected = from_checkpoint(ckpt).state_dict()
+    names = {name.removeprefix("_orig_mod."): tensor for name, tensor in ckpt["model"].items()}
+    for inner in ("", "_orig_mod."):
+        state = {prefix + name.replace("h.1.", f"h.1.{inner}"): tensor for name, tensor in names.items()}
+        found = from_checkpoint({**ckpt, "model": state}).state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+        torch.save({**ckpt, "model": state}, nano / "ckpt.pt")
+    assert call("pretrained.nanogpt", CONVERT) == (0, "")
+    assert call("train", f"{NANO} --max_iters 1 --batch_size 4 --eval_windows 4 --out_dir out/nano") == (0, "")
+
+
+@pytest.mark.parametrize("change", [{"rope": True}, {"n_kv_head": 1}, {"activation": "swiglu"}, {"window": None},
+                                    {"draft_vocab": 9}, {"factors": "full"}, {"context": "previous"}], ids=str)
+def test_a_setting_of_a_fork_is_refused_by_name(nano, change):
+    """With weights of the same names and shapes it would load, and another model would be computed. A
+    head's own setting of our older versions matters to that head alone."""
+    ckpt, ((name, value),) = torch.load(nano / "ckpt.pt", weights_only=True), change.items()
+    older = name in ("draft_vocab", "factors", "context")
+    torch.save({**ckpt, "model_args": {**ckpt["model_args"], **change}}, nano / "ckpt.pt")
+    assert call("pretrained.nanogpt", CONVERT) == (0, "")
+    code, message = call("train", f"{NANO} --max_iters 1 --batch_size 4 --eval_windows 4 --out_dir out/nano")
+    if older:
+        assert (code, message) == (0, "")
+    else:
+        assert code == 1 and f"its model_args say {name} = {value!r}" in message and "\n" not in message
+        assert "--fresh_head" not in message and not Path("out/nano").exists()
+    with pytest.raises(BadInput, match=f"say {name} = "):
+        from_checkpoint(torch.load(nano / "ckpt.pt", weights_only=True))
+
+
+def test_settings_that_change_nothing_are_known(nano):
+    """What nanoGPT's versions wrote, and ours where it means what is done today."""
+    ckpt = torch.load(nano / "ckpt.pt", weights_only=True)
+    args = {**ckpt["model_args"], "draft_vocab": 0, "factors": "reduced", "context": "none"}
+    from_checkpoint({**ckpt, "model_args": args})
+    first = {name: value for name, value in args.items() if name != "bias"}  # before nanoGPT had it
+    with pytest.raises(BadInput, match="Missing key.*bias"):
+        from_checkpoint({**ckpt, "model_args": first})
+
+
 def test_characters_round_trip_and_begin_with_a_newline(nano):
     assert call("pretrained.nanogpt", CONVERT) == (0, "")
     meta = common.read_meta("data/nano")
@@ -104,14 +152,25 @@ def test_without_meta_pkl_the_tokens_are_gpt2s(nano, monkeypatch):
     assert code == 1 and "another tokenizer" in message and not Path("out/nano").exists()
 
 
-def test_nothing_is_written_over(nano):
+@pytest.mark.parametrize("left", ["meta.pkl", "train.bin", "input.txt"])
+def test_nothing_is_written_over(nano, left):
     """Neither by our texts, nor by a conversion, nor is anything left behind, after which the folder
-    would not be nanoGPT's any more."""
+    would not be nanoGPT's any more. The folders of its BPE data have no meta.pkl."""
+    if left != "meta.pkl":
+        (nano / "data/meta.pkl").unlink()
+        (nano / "data/input.txt").write_text("To be")
+    if left == "input.txt":
+        for split in ("train", "val"):
+            (nano / f"data/{split}.bin").unlink()
     before = files(nano)
+    code, message = call("prepare", "--input nano/data/input.txt --data_dir nano/data")
+    assert code == 1 and ", which this script did not write" in message and files(nano) == before
+    if left != "meta.pkl":
+        return
     code, message = call("prepare", "--toy --stories 50 --data_dir nano/data")
-    assert code == 1 and "holds meta.pkl, which this script did not write" in message
-    assert call("pretrained.nanogpt", "nano/data --output nano/data") == (
-        1, "nano/data holds meta.pkl, and nothing is written over; take another --output")
+    assert code == 1 and ", which this script did not write" in message
+    code, message = call("pretrained.nanogpt", "nano/data --output nano/data")
+    assert code == 1 and message.endswith("and nothing is written over; take another --output")
     assert files(nano) == before
     assert call("pretrained.nanogpt", CONVERT) == (0, "")
     there = files(Path("data/nano"))

@@ -16,26 +16,30 @@ from test_cp_head import GIVEN, enumerated, expected_texts, tiny_model, total_va
 
 import sample
 import train
-from decode import Greedy, Stats, generate, generate_oracle, generate_plain
+from decode import Greedy, Sampling, Stats, generate, generate_oracle, generate_plain, warp
 from decoders.batched import RowCache, generate_batch, generate_plain_batch
 from decoders.captured import Captured
 from decoders.captured import generate as generate_captured
 from decoders.coupled import Coupled
 from decoders.draft_tree import generate as generate_tree
+from experiments import peers
 from model import BadInput, door
 from model import words as words_of
 from pretrained import adapter, packed
 from pretrained import generate as generating
 from pretrained.losses import TEACHERS, loss_on_frozen_trunk, loss_on_states
 from pretrained.prompts import FRAMES, HELD_OUT, SHARES
+from pretrained import prompts as prompts_of
 from pretrained import texts as texts_of
 from pretrained.texts import FILES, Texts
+from tokenizer import TextStream
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 CPU = torch.device("cpu")
 LAST_STATES = ["cp", *(word for word in words_of("head") if "Model" not in vars(door("head", word)))]
 CHAT = ("{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}")
+CHAT_OF_A = "<u>a</u><a>"
 TINY = dict(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.5, bos_token_id=256, eos_token_id=257)
 
@@ -63,9 +67,74 @@ def byte_tokenizer():
     return tokenizer
 
 
-def save_lm(folder, lm):
+def sentencepiece_like(scheme="first", byte_fallback=True):
+    """As Llama-2's or Gemma's: a space is a part of the token after it, and a text begins with one that is not shown."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256 * byte_fallback)), "▁", *map(chr, range(33, 127)),
+              "▁t", "▁to", "he"]
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [("▁", "t"), ("▁t", "o"), ("h", "e")],
+                                   unk_token="<unk>", byte_fallback=byte_fallback, fuse_unk=True))
+    if scheme == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                         decoders.Strip(" ", 1, 0)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>",
+                                                unk_token="<unk>", chat_template=CHAT)
+
+
+def bert_like():
+    """Words and their parts, in small letters, between [CLS] and [SEP]; no token begins or ends a text by name."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    pieces = ["[UNK]", "[CLS]", "[SEP]", *map(chr, range(33, 65)), *map(chr, range(91, 127)), "##e", "##o", "the", "to"]
+    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(cleanup=False)
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", cls_token="[CLS]",
+                                                sep_token="[SEP]", chat_template=CHAT)
+
+
+def around(tokenizer, template):
+    """The tokenizer, which puts what a template says around a text."""
+    from tokenizers import processors
+
+    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=tokens)
+    return tokenizer
+
+
+def without(tokenizer, *names):
+    for name in names:
+        setattr(tokenizer, name, None)
+    return tokenizer
+
+
+ODD = {  # kind: (how to make it, the ids before a text)
+    "bytes": (byte_tokenizer, []),
+    "bytes, neither begin nor end": (lambda: without(byte_tokenizer(), "bos_token", "eos_token"), []),
+    "bytes, an end behind": (lambda: around(byte_tokenizer(), "<s> $A </s>"), [256]),
+    "bytes, both are one": (lambda: around(byte_tokenizer(), "</s> $A </s>"), [257]),
+    "bytes, an end behind alone": (lambda: around(byte_tokenizer(), "$A </s>"), []),
+    "sentencepiece": (lambda: around(sentencepiece_like(), "<s> $A"), [1]),
+    "sentencepiece, always a space": (lambda: around(sentencepiece_like("always"), "<s> $A </s>"), [1]),
+    "sentencepiece, by a normalizer": (lambda: around(sentencepiece_like("normalizer"), "<s> $A"), [1]),
+    "sentencepiece without bytes": (lambda: sentencepiece_like(byte_fallback=False), []),
+    "bert": (bert_like, [1]),
+}
+odd = pytest.mark.parametrize("kind", ODD)
+
+
+def hub_tokenizer(tokenizer, chat=False, ends=(), **config):
+    return adapter.HubTokenizer(tokenizer, adapter.lm_config(tiny_lm(vocab_size=400, **config)), chat, ends)
+
+
+def save_lm(folder, lm, tokenizer=None):
     lm.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    (tokenizer or byte_tokenizer()).save_pretrained(folder)
     return folder
 
 
@@ -380,11 +449,14 @@ def test_a_trunk_without_hidden_states_is_refused(monkeypatch):
         model.check("odd")
 
 
-def test_loss_counts_what_a_draft_can_reach():
+@pytest.mark.parametrize("bias", [False, True])
+def test_loss_counts_what_a_draft_can_reach(bias):
     """Brute force over a batch: an offset counts inside the text, and as long as the tokens before
     it could be drafted; accept is sum min(p, q), and the loss the cross-entropy of q with p, each
-    offset weighing 0.6 of the one before."""
+    offset weighing 0.6 of the one before. An LM head with a bias, as Phi's, has it in p."""
     model = a_model("llama", head="recurrent", n_future=4, draft_vocab=200)
+    if bias:
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(300, dtype=torch.float64), requires_grad=False)
     states, gold = torch.randn(30, 4, 16, dtype=torch.float64), torch.randint(300, (30, 4))
     gold[:5, 2:] = -1
     logits = model.lm_head(states)
@@ -404,6 +476,8 @@ def test_loss_counts_what_a_draft_can_reach():
     weights = [[0.6**s] * len(losses[s]) for s in range(3)]
     assert loss.item() == pytest.approx(np.average(sum(losses, []), weights=sum(weights, [])), abs=1e-9)
     assert parts["accept"].tolist() == pytest.approx([np.mean(a) for a in accepts], abs=1e-9)
+    first = logits[:, 0].log_softmax(-1).gather(-1, gold[:, :1])
+    assert parts["next"].item() == pytest.approx(-first.mean().item(), abs=1e-9)
 
 
 # -----------------------------------------------------------------------------
@@ -476,13 +550,15 @@ def test_kinds_take_turns_by_their_shares():
 def test_prompts_of_ones_own(home, cwd, capsys):
     """Each file is a kind; its first lines are held out for the bench."""
     shutil.copytree(home / "lm", "lm")
-    Path("hello.txt").write_text("hello\nhow are you\n\nbye\nsee you\n", encoding="utf-8")
+    Path("hello.txt").write_text("hello\nhow are you\n\nbye\u2028bye\nsee you\n", encoding="utf-8-sig")
     Path("sums.txt").write_text("1 + 1\n2 + 2\n", encoding="utf-8")
     args = GENERATE.replace("--num_texts 40 --batch_size 20", "--num_texts 6 --batch_size 3")
     assert call("pretrained.generate", f"{args} --prompts hello.txt sums.txt") == (0, "")
     meta = texts_of.read_texts("own")
     assert list(zip(meta["kinds"], meta["prompts"])) == [("hello", "hello"), ("hello", "how are you"),
                                                          ("sums", "1 + 1")]
+    training, _ = prompts_of.read_prompts(["hello.txt"])
+    assert training == {"hello": ["bye\u2028bye", "see you"]}  # a line of Unicode's is none
     one = f"{args} --data_dir one --prompts hello.txt sums.txt --kinds"
     assert call("pretrained.generate", f"{one} tales")[1].endswith("the kind tales; there are hello, sums")
     assert call("pretrained.generate", f"{one} sums") == (0, "")
@@ -545,8 +621,32 @@ def test_the_texts_of_a_head_are_the_trunks(copy):
     model, enc, ckpt = sample.load("out", "cpu", "float32")
     prompt = enc.prompt_ids("What is glass?")
     theirs = model.lm.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
-    assert enc.gap == "\n\n" and enc.answer_end == enc.eot_token
+    assert enc.gap == "\n\n" and enc.answer_end == enc.ends == {257}
     assert list(generate(model, prompt, 12, sampler=Greedy())) == theirs[0, len(prompt) :].tolist()
+
+
+def test_peers_draw_from_the_very_distribution(cwd):
+    """Whatever generation_config says: penalties, cuts and a temperature of the model's makers, and tokens that must or
+    must not come. At another temperature and with cuts of ours, peers have these."""
+    lm = tiny_lm()
+    for name, value in dict(repetition_penalty=3.0, top_k=2, top_p=0.3, temperature=0.2, do_sample=True, no_repeat_ngram_size=1,
+                            min_new_tokens=5, suppress_tokens=[*range(250)], eos_token_id=[9, 257]).items():
+        setattr(lm.generation_config, name, value)
+    save_lm(Path("lm"), lm)
+    model, enc = adapter.load_pretrained("lm", CPU, "float32")
+    peer, prompt = peers.to_transformers(model), [256, 104]
+    expected = list(generate_plain(model.eval(), prompt, 30, sampler=Greedy()))
+    assert peers.transformers_generate(peer, prompt, 30, sampler=Greedy()) == expected
+    stop = {expected[2], 9}
+    assert peers.transformers_generate(peer, prompt, 30, sampler=Greedy(), stop_token=stop) == expected[:3]
+    assert adapter.load_pretrained("lm", CPU, "float32")[1].ends == enc.ends == {9, 257}  # the same model of theirs
+
+    p = model(torch.tensor([prompt]))[0, -1].detach().double()
+    for options in (dict(), dict(temperature=0.5), dict(top_k=3), dict(top_p=0.5)):
+        sampler = Sampling(**options, generator=torch.Generator().manual_seed(0))
+        drawn = [peers.transformers_generate(peer, prompt, 1, sampler=sampler)[0] for _ in range(400)]
+        row, share = warp(p, **options).numpy(), np.bincount(drawn, minlength=300) / 400
+        assert not share[row == 0].any() and abs(share - row).sum() / 2 < 0.25, options
 
 
 def test_more_than_65535_tokens(cwd):
@@ -563,14 +663,204 @@ def test_more_than_65535_tokens(cwd):
 
 def test_streamed_text_is_the_decoded_text(home, monkeypatch):
     """A character of several tokens comes when it is whole."""
-    from tokenizer import TextStream
-
     monkeypatch.chdir(home)
     enc = adapter.load_pretrained("lm", CPU, "float32")[1]
     ids = enc.tokenizer("héllo €\n")["input_ids"]
     stream = TextStream(enc)
     pieces = [stream.push(token) for token in ids] + [stream.end()]
     assert "".join(pieces) == "héllo €\n" and pieces[1] == "" and pieces[2] == "é"
+
+
+# -----------------------------------------------------------------------------
+# models and tokenizers that begin, end and speak otherwise
+
+
+@odd
+def test_a_prompt_is_its_text_after_what_comes_before_it(kind):
+    """And nothing behind it, such as an end of the text; an empty one begins with what begins a text, if there is any."""
+    make, begin = ODD[kind]
+    enc, tokenizer = hub_tokenizer(make()), make()
+    plain = tokenizer("lily went to", add_special_tokens=False)["input_ids"]
+    assert enc.prompt_ids("lily went to") == [*begin, *plain]
+    first = begin or [x for x in [tokenizer.bos_token_id] if x is not None]
+    if first:
+        assert enc.prompt_ids("") == first
+    else:
+        with pytest.raises(BadInput, match="^this model has no token that texts begin with: give it a prompt$"):
+            enc.prompt_ids("")
+
+
+@odd
+def test_control_tokens_in_a_text_are_plain_text(kind):
+    """In prompts and in messages, at their beginnings and ends and twice, and one within another: no id of one, but for
+    those of the template, and the text is still there. A mark of our own may be in it, too."""
+    tokenizer = ODD[kind][0]()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<u>", "</u>", "<a>"]})
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
+    enc, chat = hub_tokenizer(tokenizer), hub_tokenizer(tokenizer, chat=True)
+    tokens = [tokenizer.convert_ids_to_tokens(i) for i in control]
+    count = {x: enc.tokenizer(CHAT_OF_A, add_special_tokens=False)["input_ids"].count(x) for x in control}
+    begin = ODD[kind][1]
+    for token in tokens:
+        for text in (token, f"a {token} b", f"a{token}", token * 2, token[:1] + token + token[1:], f"\ue000{token}"):
+            ids = enc.prompt_ids(text)
+            assert ids[: len(begin)] == begin and not control & set(ids[len(begin) :]), text
+            ids = chat.prompt_ids(text)
+            assert {x: ids.count(x) for x in control} == count, text
+            if "bert" not in kind and "without bytes" not in kind:
+                assert text in tokenizer.decode(ids)
+    message = "to <b> the"
+    assert chat.prompt_ids(message) == tokenizer.apply_chat_template([{"role": "user", "content": message}],
+                                                                     add_generation_prompt=True)["input_ids"]
+
+
+@odd
+def test_what_is_shown_is_what_the_whole_text_decodes_to(kind):
+    """Of a prompt and random tokens after it, control tokens and bytes of broken characters among them. (Where bytes
+    stand in for rare characters, a byte may change those before it, and nobody can show that.)"""
+    tokenizer = ODD[kind][0]()
+    enc, generator = hub_tokenizer(tokenizer, ends={2}), torch.Generator().manual_seed(0)
+    prompt, ordinary = enc.prompt_ids("to"), [i for token, i in tokenizer.get_vocab().items() if token[:3] != "<0x"]
+    text = " the dog.\n  she, too: \u20ac\u20ac"
+    for ids in [tokenizer(text, add_special_tokens=False)["input_ids"],
+                *torch.tensor(ordinary)[torch.randint(len(ordinary), (20, 40), generator=generator)].tolist()]:
+        stream = TextStream(enc, prompt)
+        shown = "".join([*map(stream.push, ids), stream.end()])
+        assert "to" + shown == enc.decode(prompt + ids)
+    assert enc.decode([2]) == ""  # an end, special or not
+
+
+def test_an_answer_stands_by_itself():
+    """Its first space is part of its first token, and comes after a gap already."""
+    tokenizer = sentencepiece_like()
+    enc = hub_tokenizer(tokenizer, chat=True)
+    stream = TextStream(enc, enc.prompt_ids("hello"))
+    assert "".join(map(stream.push, tokenizer("to the dog", add_special_tokens=False)["input_ids"])) == "to the dog"
+
+
+def greedy_ends(lm, n):
+    """A token that greedy text after the prompt below writes first as its n-th."""
+    text = lm.generate(torch.tensor([[256, 104]]), max_new_tokens=40, do_sample=False, eos_token_id=None)[0, 2:].tolist()
+    return next(x for x in text[n:] if x not in text[:n])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_text_ends_at_any_end_that_the_model_knows(chat, cwd, capsys):
+    """generation_config has several, as Gemma's, and its tokenizer another one: texts of generate end at each of them and
+    never go on after one, and the text of sample and of the bench's peers is that of transformers' own generate."""
+    lm = tiny_lm()
+    with torch.no_grad():
+        lm.lm_head.weight[257] = 0  # greedy text does without the tokenizer's, of which their generate knows nothing
+    first = greedy_ends(lm, 6)
+    lm.generation_config.eos_token_id = [first, 42, 43, 9999]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT if chat else None
+    save_lm(Path("lm"), lm, tokenizer)
+    model, enc = adapter.load_pretrained("lm", CPU, "float32", head="recurrent", n_future=3)
+    assert enc.ends == {first, 42, 43, 257}  # 9999 is no id
+    theirs = lm.generate(torch.tensor([[256, 104]]), max_new_tokens=40, do_sample=False)[0, 2:].tolist()
+    for decoder in (generate_oracle, generate_plain, generate):
+        assert list(decoder(model.eval(), [256, 104], 40, sampler=Greedy(), stop_token=enc.ends)) == theirs
+    assert 1 < len(theirs) < 40 and theirs[-1] == first
+    assert call("pretrained.generate", GENERATE.replace("--max_new_tokens 12", "--max_new_tokens 60")) == (0, "")
+    texts = Texts("own", texts_of.read_texts("own"))
+    lengths, tokens, end, found = texts.meta["lengths"], texts.read("tokens").tolist(), 0, set()
+    for length in lengths:
+        text, end = tokens[end : end + length], end + length
+        assert not enc.ends & set(text[:-1]) and (length == 60 or text[-1] in enc.ends)
+        found.add(text[-1])
+    assert {first, 42, 43} <= found
+    assert call("pretrained.train", TRAIN) == (0, "")
+    capsys.readouterr()
+    assert call("sample", "--out_dir out --prompt h --temperature 0 --max_new_tokens 40 --dtype float32") == (0, "")
+    prompt = enc.prompt_ids("h")
+    theirs = model.lm.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt) :].tolist()
+    out = capsys.readouterr().out
+    assert out.startswith("h" + enc.gap + enc.decode(theirs).strip("\n")) and f"speculative: {len(theirs)} token" in out
+
+
+def transformers_lm(kind, **changes):
+    """A random model of transformers, by the name of its class and config."""
+    torch.manual_seed(0)
+    config = dict(TINY, vocab_size=400, hidden_size=16, pad_token_id=0) | {"Gemma": dict(head_dim=8), "Gemma2": dict(head_dim=8),
+        "OPT": dict(word_embed_proj_dim=16, ffn_dim=32, init_std=0.5), "Mistral": dict(sliding_window=24, head_dim=8)}.get(kind, {})
+    config = getattr(transformers, f"{kind}Config")(**config | changes)
+    return getattr(transformers, f"{kind}{'LMHeadModel' if kind == 'GPT2' else 'ForCausalLM'}")(config).eval()
+
+
+@pytest.mark.parametrize("kind,tokenizer", zip(["Llama", "GPT2", "GPTNeoX", "Phi", "Qwen2", "Gemma", "OPT", "Mistral"], ODD))
+def test_greedy_text_ends_where_that_of_transformers_does(kind, tokenizer, cwd):
+    """Of eight architectures, from a folder, in float32, with an end that the text comes to."""
+    lm, tokenizer = transformers_lm(kind), ODD[tokenizer][0]()
+    prompts = [[1, 256, 7], [1, 30], [1, *range(60, 75)]]
+    for prompt in prompts:
+        text = lm.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None)[0].tolist()
+        own = [x for x in (tokenizer.eos_token_id, text[len(prompt) + 7], 399) if x is not None]
+        lm.generation_config.eos_token_id = own
+        save_lm(Path("lm"), lm, tokenizer)
+        adapter.load_lm.cache_clear()
+        model, enc = adapter.load_pretrained("lm", CPU, "float32", head="recurrent", n_future=3)
+        theirs = model.lm.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0, len(prompt) :].tolist()
+        assert len(theirs) <= 8
+        for decoder in (generate_plain, generate):
+            assert list(decoder(model.eval(), prompt, 30, sampler=Greedy(), stop_token=enc.ends)) == theirs
+
+
+@pytest.mark.parametrize("tokenizer", [lambda: without(byte_tokenizer(), "bos_token", "eos_token"), bert_like])
+def test_a_model_without_an_end_writes_up_to_max_new_tokens(tokenizer, cwd):
+    tokenizer = tokenizer()
+    tokenizer.chat_template = None
+    save_lm(Path("lm"), tiny_lm(bos_token_id=None, eos_token_id=None), tokenizer)
+    assert call("pretrained.generate", GENERATE.replace("--num_texts 40", "--num_texts 60")) == (0, "")
+    assert set(texts_of.read_texts("own")["lengths"]) == {12}
+    assert call("pretrained.train", TRAIN) == (0, "")
+    assert call("sample", "--out_dir out --max_new_tokens 9 --prompt the") == (0, "")
+    if tokenizer.cls_token is None:
+        assert "no token that texts begin with: give it a prompt" in line("sample", "--out_dir out")
+
+
+def test_a_token_that_the_model_has_no_row_of_is_named(cwd):
+    """One that was added to the tokenizer, in a prompt, in a template, and as the token that texts begin with."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.add_tokens(["new"])
+    save_lm(Path("lm"), tiny_lm(vocab_size=258), tokenizer)
+    Path("some.txt").write_text("old\nsomething new\n", encoding="utf-8")
+    assert ("the model has 258 tokens, and its tokenizer gives it one more, 'new', with the id 258"
+            in line("pretrained.generate", f"{GENERATE} --prompts some.txt"))
+    tokenizer.chat_template = "new{{ messages[0]['content'] }}"
+    config = adapter.lm_config(tiny_lm(vocab_size=258))
+    with pytest.raises(BadInput, match="one more, 'new'"):
+        adapter.HubTokenizer(tokenizer, config, chat=True).prompt_ids("hello")
+    tokenizer.bos_token = "new"
+    with pytest.raises(BadInput, match="one more, 'new'"):
+        adapter.HubTokenizer(tokenizer, config, chat=False).prompt_ids("")
+
+
+def test_a_chat_template_says_what_it_refuses(cwd):
+    """One that demands a system message, one that asks for more than there is, and one that is no template."""
+    for template, what in (("{{ raise_exception('a system message is needed') }}", "a system message is needed"),
+                           ("{{ messages[1]['content'] }}", "has no element 1"), ("{% for %}", "xpected"),
+                           ("{{ messages + 1 }}", "can only concatenate list")):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = template
+        save_lm(Path("lm"), tiny_lm(), tokenizer)
+        found = line("pretrained.generate", GENERATE)
+        assert found.startswith("this model's chat template refuses a user's message: ") and what in found
+    tokenizer.chat_template = "{{ messages[0]['content'] | upper }}"
+    save_lm(Path("lm"), tiny_lm(), tokenizer)
+    assert "template changes a user's message" in line("pretrained.generate", GENERATE)
+
+
+def test_a_message_that_the_context_has_no_room_for_is_refused(copy):
+    """By sample as by generate: its beginning would be lost, and the model would not know that it is to answer. A prompt
+    of plain text may be longer, as that of a model of ours."""
+    assert call("sample", f"--out_dir out --max_new_tokens 3 --prompt {'a' * 245}") == (0, "")  # and 10 of the template
+    for script, args in (("sample", f"--out_dir out --prompt {'a' * 246}"), ("pretrained.generate", f"{GENERATE} --prompts long.txt")):
+        Path("long.txt").write_text(f"hello\n{'a' * 246}\n", encoding="utf-8")
+        assert "is of 256 tokens with its template, and the model has room for 255" in line(script, args)
+    enc = hub_tokenizer(byte_tokenizer())
+    assert len(enc.prompt_ids("a" * 300)) == 300
 
 
 # -----------------------------------------------------------------------------
@@ -619,6 +909,18 @@ def test_a_model_that_is_no_causal_lm_or_cannot_roll_back(cwd):
     for name, (kind, config, what) in models.items():
         save_lm(Path(name), kind(config))
         assert what in line("pretrained.generate", GENERATE.replace("--init_from lm", f"--init_from {name}")), name
+    for dtype, (kind, odd) in itertools.product(("float32", "bfloat16"), {
+            "Gemma2": dict(final_logit_softcapping=30.0), "Cohere": dict(logit_scale=0.97), "Granite": dict(logits_scaling=1.05),
+    }.items()):  # in bfloat16, such a difference is no larger than rounding may be
+        save_lm(Path(kind), transformers_lm(kind, **odd))
+        found = line("pretrained.generate", f"--init_from {kind} --data_dir own --device cpu --dtype {dtype}")
+        assert "its logits are not its LM head" in found, (kind, dtype)
+        plain = {"Gemma2": dict(final_logit_softcapping=None), "Cohere": dict(logit_scale=1.0), "Granite": {}}[kind]
+        adapter.Pretrained(lm := transformers_lm(kind, **plain), adapter.lm_config(lm), {}).check(kind)
+    few = tiny_lm(vocab_size=300)
+    few.set_input_embeddings(torch.nn.Embedding(290, 16))
+    with pytest.raises(BadInput, match="few has an LM head for 300 tokens, some of which it cannot read"):
+        adapter.Pretrained(few, adapter.lm_config(few), {}).check("few")
     save_lm(Path("damaged"), tiny_lm())
     Path("damaged/model.safetensors").write_bytes(Path("damaged/model.safetensors").read_bytes()[:5000])
     assert "cannot be loaded" in line("pretrained.generate", GENERATE.replace("--init_from lm", "--init_from damaged"))
@@ -701,8 +1003,8 @@ def test_checkpoints_that_do_not_fit(copy):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(BadInput, match="no chat template"):
-        adapter.HubTokenizer(tokenizer, 300, chat=True)
-    plain = adapter.HubTokenizer(tokenizer, 300, chat=False)
+        adapter.HubTokenizer(tokenizer, adapter.lm_config(tiny_lm()), chat=True)
+    plain = adapter.HubTokenizer(tokenizer, adapter.lm_config(tiny_lm()), chat=False)
     assert (plain.gap, plain.answer_end, plain.prompt_ids("")) == ("", None, [256])
 
 

@@ -67,6 +67,9 @@ def make_bad_files(home):
     byteless = {**ckpt, "meta": {**ckpt["meta"], "tokenizer": {**tokenizer, "tokens": ["??", *tokenizer["tokens"][1:]]}}}
     group = {**ckpt["optimizer"], "param_groups": ckpt["optimizer"]["param_groups"][:1]}
     groupless = {**ckpt, "optimizer": group}
+    beheaded = {**ckpt, "model": {name: x for name, x in ckpt["model"].items() if name != "head.maps"}}
+    renamed, forked = ({**ckpt, "model_args": {**ckpt["model_args"], **change}}
+                       for change in ({"head": "gone"}, {"rope": True}))
     wide = {**ckpt, "model_args": {**ckpt["model_args"], "n_embd": "wide"}}
 
     class Hostile:
@@ -75,7 +78,8 @@ def make_bad_files(home):
 
     files = {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello\n", "hostile": pickle.dumps(Hostile())}
     others = dict(nanogpt=fewer, odd=odd, wide=wide, list=[1], dict={"a": 1}, nan=nan, huge=huge, gpt2=gpt2, older=older,
-                  wordless=wordless, byteless=byteless, groupless=groupless)
+                  wordless=wordless, byteless=byteless, groupless=groupless, beheaded=beheaded, renamed=renamed,
+                  forked=forked)
     for name, content in {**files, **others}.items():
         path = home / "out" / name / "ckpt.pt"
         path.parent.mkdir()
@@ -109,6 +113,7 @@ def make_bad_files(home):
     shutil.copytree(home / "data/blank", home / "data/half")
     (home / "data/half/TinyStoriesV2-GPT4-train.txt").write_text("A story.")
     (home / "latin1.txt").write_bytes("Çedilla".encode("latin-1"))
+    (home / "utf16.txt").write_bytes("A story.".encode("utf-16-le"))  # without a mark it is utf-8, too
     (home / "none.txt").write_text(" \n")
     (home / "folder").mkdir()
     (home / "folder/binary").write_bytes(b"\xff\xfe")
@@ -165,7 +170,16 @@ BAD = [
     ("train", "--preset huge", "invalid choice: 'huge'"),
     ("train", "--n_layers 3", "unrecognized arguments: --n_layers 3"),
     ("train", "--out_dir latin1.txt/out", "latin1.txt"),
-    ("train", "--init_from nowhere.pt", "There is no checkpoint nowhere.pt; train one first"),
+    ("train", "--init_from nowhere.pt", "There is no checkpoint nowhere.pt"),
+    ("train", "--init_from out/nowhere/ckpt.pt", "There is no checkpoint out/nowhere/ckpt.pt"),
+    ("train", "--init_from out/toy/ckpt.pt --head mask --target marginal", "--head mask needs --target lm_head"),
+    ("train", "--init_from out/toy/ckpt.pt --fresh_head --head conditional --target marginal",
+     "--head conditional needs --target lm_head"),
+    ("train", "--init_from out/odd/ckpt.pt --fresh_head", "out/odd/ckpt.pt holds no model that fits: "),
+    ("train", "--init_from out/beheaded/ckpt.pt", "--init_from out/beheaded/ckpt.pt --fresh_head keeps the trunk"),
+    ("sample", "--out_dir out/beheaded", "train.py --init_from out/beheaded/ckpt.pt --fresh_head keeps the trunk"),
+    ("sample", "--out_dir out/renamed", "train.py --init_from out/renamed/ckpt.pt --fresh_head keeps the trunk"),
+    ("sample", "--out_dir out/forked", "its model_args say rope = True"),
     ("train", "--init_from out/toy/nope.pt", "There is no checkpoint out/toy/nope.pt; out/toy holds out/toy/ckpt.pt"),
     ("train", "--init_from out/toy", "out/toy is a folder; name the checkpoint in it, out/toy/ckpt.pt"),
     ("train", "--resume --out_dir out/plain --no-bias", "bias = True, not False; leave --no-bias away"),
@@ -180,6 +194,7 @@ BAD = [
     ("prepare", "--input nowhere.txt", "nowhere.txt: no such file or folder"),
     ("prepare", f"--input {os.devnull}", "neither a plain file nor a folder"),
     ("prepare", "--input latin1.txt", "latin1.txt is not utf-8 text"),
+    ("prepare", "--input utf16.txt", "utf16.txt holds NUL characters"),
     ("prepare", "--input none.txt", "There is no text in none.txt"),
     ("prepare", "--input folder", "There is no text in folder"),
     ("prepare", "--toy --vocab_size 256", "--vocab_size: must be at least 257"),
@@ -247,6 +262,19 @@ def test_bad_input_gets_one_line(script, args, line, home, monkeypatch, capsys):
     message = message or capsys.readouterr().err.splitlines()[-1]
     assert code != 0 and line in message.replace(os.sep, "/") and "\n" not in message
     assert stamps(home) == before
+
+
+@pytest.mark.parametrize("script,args,advice", [
+    ("train", "--init_from nowhere.pt", ""), ("train", "--init_from nano/ckpt.pt", ""),
+    ("pretrained.convert", "nano/ckpt.pt new.pt", ""),
+    ("sample", "--out_dir nano", "; train one first: python train.py --out_dir nano"),
+    ("train", "--resume --out_dir out/nowhere", "; train one first: python train.py --out_dir out/nowhere"),
+    ("pretrained.train", "--resume --out_dir nano", "; train one first: python -m pretrained.train --out_dir nano")])
+def test_where_there_is_no_checkpoint_the_advice_is_what_writes_one(script, args, advice, home, monkeypatch):
+    """None to train one where somebody else's is named."""
+    monkeypatch.chdir(home)
+    code, message = call(script, f"{TOY} {args}" if "init_from" in args else args)
+    assert code == 1 and message.startswith("There is no checkpoint ") and message.partition(".pt")[2] == advice
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[...] DefaultCPUAllocator: not enough memory: ...")])
@@ -530,6 +558,50 @@ def test_a_lock_does_not_outlive_its_process(forks, tmp_path):
             pass
     with common.locked(tmp_path / "x"):
         pass
+
+
+def makes_one(error):
+    def acquire(self, *args, **options):
+        Path(self.lock_file).touch()
+        raise error
+
+    return acquire
+
+
+WRITE = {"train": f"{TOY} --out_dir out/new", "prepare": "--toy --stories 50 --data_dir data/new",
+         "pretrained.nanogpt": "nano --output data/new"}
+NO_LOCKS = [NotImplementedError("FileSystem does not appear to support flock; use SoftFileLock instead"),
+            OSError(errno.EOPNOTSUPP, "Operation not supported"), OSError(errno.ENOLCK, "No locks available"),
+            OSError(errno.ENOSYS, "Function not implemented")]
+
+
+@pytest.mark.parametrize("error", NO_LOCKS, ids=str)
+@pytest.mark.parametrize("script", WRITE)
+def test_a_file_system_without_locks_gets_one_line_and_keeps_no_folder(script, error, home, tmp_path, monkeypatch):
+    """As on some network file systems: filelock opens its file, and then the system says no."""
+    shutil.copytree(home / "data/toy", tmp_path / "data/toy")
+    shutil.copytree(home / "data/toy", tmp_path / "nano")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common.FileLock, "acquire", makes_one(error))
+    before = stamps(tmp_path)
+    code, message = call(script, WRITE[script])
+    assert code == 1 and "/new is on a file system that cannot lock files" in message and "\n" not in message
+    assert "take a folder on a local disk" in message and stamps(tmp_path) == before
+
+
+def test_a_folder_goes_whose_lock_has_gone(tmp_path, monkeypatch):
+    """Some versions of filelock take the file away when they release it."""
+    release = common.FileLock.release
+
+    def and_unlink(self, *args, **options):
+        release(self, *args, **options)
+        Path(self.lock_file).unlink(missing_ok=True)
+
+    monkeypatch.setattr(common.FileLock, "release", and_unlink)
+    with pytest.raises(KeyError), common.locked(tmp_path / "new"):
+        raise KeyError
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_cannot_be_written_to_shows_before_the_work(home, monkeypatch):

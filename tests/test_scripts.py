@@ -19,6 +19,7 @@ import torch
 from helpers import FLAGS, TOY, call, run
 from test_cp_head import tiny_model
 
+import common
 import prepare_tinystories as prep
 import sample as sampler
 import train as trainer
@@ -165,6 +166,11 @@ def test_the_mode_coupled_writes_what_any_decoder_would(trained, monkeypatch):
     assert free[0] != free[1] == free[2] != written
 
 
+def test_help_without_docstrings():
+    """As python -OO has it."""
+    assert "None" not in common.ArgumentParser(None).format_help()
+
+
 def test_show_drafts_marks_every_token_by_its_origin(trained, monkeypatch, capsys):
     """The text is the same without the marks; colours, on a terminal, are ANSI escapes, and none
     with NO_COLOR."""
@@ -178,8 +184,9 @@ def test_show_drafts_marks_every_token_by_its_origin(trained, monkeypatch, capsy
     monkeypatch.chdir(trained)
     monkeypatch.setattr(sys, "argv", "sample.py --show_drafts --max_new_tokens 30 --seed 3".split())
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    for no_color, n_coloured in (("", 30 + 10), ("1", 0)):  # the tokens, and the legend's ten names
-        monkeypatch.setenv("NO_COLOR", no_color)
+    for variable, value, n_coloured in (  # the tokens, and the legend's ten names
+            ("NO_COLOR", "", 30 + 10), ("NO_COLOR", "1", 0), ("NO_COLOR", "", 40), ("TERM", "dumb", 0)):
+        monkeypatch.setenv(variable, value)
         sampler.main()
         assert capsys.readouterr().out.count("\x1b[0m") == n_coloured
 
