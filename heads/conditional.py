@@ -21,7 +21,7 @@ class Given:
 
     def __init__(self, config):
         if config.target != "lm_head":
-            raise BadInput(f"--head {config.head} needs --target lm_head; --head cp has both targets")
+            raise BadInput(f"--head {config.head} needs --target lm_head; --head cp has both")
         super().__init__(replace(config, n_future=config.n_future - 1))  # offsets 2..n
         C = config.n_embd
         self.fc1 = nn.Linear(2 * C, 2 * C, bias=False)  # V_1
