@@ -26,7 +26,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,14 +228,15 @@ def components(scale):
         heads = scale.side if scale.smallest else COMPONENTS[text]
         yield from beside(scale, heads, (text, "base"), lambda seed, head, r: scale.training(
             (seed,), head=head, rank=r, **own)[0])
-        for what, flags in (("no balance loss", dict(balance_weight=0.0)),
-                            ("three times the steps", dict(max_iters=3 * scale.base["max_iters"])),
-                            ("rows as teacher", dict(teacher="kl"))):
-            for head, r in () if scale.smallest or text != "stories" else (
-                    ("cp", 1), ("low_rank", 8), ("low_rank", 32), ("conditional_low_rank", 32)):
-                if r > 1 or "balance_weight" not in flags:
-                    run, = scale.training(scale.seeds[:1], head=head, rank=r, **own, **flags)
-                    yield Cell((text, what, label(head, r)), (Bench((run,), scale.bench),))
+        some = (("cp", 1), ("low_rank", 8), ("low_rank", 32), ("conditional_low_rank", 32))
+        some = some if text == "stories" and not scale.smallest else ()
+        for what, heads, flags in (
+                ("no balance loss", some[1:], dict(balance_weight=0.0)),
+                ("three times the steps", some, dict(max_iters=3 * scale.base["max_iters"])),
+                ("rows as teacher", some, dict(teacher="kl"))):
+            for head, r in heads:
+                run, = scale.training(scale.seeds[:1], head=head, rank=r, **own, **flags)
+                yield Cell((text, what, label(head, r)), (Bench((run,), scale.bench),))
 
 
 def beside(scale, heads, labels, make):
@@ -348,20 +348,17 @@ def large(scale, text, seed=1337, trunk=None, **flags):
     return Training(text, flags, {name: flags[name] for name in flags if name not in TINY}, trunk)
 
 
-def on_large(scale, seed, head, r):
-    """A head on the frozen trunk of such a model on stories."""
-    trunk = large(scale, "stories", head="cp", rank=1)
-    return large(scale, "stories", seed, trunk, head=head, rank=r, **scale.large_heads)
-
-
 def speedups(scale):
     """Whole models on the toy, and heads on one trunk on stories, there in one bench per seed."""
     for head, r in scale.some((("cp", 1), ("cp", 8), ("conditional_low_rank", 8), ("chain", 1))):
+        # the first is the model of `batches` and `decoders`, too
         runs = [large(scale, "toy", seed, head=head, rank=r) for seed in (1337, 1, 2)]
         benches = [Bench((run,), scale.bench) for run in runs[: scale.repeats]]
         yield Cell(("toy", label(head, r)), tuple(benches))
     if "stories" in scale.large:
-        yield from beside(scale, LARGE, ("stories",), partial(on_large, scale))
+        trunk = large(scale, "stories", head="cp", rank=1)
+        yield from beside(scale, LARGE, ("stories",), lambda seed, head, r: large(
+            scale, "stories", seed, trunk, head=head, rank=r, **scale.large_heads))
 
 
 @elsewhere
@@ -683,7 +680,7 @@ def speed(column):
 
 
 SPEED = speed(of_bench)
-PER_STEP = dict(list(SPEED.items())[:2])
+PER_STEP = {name: SPEED[name] for name in ("tok/step, 0", "tok/step, 1")}
 
 EXPERIMENTS = {
     "speedups": Experiment(
@@ -1196,7 +1193,8 @@ def draw(experiment, rows, found):
         title += [f"n = {n}"] if n else []
         axis.set_title(", ".join(title), fontsize=9)
         if of_names:
-            axis.tick_params(axis="x", rotation=60, labelsize=8)
+            for name in axis.get_xticklabels():  # each ends at its own tick
+                name.set(rotation=60, size=8, ha="right", rotation_mode="anchor")
             bottom, top = axis.get_ylim()  # room for the legend
             axis.set_ylim(top=top + 0.14 * len(lines) * (top - bottom))
         if any(label for label, _ in lines):

@@ -12,7 +12,7 @@ from model import BadInput, gold_log_prob
 
 
 def few_tokens(Head, K):
-    """The class of a Head (cp, low_rank, medusa, chain, recurrent) whose factors are softmaxes over K
+    """The class of a Head (cp, low_rank, medusa, chain, ...) whose factors are softmaxes over K
     tokens.
 
     With a vocabulary of tens of thousands the products with W are most of what a draft costs, and a
