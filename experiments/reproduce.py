@@ -106,7 +106,8 @@ TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=4, max_ite
 CPU = dict(device="cpu", dtype="float32")
 # heads and ranks, and whether they are trained with all seeds, or with the first alone
 SIDE = {("cp", 1): True, ("cp", 8): False, ("medusa", 1): False, ("gloeckle", 1): False,
-        ("hmm", 8): False, ("tree_circuit", 8): False, ("mask", 1): False, ("chain", 1): True,
+        ("hmm", 8): False, ("tree_circuit", 8): False, ("mask", 1): False, ("low_rank", 32): False,
+        ("conditional", 1): False, ("conditional_low_rank", 32): True, ("chain", 1): True,
         ("recurrent", 1): True, ("layers", 1): False}
 COMPONENTS = {
     "stories": {("cp", 1): True, ("cp", 8): True, ("low_rank", 8): True, ("low_rank", 32): True,
@@ -115,7 +116,7 @@ COMPONENTS = {
                 ("chain", 1): True},
     "pieces": {("cp", 1): False, ("low_rank", 32): False, ("conditional_low_rank", 32): False,
                ("chain", 1): False}}
-LARGE = {("cp", 1): True, ("cp", 8): False, ("low_rank", 32): True,
+LARGE = {("cp", 1): True, ("cp", 8): False, ("low_rank", 32): True, ("conditional", 1): True,
          ("conditional_low_rank", 32): True, ("chain", 1): True}
 
 SCALES = {
@@ -177,8 +178,10 @@ def rank(scale):
     for n in scale.futures:
         for equal in ("steps", "time"):
             first = scale.training(n_future=n, rank=1, equal=equal)
-            for head, r in [*(("cp", r) for r in scale.ranks), ("wide", scale.headline)]:
-                if equal == "steps" or r in (1, scale.headline):
+            few = [("low_rank", scale.headline), ("low_rank", 4 * scale.headline)]
+            few = few if n == scale.futures[-1] and not scale.smallest else []
+            for head, r in [*(("cp", r) for r in scale.ranks), ("wide", scale.headline), *few]:
+                if equal == "steps" or (head, r) in few or r in (1, scale.headline):
                     runs = scale.training(scale.seeds_of(r), equal, n_future=n, head=head, rank=r)
                     yield Cell((n, equal, head, r), runs, first)
 
@@ -239,12 +242,12 @@ def components(scale):
                 yield Cell((text, what, label(head, r)), (Bench((run,), scale.bench),))
 
 
-def beside(scale, heads, labels, make):
+def beside(scale, heads, labels, make, **flags):
     """A Cell for each head, in one bench for each seed. heads: whether with all seeds, by (head,
-    rank). make(seed, head, rank) -> Training."""
+    rank). make(seed, head, rank) -> Training. flags: more of the bench."""
     first, seeds = scale.seeds[0], scale.seeds if any(heads.values()) else scale.seeds[:1]
     benches = [Bench(tuple(make(seed, *head) for head, every in heads.items()
-                           if every or seed == first), scale.bench) for seed in seeds]
+                           if every or seed == first), scale.bench | flags) for seed in seeds]
     for head in heads:
         runs = [bench.of(training) for bench in benches for training in bench.trainings
                 if head_of(training) == head]
@@ -356,18 +359,26 @@ def speedups(scale):
         benches = [Bench((run,), scale.bench) for run in runs[: scale.repeats]]
         yield Cell(("toy", label(head, r)), tuple(benches))
     if "stories" in scale.large:
-        trunk = large(scale, "stories", head="cp", rank=1)
-        yield from beside(scale, LARGE, ("stories",), lambda seed, head, r: large(
-            scale, "stories", seed, trunk, head=head, rank=r, **scale.large_heads))
+        yield from large_heads(scale)
+
+
+def large_heads(scale, **flags):
+    """Heads on one frozen trunk of bytes, in one bench for each seed. flags: more of the bench."""
+    trunk = large(scale, "stories", head="cp", rank=1)
+    yield from beside(scale, LARGE, ("stories",), lambda seed, head, r: large(
+        scale, "stories", seed, trunk, head=head, rank=r, **scale.large_heads), **flags)
+
+
+@elsewhere
+def cuts(scale):
+    """The same heads, as many users sample."""
+    yield from large_heads(scale, temperatures=[0.7, 1.0], top_p=0.9)
 
 
 @elsewhere
 def compiled(scale):
     """Both decoders as they are, and in compiled steps of fixed shapes, in one bench."""
-    for head, r in (("cp", 1), ("cp", 4), ("chain", 4)):
-        run, flags = large(scale, "stories", head=head, rank=r), scale.bench | {"compile": True}
-        runs = tuple(Bench((run,), flags, nth + 1, PEERS) for nth in range(scale.repeats))
-        yield Cell(("stories", label(head, r)), runs)
+    yield from large_heads(scale, compile=True)
 
 
 def head_of(training):
@@ -558,21 +569,21 @@ def in_use(found, run, against, labels):
     return math.exp(-sum(w * math.log(w) for w in usage if w > 0))
 
 
-def row_of(found, run, temperature, mode=None):
-    """A row of a bench, of the head that run speaks of or of another mode."""
+def row_of(found, run, temperature, mode=None, kind=""):
+    """A row of a bench, of the head that run speaks of or of another mode, of a kind of steps."""
     first = run.training is run.trainings[0]
-    mode = mode or ("speculative" if first else f"speculative, {run.training.name}")
+    mode = (mode or ("speculative" if first else f"speculative, {run.training.name}")) + kind
     return next(row for row in found[run.name]["bench"]["rows"]
                 if row["mode"] == mode and row["temperature"] == temperature)
 
 
-def of_bench(key, temperature, part=None):
+def of_bench(key, temperature, part=None, kind=""):
     """Of the acceptance, that of draft `part` from 0 on; of times in ms, the ratio to a plain
-    step's."""
+    step's. kind: of steps, ", compiled"."""
     def column(found, run, against, labels):
         if not isinstance(run, Bench):
             return None
-        row = row_of(found, run, temperature)
+        row = row_of(found, run, temperature, kind=kind)
         plain = 1e3 / row_of(found, run, temperature, "plain")["tokens_per_second"]
         if key == "acceptance":
             return row[key][part] if part < len(row[key]) else None
@@ -690,13 +701,16 @@ EXPERIMENTS = {
          "draft / plain, 1": (of_bench("parts_ms", 1.0, "draft"), 2),
          "next token": (val("next"), 3), "joint": (val("joint"), 3)},
         (Panel("head", "speed-up, 0", "text"), Panel("head", "speed-up, 1", "text"))),
+    "cuts": Experiment(
+        "Temperatures with top_p 0.9", cuts, ("text", "head"),
+        {f"{name}, {t:g}": (of_bench(key, t), 2) for t in (0.7, 1.0)
+         for name, key in (("tok/step", "tokens_per_step"), ("speed-up", "speedup"))}, ()),
     "compiled": Experiment(
         "Compiled steps", compiled, ("text", "head"),
-        {"plain, tokens/s": (of_decoder("tokens_per_second", 0.0, "plain"), 0)}
-        | {f"{name}, {t}": (of_decoder("speedup", float(t), mode), 2) for t in (0, 1)
-           for name, mode in (("speed-up", "speculative"),
-                              ("plain, compiled / plain", "plain, compiled"),
-                              ("speed-up, compiled", "speculative, compiled"))},
+        {f"{name}, {t}": (column, 2) for t in (0, 1) for name, column in
+         (("speed-up", of_bench("speedup", float(t))),
+          ("plain, compiled / plain", of_decoder("speedup", float(t), "plain, compiled")),
+          ("speed-up, compiled", of_bench("speedup", float(t), kind=", compiled")))},
         (Panel("head", "speed-up, compiled, 0", "text"),
          Panel("head", "speed-up, compiled, 1", "text"))),
     "rank": Experiment(
@@ -881,7 +895,8 @@ class Bench:
         script = PEERS if others else script
         kind = "bench" if script == PEERS else Path(script).stem.split("_")[0]
         parts = [f"and{others}"] * (others > 0) + ["peers"] * ("transformers" in flags)
-        parts += ["compiled"] * ("compile" in flags) + ["trees"] * ("nodes" in flags)
+        parts += [part for flag, part in (("compile", "compiled"), ("nodes", "trees"),
+                                          ("top_p", "cuts")) if flag in flags]
         parts += [flags["dtype"]] if "dtype" in flags else []
         self.name = "-".join([kind, self.training.name, *parts])
         self.spec = {"script": script, "flags": flags, "training": self.training.spec}
