@@ -250,6 +250,8 @@ def stop_signals(patient=False):
         caught.append(number)
         if number == signal.SIGINT and not patient:
             signal.signal(number, before[number])
+            with suppress(OSError):  # a step may take long
+                os.write(2, b"\nthis step is the last one; Ctrl-C once more loses it\n")
 
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     main = threading.current_thread() is threading.main_thread()
@@ -269,7 +271,7 @@ def stop_signals(patient=False):
 
 # settings of older versions' heads, and their values where a head is one of today's
 OLD_HEADS = {"draft_vocab": 0, "factors": "reduced", "context": "none"}
-WRAPPERS = re.compile(r"^((_orig_mod\.)?module\.)+|\b_orig_mod\.")  # of DataParallel, compile
+WRAPPERS = re.compile(r"^((_orig_mod\.)?module\.)+|\b(_orig_mod|_fsdp_wrapped_module)\.")
 
 
 def from_checkpoint(ckpt, fresh_head=False, **changes):
@@ -281,6 +283,9 @@ def from_checkpoint(ckpt, fresh_head=False, **changes):
     """
     args = {"head": "cp", "n_future": 1, "rank": 1} | ckpt["model_args"]  # nanoGPT's has no head
     old = {f.name: args.pop(f.name) for f in fields(GPTConfig) if f.name in args}
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        if name not in old:  # a default would do other things than the model, without a word
+            raise BadInput(f"its model_args do not say {name}")
     new = {**old, **changes}
     fresh_head |= any(old[key] != new[key] for key in ("head", "n_future", "rank"))
     for name, value in args.items():

@@ -16,6 +16,7 @@ float32 or wider, whatever the model is.
 
 import importlib
 import math
+import re
 from dataclasses import asdict, dataclass
 from functools import partial
 from numbers import Integral
@@ -86,13 +87,14 @@ def widen(x):
 
 ROOT = Path(__file__).resolve().parent
 FOLDERS = {"head": "heads", "mode": "decoders", "trunk": "pretrained"}
-OPENS = {"head": "\nclass Head(", "mode": "\ndef generate(", "trunk": "\ndef load("}
+OPENS = {"head": r"^class Head\b", "mode": r"^def generate\(", "trunk": r"^def load\("}
 
 
 def words(kind):
     """The words of a kind: the names of the files that define what the door opens."""
     files = [f for f in (ROOT / FOLDERS[kind]).glob("*.py") if f.stem.isidentifier()]
-    return sorted(f.stem for f in files if OPENS[kind] in f.read_text("utf-8", errors="replace"))
+    return sorted(f.stem for f in files
+                  if re.search(OPENS[kind], f.read_text("utf-8", errors="replace"), re.MULTILINE))
 
 
 def door(kind, word):

@@ -110,7 +110,7 @@ class Tokenizer(tiktoken.Encoding):
 class Characters:
     """A tokenizer of single characters, as nanoGPT has: it knows no others, nor <|endoftext|>."""
 
-    gap, ends, answer_end, eot_token = "", (), None, None
+    gap, ends, answer_end = "", (), None
 
     def __init__(self, name, characters):
         self.name, self.characters, self.n_vocab = name, characters, len(characters)

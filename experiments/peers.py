@@ -47,7 +47,8 @@ def check_same_target(model, other, out_dir):
     if not same or not all(torch.equal(ours[name].to_dense(), theirs[name].to_dense())
                            for name in trunk):
         raise BadInput(f"--beside: {out_dir} is not another head on the very trunk of --out_dir, "
-                       "with target lm_head.")
+                       "with target lm_head; train.py makes one with --init_from, --fresh_head "
+                       "and --freeze_trunk.")
 
 
 def add_beside(bench, models):

@@ -9,6 +9,7 @@ accelerate.
 import functools
 import hashlib
 import inspect
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -86,14 +87,15 @@ def fingerprint(folder, gguf):
 
 class HubTokenizer:
     """A tokenizer of transformers, as tokenizer.py asks for one. With chat, a text is the answer to
-    a user's message; BadInput where there is no template for that.
+    a user's message; BadInput where there is no template for that. A chat that is a str begins with
+    that as the system's message.
 
     config: of the model, whose ids and room prompts must keep to. ends: the ids that end a text.
     """
 
     def __init__(self, tokenizer, config, chat, ends=()):
         if chat and not tokenizer.chat_template:
-            raise BadInput("this model has no chat template, and its text was made with one")
+            raise BadInput("this model has no chat template, which its text or --system needs")
         self.tokenizer, self.chat, self.ends = tokenizer, chat, frozenset(ends)
         self.n_vocab, self.longest = config.vocab_size, config.block_size - 1
         self.gap, self.answer_end = ("\n\n", self.ends) if chat else ("", None)
@@ -101,6 +103,8 @@ class HubTokenizer:
         self.control = {i: token.content for i, token in added
                         if i in self.ends or token.special and i != unknown}
         self.begin = ids_in_front(tokenizer)
+        if found := [token for token in self.control.values() if token in str(chat)]:
+            raise BadInput(f"the system's message holds the control token {found[0]}; take it out")
 
     def prompt_ids(self, text):
         if self.chat:
@@ -137,12 +141,20 @@ class HubTokenizer:
 
     def render(self, message, **options):
         """A user's message in the model's template."""
+        has_system = isinstance(self.chat, str)
+        whole = [{"role": "system", "content": self.chat if has_system else "Be brief."},
+                 {"role": "user", "content": message}]
+        apply = partial(self.tokenizer.apply_chat_template, tokenize=False, **options)
         try:
-            return self.tokenizer.apply_chat_template([{"role": "user", "content": message}],
-                                                      tokenize=False, **options)
+            return apply(whole if has_system else whole[1:])
         except Exception as e:  # what a template raises, or Python in it: many kinds
-            why = " ".join(str(e).split())[:200] or type(e).__name__
-            raise BadInput(f"this model's chat template refuses a user's message: {why}") from None
+            why, advice = " ".join(str(e).split())[:200] or type(e).__name__, ""
+            with suppress(Exception):
+                apply(whole)
+                advice = "; --system of pretrained.generate gives it a system's message before that"
+            after = " after the system's" * has_system
+            raise BadInput("this model's chat template refuses a user's message"
+                           f"{after}: {why}{advice}") from None
 
     def encode(self, text, wrap=str):
         """The ids of wrap(text). A control token in the text is plain text: a mark in it, of which

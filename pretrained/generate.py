@@ -99,10 +99,12 @@ def finish(model, enc, frames, generator):
 def generate(args):
     training, held_out = (chosen_kinds(prompts, args.kinds) for prompts in
                           (read_prompts(args.prompts) if args.prompts else (FRAMES, HELD_OUT)))
-    model, enc = load_pretrained(args.init_from, pick_device(args.device), args.dtype)
+    model, enc = load_pretrained(args.init_from, pick_device(args.device), args.dtype,
+                                 chat=args.system or None)
     model.pack()
     settings = {
-        "trunk": model.source, "chat": enc.chat, "vocab_size": enc.n_vocab,
+        "trunk": model.source, "chat": enc.chat, "ends": sorted(enc.ends),
+        "vocab_size": enc.n_vocab,
         "n_embd": model.config.n_embd, "temperature": args.temperature, "seed": args.seed,
         "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size,
         "prompts": [prompt for kind in held_out.values() for prompt in kind],
@@ -146,6 +148,8 @@ def parse_args():
                         help="files with a prompt per line, each one a kind (those of prompts.py)")
     parser.add_argument("--kinds", nargs="+", metavar="KIND",
                         help="the kinds to write: a head for these alone drafts them better (all)")
+    parser.add_argument("--system", metavar="MESSAGE", default="",
+                        help="the system's message, which chats begin with (none)")
     parser.add_argument("--num_texts", type=number(int, 1), default=4096,
                         help="texts to write, in whole batches (4096)")
     parser.add_argument("--max_new_tokens", type=number(int, 2), default=192,

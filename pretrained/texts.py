@@ -101,7 +101,7 @@ def read_texts(folder):
             return None
         texts = Texts(folder, meta)
         good = (sum(meta["lengths"]) > 0 and isinstance(meta["trunk"]["name"], str)
-                and meta["chat"] in (True, False)
+                and (meta["chat"] in (True, False) or isinstance(meta["chat"], str))
                 and len(meta["prompts"]) == len(meta["kinds"]) > 0
                 and all(isinstance(text, str) for text in (*meta["prompts"], *meta["kinds"]))
                 and all(texts.path(name).stat().st_size >= texts.size(name) for name in FILES))

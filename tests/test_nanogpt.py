@@ -70,7 +70,7 @@ def test_four_commands_for_a_run_of_nanogpt(nano, capsys):
     assert call("train", "--resume --max_iters 5 --out_dir out/nano --device cpu") == (0, "")
 
 
-WRAPPED = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module.",
+WRAPPED = ["_fsdp_wrapped_module.", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module.",
            "_orig_mod.module._orig_mod.", ""]
 
 
@@ -118,11 +118,20 @@ def test_settings_that_change_nothing_are_known(nano):
         from_checkpoint({**ckpt, "model_args": first})
 
 
+@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "block_size", "vocab_size"])
+def test_a_shape_that_is_not_said_is_no_default(name, nano):
+    """12 heads where there were 2 fit the same weights, and are another model."""
+    ckpt = torch.load(nano / "ckpt.pt", weights_only=True)
+    del ckpt["model_args"][name]
+    with pytest.raises(BadInput, match=f"do not say {name}"):
+        from_checkpoint(ckpt)
+
+
 def test_characters_round_trip_and_begin_with_a_newline(nano):
     assert call("pretrained.nanogpt", CONVERT) == (0, "")
     meta = common.read_meta("data/nano")
     enc = load_tokenizer(meta["tokenizer"])
-    assert isinstance(enc, Characters) and enc.eot_token is None and enc.n_vocab == len(CHARACTERS)
+    assert isinstance(enc, Characters) and not enc.ends and enc.n_vocab == len(CHARACTERS)
     ids = enc.encode_ordinary(CHARACTERS)
     assert ids == list(range(40)) and enc.decode(ids) == CHARACTERS
     stream = TextStream(enc)

@@ -788,7 +788,7 @@ def transformers_lm(kind, **changes):
     return getattr(transformers, f"{kind}{'LMHeadModel' if kind == 'GPT2' else 'ForCausalLM'}")(config).eval()
 
 
-@pytest.mark.parametrize("kind,tokenizer", zip(["Llama", "GPT2", "GPTNeoX", "Phi", "Qwen2", "Gemma", "OPT", "Mistral"], ODD))
+@pytest.mark.parametrize("kind,tokenizer", [*zip(["Llama", "GPT2", "GPTNeoX", "Phi", "Qwen2", "Gemma", "OPT", "Mistral"], ODD)])
 def test_greedy_text_ends_where_that_of_transformers_does(kind, tokenizer, cwd):
     """Of eight architectures, from a folder, in float32, with an end that the text comes to."""
     lm, tokenizer = transformers_lm(kind), ODD[tokenizer][0]()
@@ -847,9 +847,30 @@ def test_a_chat_template_says_what_it_refuses(cwd):
         save_lm(Path("lm"), tiny_lm(), tokenizer)
         found = line("pretrained.generate", GENERATE)
         assert found.startswith("this model's chat template refuses a user's message: ") and what in found
+        assert ("--system" in found) == ("messages[1]" in template)  # advice only where it helps
+    assert "after the system's: can only" in line("pretrained.generate", f"{GENERATE} --system x")
     tokenizer.chat_template = "{{ messages[0]['content'] | upper }}"
     save_lm(Path("lm"), tiny_lm(), tokenizer)
     assert "template changes a user's message" in line("pretrained.generate", GENERATE)
+
+
+def test_a_system_message_goes_before_every_prompt(cwd, capsys):
+    """One that a template demands; it is kept with the texts and the head, so sample asks in the same way."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ '[' + messages[0]['content'] + ']' + messages[1]['content'] + '=' }}"
+    save_lm(Path("lm"), tiny_lm(), tokenizer)
+    assert "; --system of pretrained.generate" in line("pretrained.generate", GENERATE)
+    assert call("pretrained.generate", f"{GENERATE} --system Be_brief") == (0, "")
+    assert "other settings (chat)" in line("pretrained.generate", f"{GENERATE} --system Be_long")
+    assert call("pretrained.train", TRAIN) == (0, "")
+    assert call("sample", "--out_dir out --prompt hi --max_new_tokens 3") == (0, "")
+    enc = sample.load("out", "cpu", "float32")[1]
+    assert enc.decode(enc.prompt_ids("hi")) == "[Be_brief]hi="
+    with pytest.raises(BadInput, match="holds the control token </s>"):
+        hub_tokenizer(tokenizer, "stop at </s>", ends=[257])
+    tokenizer.chat_template = None
+    with pytest.raises(BadInput, match="no chat template, which its text or --system needs"):
+        hub_tokenizer(tokenizer, "Be brief")
 
 
 def test_a_message_that_the_context_has_no_room_for_is_refused(copy):
