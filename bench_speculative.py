@@ -23,9 +23,10 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+# before torch: it says how threads wait
+from common import ArgumentParser, number, run_script
 import torch
 
-from common import ArgumentParser, number, run_script
 from decode import Stats, generate, generate_plain, make_sampler, window_ids
 from model import BadInput
 from sample import add_cut_flags, add_model_flags, fast_kernels, load

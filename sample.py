@@ -13,10 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
+# before torch: it says how threads wait
 from common import (ArgumentParser, any_path, any_seed, check_meta, load_model, number, pick_device,
                     onednn, read_checkpoint, run_script, utf8)
+import torch
+
 from decode import Stats, generate, generate_oracle, generate_plain, make_sampler
 from model import BadInput, door, words
 from tokenizer import TextStream, load_tokenizer

@@ -23,14 +23,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+# before torch: it says how threads wait
+from common import (ArgumentParser, Batches, any_path, any_seed, check_tokenizer, check_writable,
+                    load_model, locked, number, padded, pick_device, progress_bar, read_checkpoint,
+                    read_meta, replacing, run_script, stop_signals)
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (ArgumentParser, Batches, any_path, any_seed, check_tokenizer, check_writable,
-                    load_model, locked, number, padded, pick_device, progress_bar, read_checkpoint,
-                    read_meta, replacing, run_script, stop_signals)
 from model import BadInput, GPTConfig, new_model, words
 
 

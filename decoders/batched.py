@@ -52,12 +52,12 @@ class RowCache:
         self.rows, self.device = rows, device
         self.index = torch.arange(len(self.length), device=device)[rows].unsqueeze(1)
         self.places = self.lengths()[rows].unsqueeze(1) + torch.arange(T, device=device)
-        self.reach = self.look_at(max(self.length[rows]) + T)
+        self.reach = self.look_at(T)
         return self.places
 
-    def look_at(self, end):
-        """How many places a pass looks at, whose longest row ends there."""
-        return end
+    def look_at(self, T):
+        """How many places a pass looks at, with T tokens for each of `rows`: up to the longest."""
+        return max(self.length[self.rows]) + T
 
     def append(self, layer, kv):
         """Write kv (2, B', nh, T, hs) at the places: -> (2, B', nh, reach, hs)."""

@@ -700,7 +700,7 @@ EXPERIMENTS = {
          "step / plain, 1": (of_bench("step_ms", 1.0), 2),
          "draft / plain, 1": (of_bench("parts_ms", 1.0, "draft"), 2),
          "next token": (val("next"), 3), "joint": (val("joint"), 3)},
-        (Panel("head", "speed-up, 0", "text"), Panel("head", "speed-up, 1", "text"))),
+        tuple(Panel("head", f"speed-up, {t}", "text", (("text", "stories"),)) for t in (0, 1))),
     "cuts": Experiment(
         "Temperatures with top_p 0.9", cuts, ("text", "head"),
         {f"{name}, {t:g}": (of_bench(key, t), 2) for t in (0.7, 1.0)
@@ -725,7 +725,7 @@ EXPERIMENTS = {
         {**LOSSES, "components in use": (in_use, 2)},
         (Panel("penalty", "joint", "r"), Panel("penalty", "components in use", "r")), specialists),
     "acceptance": Experiment(
-        "Acceptance and speed against rank (figure 5)", acceptance, ("target", "r"),
+        "Acceptance against rank (figure 5)", acceptance, ("target", "r"),
         {"next token": (val("next"), 3),
          "first draft accepted, 1": (of_bench("acceptance", 1.0, 0), 2), **PER_STEP},
         (Panel("r", "tok/step, 0", "target"), Panel("r", "tok/step, 1", "target"))),

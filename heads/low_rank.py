@@ -44,11 +44,11 @@ class Head(CPHead):
 
     def all_logits(self, e, offsets, unembed):
         h, c = self.parts(e, offsets)
-        own = widen(F.linear(c, self.through(getattr(self, "draft_rows", unembed))))  # few_tokens'
+        own = widen(F.linear(c, self.WU(getattr(self, "draft_rows", unembed))))  # few_tokens'
         own += self.logits(h, unembed).unsqueeze(-2)  # in place: a third array of r x V costs time
         return own
 
-    def through(self, unembed):
+    def WU(self, unembed):
         """W U (V, k). In decoding on a CPU it is kept until somebody writes into W or U.
 
         (Who writes behind torch's back, through `.data`, gets drafts of an older W U: they are

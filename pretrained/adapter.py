@@ -6,12 +6,11 @@ trunk. How one is trained: see train.py. Needs transformers, for a .gguf file al
 accelerate.
 """
 
-import functools
 import hashlib
 import inspect
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -54,14 +53,16 @@ def find_model(name):
     import huggingface_hub  # comes with transformers
 
     plain = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    get = partial(huggingface_hub.snapshot_download, name,  # some hold their weights twice
+                  ignore_patterns=["*/*", "consolidated*"])
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=plain))
+        folder = Path(get(allow_patterns=plain))
         if not any(folder.glob("*.safetensors")):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*plain, "*.bin"]))
+            folder = Path(get(allow_patterns=[*plain, "*.bin"]))
     except Exception as e:  # of the network, the hub, a bad name: many kinds
-        why = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-        raise BadInput(f"{name} is no folder here, and the hub does not give it ({why}); without a "
-                       "network, name the folder of a copy") from None
+        why = " ".join(str(e).split())[:300] or type(e).__name__
+        raise BadInput(f"{name} is no folder here, and the hub does not give it ({why}); the "
+                       "folder of a copy will do, too") from None
     return folder, None
 
 
@@ -76,13 +77,13 @@ def sha256(*paths):
 
 
 def fingerprint(folder, gguf):
-    """The hash of a model's weights."""
+    """The hash of a model's weights and their config.json."""
     files = [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))
     files = files or sorted(folder.glob("*.bin"))
     if not files or not (gguf or (folder / "config.json").exists()):
         raise BadInput(f"{folder} holds no model: config.json and *.safetensors or *.bin, or name "
                        "the .gguf file in it")
-    return sha256(*files)
+    return sha256(*files, *([] if gguf else [folder / "config.json"]))
 
 
 class HubTokenizer:
@@ -95,16 +96,20 @@ class HubTokenizer:
 
     def __init__(self, tokenizer, config, chat, ends=()):
         if chat and not tokenizer.chat_template:
-            raise BadInput("this model has no chat template, which its text or --system needs")
+            raise BadInput("this model has no chat template, and its text was made with one, or "
+                           "--system asks for one")
         self.tokenizer, self.chat, self.ends = tokenizer, chat, frozenset(ends)
         self.n_vocab, self.longest = config.vocab_size, config.block_size - 1
         self.gap, self.answer_end = ("\n\n", self.ends) if chat else ("", None)
         added, unknown = tokenizer.added_tokens_decoder.items(), tokenizer.unk_token_id
+        template = tokenizer.chat_template or ""  # whose tokens are not all special: <think>
         self.control = {i: token.content for i, token in added
-                        if i in self.ends or token.special and i != unknown}
+                        if i in self.ends or token.special and i != unknown
+                        or token.content.strip() and token.content in template}
         self.begin = ids_in_front(tokenizer)
-        if found := [token for token in self.control.values() if token in str(chat)]:
-            raise BadInput(f"the system's message holds the control token {found[0]}; take it out")
+        for token in self.control.values() if isinstance(chat, str) else ():
+            if token in chat:
+                raise BadInput(f"the system's message holds the control token {token}; take it out")
 
     def prompt_ids(self, text):
         if self.chat:
@@ -145,16 +150,22 @@ class HubTokenizer:
         whole = [{"role": "system", "content": self.chat if has_system else "Be brief."},
                  {"role": "user", "content": message}]
         apply = partial(self.tokenizer.apply_chat_template, tokenize=False, **options)
+        given, other = (whole, whole[1:]) if has_system else (whole[1:], whole)
         try:
-            return apply(whole if has_system else whole[1:])
+            text = apply(given)
         except Exception as e:  # what a template raises, or Python in it: many kinds
             why, advice = " ".join(str(e).split())[:200] or type(e).__name__, ""
             with suppress(Exception):
-                apply(whole)
-                advice = "; --system of pretrained.generate gives it a system's message before that"
+                apply(other)
+                advice = ("; leave --system away" if has_system else
+                          "; --system of pretrained.generate gives it a system's message before it")
             after = " after the system's" * has_system
             raise BadInput("this model's chat template refuses a user's message"
                            f"{after}: {why}{advice}") from None
+        if has_system and self.chat.strip() not in text:
+            raise BadInput("this model's chat template leaves the system's message out; leave "
+                           "--system away")
+        return text
 
     def encode(self, text, wrap=str):
         """The ids of wrap(text). A control token in the text is plain text: a mark in it, of which
@@ -170,7 +181,7 @@ class HubTokenizer:
             spans = [whole[start:end] for start, end in found["offset_mapping"]]
             ids = [x for x, span in zip(ids, spans) if span != mark]
         # whatever a tokenizer makes of the mark, or of other forms of a control token
-        expected = self.tokenizer(wrap("a"), add_special_tokens=False)["input_ids"]
+        expected = self.tokenizer(wrap(mark), add_special_tokens=False)["input_ids"]
         if self.controls(ids) != self.controls(expected) or mark in self.tokenizer.decode(ids):
             raise BadInput("this model's tokenizer cannot keep a control token plain that is in "
                            "the text; take it out")
@@ -246,6 +257,12 @@ def check_last_states(head):
                        "all that there is here; take another --head")
 
 
+def new_head(config):
+    """The head of a PretrainedConfig, with fresh weights."""
+    Head, K = head_class(config.head), config.draft_vocab
+    return few_tokens(Head, K)(config) if K else Head(config)
+
+
 class Cache:
     """The cache of a model of transformers, with a length that can be set back."""
 
@@ -278,9 +295,8 @@ class Pretrained(GPT):
         self.lm_head = lm.get_output_embeddings()
         self.head = None
         if config.n_future > 1:
-            Head, K = head_class(config.head), config.draft_vocab
-            self.head = few_tokens(Head, K)(config) if K else Head(config)
-            if K:  # rows of the trunk's W, and so of its type
+            self.head = new_head(config)
+            if config.draft_vocab:  # rows of the trunk's W, and so of its type
                 self.head.draft_rows = self.head.draft_rows.to(self.dtype)
         parameters = inspect.signature(lm.base_model.forward).parameters
         self.cache_name = "cache" if "cache" in parameters else "past_key_values"  # its older name
@@ -306,7 +322,7 @@ class Pretrained(GPT):
         return self.lm.base_model(idx, use_cache=True, **{self.cache_name: past}, **options)
 
     def forward(self, *batch, **weights):
-        """Logits of idx (B, T), or `loss` of a batch of more, which train.py says."""
+        """Of idx (B, T) its logits; of a whole batch, as train.py calls it, the loss."""
         return self.loss(*batch, **weights) if len(batch) > 1 else super().forward(*batch)
 
     # what a model must be able to do
@@ -320,10 +336,9 @@ class Pretrained(GPT):
     def check(self, name):
         """BadInput unless hidden, its cache, roll-back and the LM head are as a decoder needs."""
         idx = torch.arange(3, 11, device=self.device).unsqueeze(0) % self.config.vocab_size
-        try:
-            hidden = self.hidden(idx)
-        except AttributeError:  # its trunk is not what its LM head is on
-            raise BadInput(f"{name} gives no hidden states, which a head drafts from") from None
+        if self.lm.base_model is self.lm:  # its trunk is not what its LM head is on
+            raise BadInput(f"{name} gives no hidden states, which a head drafts from")
+        hidden, why = self.hidden(idx), ""
         if not self.is_one_product(idx, hidden):
             raise BadInput(f"{name}: its logits are not its LM head of its last hidden state (they "
                            "are scaled or capped), which a head needs")
@@ -336,8 +351,11 @@ class Pretrained(GPT):
             self.hidden(idx[:, :3], cache)  # a draft that is rejected
             cache.length = 4
             same = self.close(torch.cat((first, self.hidden(idx[:, 4:], cache)), 1), hidden)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
             same = None  # no cache at all, or one that refuses
+            why = f" ({type(e).__name__}: {' '.join(str(e).split())})"[:200]
         on_cpu = self.dtype == torch.bfloat16 and self.device.type == "cpu"
         if same is False and on_cpu and not can_pack(self.dtype):
             raise BadInput(f"{name} gives other states token by token than at once: this CPU has "
@@ -345,7 +363,7 @@ class Pretrained(GPT):
         if not same:
             raise BadInput(f"{name} has no cache that can be rolled back, or does not read from "
                            "left to right, so its drafts could not be verified; take a plain "
-                           "transformer decoder")
+                           f"transformer decoder{why}")
 
     def is_one_product(self, idx, hidden):
         """Whether the logits after idx are the LM head's own, of the last of the hidden states.
@@ -385,12 +403,8 @@ class Pretrained(GPT):
 
     def rows_are_right(self):
         """Whether two texts in a RowCache have the states that each has by itself."""
-        config = self.lm.config.get_text_config()
-        # of some, a long text changes the angles of the others' places, or ends their window
-        rope = str([getattr(config, name, "") for name in ("rope_parameters", "rope_scaling")])
-        windows = [getattr(config, name, None) for name in ("window_size", "attention_chunk_size")]
-        if any(windows) or "longrope" in rope or "dynamic" in rope:
-            return False
+        if getattr(self.lm.config.get_text_config(), "window_size", None):
+            return False  # of GPT-Neo: a long text ends the others' window
         idx = torch.arange(3, 11, device=self.device).unsqueeze(0) % self.config.vocab_size
         lengths, cache = (6, 1), RowCache(2, 8)
         try:
@@ -399,6 +413,8 @@ class Pretrained(GPT):
             x = torch.cat([idx[:, length : length + 2] for length in lengths])
             expected = [self.hidden(idx[:, : length + 2])[0, -2:] for length in lengths]
             return all(map(self.close, hidden_of_rows(self, x, cache), expected))
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
             return False  # it asks more of a cache, or has another kind of mask
 
@@ -420,7 +436,7 @@ class Pretrained(GPT):
                     setattr(parent, name, packed[child])
         if self.head is not None and self.config.head != "full":  # whose vectors are logits
             rows = PackedLinear(self.head.draft_rows) if self.config.draft_vocab else self.lm_head
-            self.head.logits = functools.partial(packed_logits, rows)
+            self.head.logits = partial(packed_logits, rows)
 
     def load_head(self, state, path):
         """Take over the head of a checkpoint's tensors; BadInput where it does not fit."""
@@ -441,23 +457,27 @@ class Pretrained(GPT):
 # loading
 
 
-@functools.cache
+@cache
 def load_lm(name, device, dtype):
     """(model of transformers, its tokenizer, {name, sha256, tokenizer}); BadInput where it cannot
     be had. Heads beside one another share their trunk."""
     folder, gguf = find_model(name)
     source = {"name": str(name), "sha256": fingerprint(folder, gguf)}
-    transformers, options = import_transformers(), {"gguf_file": gguf} if gguf else {}
+    transformers, options = import_transformers(), {"trust_remote_code": False}  # nor asked for
+    options |= {"gguf_file": gguf} if gguf else {}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         if gguf and hasattr(transformers, "GgufConfig"):  # else it may compute on packed weights
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        lm, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, **options)
     except MemoryError:
         raise
     except Exception as e:  # of a file, a class, a missing package: many kinds
         why = " ".join(str(e).split())[:200]
         raise BadInput(f"{name} cannot be loaded as a causal language model ({why})") from None
+    if missing := sorted(found["missing_keys"]):  # a base model's files have no LM head
+        raise BadInput(f"{name} lacks {missing[0]}, which transformers would draw at random")
     vocabulary = sorted(tokenizer.get_vocab().items()), tokenizer.chat_template
     source["tokenizer"] = hashlib.sha256(repr(vocabulary).encode()).hexdigest()
     return lm.to(device).eval(), tokenizer, source
@@ -467,8 +487,13 @@ def lm_config(lm, **head):
     """The PretrainedConfig of a model of transformers with a head."""
     c, W = lm.config.get_text_config(), lm.get_output_embeddings().weight
     block_size = getattr(c, "max_position_embeddings", None) or 2048
-    if window := getattr(c, "sliding_window", None):  # a cache that is full cannot be rolled back
-        block_size = min(block_size, window - 1)
+    for name in ("sliding_window", "attention_chunk_size"):  # a full cache cannot be rolled back
+        if window := getattr(c, name, None):
+            block_size = min(block_size, window - 1)
+    rope = getattr(c, "rope_parameters", None) or getattr(c, "rope_scaling", None) or {}
+    if "longrope" in str(rope):  # a longer text changes the angles of keys that are cached
+        first = rope.get("original_max_position_embeddings") or c.original_max_position_embeddings
+        block_size = min(block_size, first)
     return PretrainedConfig(block_size=block_size, vocab_size=W.size(0), n_embd=W.size(1),
                             n_layer=1, n_head=1, target="lm_head", **{"n_future": 1, **head})
 
@@ -480,7 +505,7 @@ def load_pretrained(name, device, dtype="auto", known=None, chat=None, **head):
     HubTokenizer; None is as the model is meant.
     """
     lm, tokenizer, source = load_lm(name, device, getattr(torch, measured_dtype(dtype, device)))
-    for part, what in (("sha256", "weights"), ("tokenizer", "tokenizer")):
+    for part, what in (("sha256", "weights or config.json"), ("tokenizer", "tokenizer")):
         if known is not None and known.get(part) != source[part]:
             raise BadInput(f"{name} has changed: its {what} are not what the head or its text were "
                            "made with. Take that version of it, or write text and train anew.")

@@ -15,9 +15,8 @@ import torch
 
 from common import (ArgumentParser, any_path, check_writable, from_checkpoint, read_checkpoint,
                     replacing, run_script)
-from heads.few_tokens import few_tokens
-from model import BadInput, head_class
-from pretrained.adapter import PretrainedConfig
+from model import BadInput
+from pretrained.adapter import PretrainedConfig, new_head
 from train import TrainConfig
 
 ROUTER = ("head.router.weight", "head.router.bias")
@@ -89,9 +88,7 @@ def check(ckpt):
     if "trunk" not in ckpt:
         from_checkpoint(ckpt)
         return
-    config = PretrainedConfig(**ckpt["model_args"])
-    Head = head_class(config.head)
-    head = (few_tokens(Head, config.draft_vocab) if config.draft_vocab else Head)(config)
+    head = new_head(PretrainedConfig(**ckpt["model_args"]))
     try:
         head.load_state_dict({name.removeprefix("head."): x for name, x in ckpt["model"].items()})
     except RuntimeError as e:  # torch's list of what is missing, superfluous or of another shape

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from common import (ArgumentParser, any_path, any_seed, locked, number, pick_device, progress_bar,
-                    run_script)
+                    run_script, utf8)
 from decode import categorical
 from model import BadInput, widen
 from pretrained.adapter import load_pretrained
@@ -104,27 +104,30 @@ def generate(args):
     model.pack()
     settings = {
         "trunk": model.source, "chat": enc.chat, "ends": sorted(enc.ends),
-        "vocab_size": enc.n_vocab,
+        "vocab_size": enc.n_vocab, "dtype": str(model.dtype),
         "n_embd": model.config.n_embd, "temperature": args.temperature, "seed": args.seed,
         "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size,
         "prompts": [prompt for kind in held_out.values() for prompt in kind],
         "kinds": [kind for kind, prompts in held_out.items() for _ in prompts],
         "training": hashlib.sha256(repr(training).encode()).hexdigest(),
     }
+    frames = enc.chat and not args.prompts  # which the model itself makes messages of
     longest = max(len(enc.prompt_ids(prompt)) for kind in training.values() for prompt in kind)
-    if longest + LONGEST_MESSAGE + args.max_new_tokens > model.config.block_size:
-        raise BadInput(f"The longest prompt, {longest} tokens or more, and --max_new_tokens "
-                       f"{args.max_new_tokens} do not fit the model's {model.config.block_size}")
+    longest += LONGEST_MESSAGE if frames else 0
+    if longest + args.max_new_tokens > model.config.block_size:
+        raise BadInput(f"The longest prompt, {longest} tokens, and --max_new_tokens "
+                       f"{args.max_new_tokens} do not fit {model.config.block_size}, the model's "
+                       "context or its window")
     with locked(args.data_dir) as folder:
         texts = open_texts(folder, settings)
-        lengths, prompts = texts.meta["lengths"], schedule(training, SHARES)
+        lengths, prompts = texts.meta["lengths"], schedule(training, {} if args.prompts else SHARES)
         for _ in lengths:
             next(prompts)
         with progress_bar(total=args.num_texts, initial=len(lengths), unit="text") as bar:
             while len(lengths) < args.num_texts:
                 generator = torch.Generator(model.device).manual_seed(args.seed + len(lengths))
                 batch = list(itertools.islice(prompts, args.batch_size))
-                if enc.chat and not args.prompts:
+                if frames:
                     batch = finish(model, enc, batch, generator)
                 batch = [enc.prompt_ids(prompt) for prompt in batch]
                 texts.append(answer(model, batch, args.max_new_tokens, args.temperature,
@@ -132,7 +135,7 @@ def generate(args):
                 bar.update(args.batch_size)
                 bar.set_postfix(tokens=f"{sum(lengths):,}")
     print(f"{args.data_dir}: {len(lengths):,} texts of {model.source['name']}, {sum(lengths):,} "
-          "tokens")
+          f"tokens, {'answers to messages' if enc.chat else 'plain text'}")
 
 
 # -----------------------------------------------------------------------------
@@ -148,7 +151,7 @@ def parse_args():
                         help="files with a prompt per line, each one a kind (those of prompts.py)")
     parser.add_argument("--kinds", nargs="+", metavar="KIND",
                         help="the kinds to write: a head for these alone drafts them better (all)")
-    parser.add_argument("--system", metavar="MESSAGE", default="",
+    parser.add_argument("--system", type=utf8, metavar="MESSAGE", default="",
                         help="the system's message, which chats begin with (none)")
     parser.add_argument("--num_texts", type=number(int, 1), default=4096,
                         help="texts to write, in whole batches (4096)")

@@ -28,8 +28,8 @@ def loss_on_states(model, teacher, states, gold, log_z, joint_weight=1.0, balanc
     and log_z (B, n), see `States.at`.
 
     The trunk is frozen, so there is no other loss to weigh this one against, and joint_weight and
-    joint_share change nothing. Parts as in GPT.loss, of which joint and offset are of the tokens
-    that can be drafted alone, and
+    joint_share change nothing. Parts as in GPT.loss, where joint and offset count only tokens
+    that can be drafted, and
         accept (n - 1,)  sum_x min(p, q), the chance that a draft at offset s = 2..n is accepted
                          by itself, at temperature 1
         per_step         1 + the sum of their products: tokens per step, about

@@ -100,9 +100,10 @@ def main():
         if not path.exists():
             raise BadInput(f"There is no {path}; name a data folder of nanoGPT, with train.bin and "
                            "val.bin")
-    for path in sorted(output.glob("*.[bjp]*")):  # .bin, .json, .pkl
-        raise BadInput(f"{output} holds {path.name}, and nothing is written over; take another "
-                       "--output")
+    for name in ("train.bin", "val.bin", "meta.json", "meta.pkl"):
+        if (output / name).exists():
+            raise BadInput(f"{output} holds {name}, and nothing is written over; take another "
+                           "--output")
     with locked(output):
         meta = convert(folder, output)
     counts = ", ".join(f"{part['tokens']:,} in {name}" for name, part in meta["splits"].items())

@@ -16,7 +16,7 @@ READ_BY = {"read_by": "pretrained.train"}  # so that train.py can say whose fold
 
 
 class Texts:
-    """The texts in a data folder: each one's tokens, hidden states and logsumexps, after another.
+    """The texts in a data folder: each one's tokens, hidden states and logsumexps, one text after another.
 
     meta.json counts the texts that are whole. What an interrupted writer left after them goes.
     """
@@ -128,8 +128,9 @@ class States(Batches):
         self.end = np.repeat(ends, lengths)  # of each place's text
         is_val = np.arange(len(lengths)) % 32 == 0
         places = np.arange(len(self.tokens))
-        chosen = np.repeat(is_val == (split == "val"), lengths) & (self.end - places > 1)
-        self.places = places[chosen]
+        own = np.repeat(is_val == (split == "val"), lengths)
+        self.text = self.tokens[own]
+        self.places = places[own & (self.end - places > 1)]
         self.n_starts = len(self.places)
         if not self.n_starts:
             raise BadInput(f"{cfg.data_dir} holds too few texts, {len(lengths)}; a larger "
@@ -149,4 +150,4 @@ class States(Batches):
 
     def counts(self, vocab_size):
         """How often each token comes in the texts."""
-        return np.bincount(self.tokens[self.places], minlength=vocab_size)
+        return np.bincount(self.text, minlength=vocab_size)

@@ -75,9 +75,9 @@ class HeadRun(train.Run):
         """The trunk that data_dir is of, with a fresh head."""
         cfg, source = self.cfg, self.meta["trunk"]
         if cfg.init_from or cfg.fresh_head:
-            flag = "init_from" if cfg.init_from else "fresh_head"
+            name = "init_from" if cfg.init_from else "fresh_head"
             raise BadInput(f"{cfg.data_dir} holds text and states of {source['name']}, which is "
-                           f"the trunk; leave --{flag} away")
+                           f"the trunk; leave --{name} away")
         if RANKS > 1 and self.device.type == "cpu" and cfg.dtype == "auto":
             cfg = replace(cfg, dtype="float32")  # a trial in each process may end differently
         cfg = replace(cfg, dtype=measured_dtype(cfg.dtype, self.device))

@@ -134,6 +134,19 @@ def test_another_generator_draws_another_text():
     assert texts[0] == text != texts[1]
 
 
+@pytest.mark.parametrize("speculative", [True, False])
+def test_a_step_is_compiled_once_for_all_lengths(speculative, monkeypatch):
+    """A number that the step sees, and that changes from step to step, would compile each of them anew."""
+    graphs, compile = [], torch.compile
+    monkeypatch.setattr(captured, "check_compiler", lambda device: None)
+    monkeypatch.setattr(torch, "compile", partial(compile, backend=lambda graph, inputs: graphs.append(graph) or graph))
+    model = tiny_model(n_future=3, rank=2, target="lm_head", block_size=64)
+    steps = Captured(model, Greedy(), speculative, compile=True)
+    for prompt in ([1, 2], [3, 4, 1]):
+        assert list(steps.generate(prompt, 40)) == list(generate_oracle(model, prompt, 40, sampler=Greedy()))
+    assert len(graphs) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own
 def test_a_compiled_text_is_the_oracles(monkeypatch):

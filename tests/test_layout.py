@@ -183,3 +183,16 @@ def test_the_core_needs_no_folder(tmp_path):
                             capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "wrote out/toy/ckpt.pt" in result.stdout and "speculative: 5 tokens" in result.stdout
+
+
+def test_threads_are_told_how_to_wait_before_torch_is_loaded():
+    """OpenMP reads its environment once, when torch loads it. `python -m` runs a folder's __init__ first."""
+    files = our_files()
+    scripts = [path for path, source in files.items() if '__name__ == "__main__"' in source and not is_test(module_of(path))]
+    assert len(scripts) > 15
+    for path in scripts:
+        *folder, _ = path.split("/")
+        source = files["/".join([*folder, "__init__.py"])] if folder else files[path]
+        found = [name for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))
+                 for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])]
+        assert [name for name in found if name in ("torch", "model", "common", "decode", "sample")][0] == "common", path

@@ -7,6 +7,7 @@ import shutil
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -444,7 +445,7 @@ def test_a_window_that_slides_is_a_block():
 
 def test_a_trunk_without_hidden_states_is_refused(monkeypatch):
     model = a_model("llama")
-    monkeypatch.setattr(model, "hidden", lambda idx, cache=None: idx.last_hidden_state)
+    monkeypatch.setattr(type(model.lm), "base_model", property(lambda lm: lm))
     with pytest.raises(BadInput, match="^odd gives no hidden states"):
         model.check("odd")
 
@@ -507,6 +508,13 @@ def test_stored_states_are_those_of_the_text(home, cwd):
         end += length
 
 
+def test_every_token_of_the_texts_is_counted(copy):
+    """Their ends, too, after which nothing is drafted: a head with few tokens is to draft them."""
+    meta, cfg = texts_of.read_texts("own"), SimpleNamespace(data_dir="own", n_future=3, batch_size=4)
+    counts = sum(texts_of.States(meta, cfg, split, CPU).counts(300) for split in ("train", "val"))
+    assert np.array_equal(counts, np.bincount(Texts("own", meta).read("tokens"), minlength=300))
+
+
 def test_an_interrupted_generate_goes_on(home, cwd, monkeypatch):
     """Killed in its second batch, half of whose bytes are written, it ends with the very bytes of a
     run without interruption."""
@@ -547,13 +555,15 @@ def test_kinds_take_turns_by_their_shares():
     assert list(itertools.islice(turns, 9)) == [1, 2, 9, 3, 1, 9, 2, 3, 9]
 
 
-def test_prompts_of_ones_own(home, cwd, capsys):
+def test_prompts_of_ones_own(home, cwd, capsys, monkeypatch):
     """Each file is a kind; its first lines are held out for the bench."""
     shutil.copytree(home / "lm", "lm")
     Path("hello.txt").write_text("hello\nhow are you\n\nbye\u2028bye\nsee you\n", encoding="utf-8-sig")
     Path("sums.txt").write_text("1 + 1\n2 + 2\n", encoding="utf-8")
     args = GENERATE.replace("--num_texts 40 --batch_size 20", "--num_texts 6 --batch_size 3")
-    assert call("pretrained.generate", f"{args} --prompts hello.txt sums.txt") == (0, "")
+    shares, schedule = [], generating.schedule
+    monkeypatch.setattr(generating, "schedule", lambda *given: shares.append(given[1]) or schedule(*given))
+    assert call("pretrained.generate", f"{args} --prompts hello.txt sums.txt") == (0, "") and shares == [{}]
     meta = texts_of.read_texts("own")
     assert list(zip(meta["kinds"], meta["prompts"])) == [("hello", "hello"), ("hello", "how are you"),
                                                          ("sums", "1 + 1")]
@@ -709,6 +719,12 @@ def test_control_tokens_in_a_text_are_plain_text(kind):
             assert {x: ids.count(x) for x in control} == count, text
             if "bert" not in kind and "without bytes" not in kind:
                 assert text in tokenizer.decode(ids)
+    tokenizer.add_tokens(["<think>", " "])  # not special, and the one is in the template
+    tokenizer.chat_template = "{{ messages[0]['content'] }}<think> Please answer"
+    think = tokenizer.convert_tokens_to_ids("<think>")
+    assert hub_tokenizer(tokenizer, chat=True).prompt_ids("What is <think>?").count(think) == 1
+    hub_tokenizer(tokenizer, chat=True).open_message("What is")  # there is an a after it
+    tokenizer.chat_template = CHAT
     message = "to <b> the"
     assert chat.prompt_ids(message) == tokenizer.apply_chat_template([{"role": "user", "content": message}],
                                                                      add_generation_prompt=True)["input_ids"]
@@ -866,6 +882,12 @@ def test_a_system_message_goes_before_every_prompt(cwd, capsys):
     assert call("sample", "--out_dir out --prompt hi --max_new_tokens 3") == (0, "")
     enc = sample.load("out", "cpu", "float32")[1]
     assert enc.decode(enc.prompt_ids("hi")) == "[Be_brief]hi="
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(BadInput, match="leaves the system's message out; leave --system away"):
+        hub_tokenizer(tokenizer, "Be brief").prompt_ids("hi")
+    tokenizer.chat_template = "{{ raise_exception('never') if messages[1] else messages[0]['content'] }}"
+    with pytest.raises(BadInput, match="after the system's: never; leave --system away"):
+        hub_tokenizer(tokenizer, "Be brief").prompt_ids("hi")
     with pytest.raises(BadInput, match="holds the control token </s>"):
         hub_tokenizer(tokenizer, "stop at </s>", ends=[257])
     tokenizer.chat_template = None
@@ -947,14 +969,39 @@ def test_a_model_that_is_no_causal_lm_or_cannot_roll_back(cwd):
     assert "cannot be loaded" in line("pretrained.generate", GENERATE.replace("--init_from lm", "--init_from damaged"))
 
 
-def test_a_trunk_that_changed(copy):
+@pytest.mark.parametrize("what", ["a weight", "a setting"])
+def test_a_trunk_that_changed(what, copy):
     lm = tiny_lm()
-    with torch.no_grad():
-        lm.lm_head.weight[3] += 1
+    if what == "a setting":  # which changes every state
+        lm.config.rms_norm_eps = 0.5
+    else:
+        with torch.no_grad():
+            lm.lm_head.weight[3] += 1
     lm.save_pretrained("lm")
     for script, args in (("pretrained.train", TRAIN), ("sample", "--out_dir out"), ("pretrained.generate", GENERATE)):
         adapter.load_lm.cache_clear()
         assert "changed" in line(script, args) or "other settings (trunk)" in line(script, args)
+
+
+def test_weights_that_are_not_there_are_not_drawn(cwd):
+    """A base model has no LM head: transformers would draw one, and another one at the next start."""
+    save_lm(Path("lm"), tiny_lm().base_model)
+    assert line("pretrained.generate", GENERATE) == "lm lacks lm_head.weight, which transformers would draw at random"
+
+
+def test_a_block_ends_where_a_pass_over_more_would_be_another():
+    """A window that is full cannot be rolled back; longrope turns keys otherwise than those that are cached."""
+    def block_size(**settings):
+        config = SimpleNamespace(max_position_embeddings=4096, **settings)
+        lm = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config),
+                             get_output_embeddings=lambda: torch.nn.Linear(8, 16))
+        return adapter.lm_config(lm).block_size
+
+    long = {"rope_type": "longrope"}
+    assert block_size() == block_size(sliding_window=None, rope_parameters={"rope_type": "default"}) == 4096
+    assert block_size(sliding_window=16) == 15 and block_size(attention_chunk_size=32) == 31
+    assert block_size(rope_scaling={**long, "original_max_position_embeddings": 64}) == 64
+    assert block_size(rope_parameters=long, original_max_position_embeddings=64) == 64
 
 
 def test_what_is_there_is_not_written_over_nor_blamed(copy):
@@ -980,6 +1027,10 @@ def test_another_tokenizer(copy):
 
 def test_other_settings_and_other_folders(copy):
     assert "other settings (temperature)" in line("pretrained.generate", f"{GENERATE} --temperature 0.5")
+    meta = Path("own/meta.json").read_text()
+    Path("own/meta.json").write_text(json.dumps({**json.loads(meta), "dtype": "torch.bfloat16"}))
+    assert "other settings (dtype)" in line("pretrained.generate", GENERATE)  # a trial may choose another one
+    Path("own/meta.json").write_text(meta)
     Path("text").mkdir()
     Path("text/train.bin").write_bytes(b"12")
     assert "other data" in line("pretrained.generate", GENERATE.replace("own", "text"))
