@@ -29,7 +29,7 @@ import torch
 
 from decode import Stats, generate, generate_plain, make_sampler, window_ids
 from model import BadInput
-from sample import add_cut_flags, add_model_flags, fast_kernels, load
+from sample import add_cut_flags, add_model_flags, best_threads, fast_kernels, load
 
 HEAD_FIELDS = ("head", "n_future", "rank")  # of a config: which head it is
 
@@ -154,22 +154,9 @@ class Bench:
             return [list(mode.function(mode.model, prompt, self.n_tokens, sampler=sampler,
                                        **options)) for prompt in prompts or self.prompts]
 
-    def time_one(self, name):
+    def time_one(self, name="plain"):
         """Seconds to continue the first prompt greedily."""
         return timed(lambda: self.decode(name, 0.0, 0, self.prompts[:1]), self.device)[0]
-
-    def best_threads(self):
-        """The number of CPU threads at which plain decoding is fastest."""
-        most = torch.get_num_threads()  # torch's own default: the cores that there are
-        if self.device.type != "cpu":
-            return most
-        seconds = {n: [] for n in sorted({most, *(2**k for k in range(most.bit_length()))})}
-        self.time_one("plain")
-        for _ in range(5):
-            for n in seconds:
-                torch.set_num_threads(n)
-                seconds[n].append(self.time_one("plain"))
-        return min(seconds, key=lambda n: statistics.median(seconds[n]))
 
     def rounds(self, temperature, n_rounds):
         """By mode: a list of rounds, each a dict of seconds, tokens, texts, if speculative seconds
@@ -380,7 +367,7 @@ def main(description=__doc__, add_flags=None, add_modes=None):
     bench.cuts = {"top_k": args.top_k, "top_p": args.top_p}
     if add_modes is not None:
         add_modes(bench, args)
-    torch.set_num_threads(args.threads or bench.best_threads())
+    torch.set_num_threads(args.threads or best_threads(bench.device, bench.time_one))
     card = describe(bench, args)
     print_card(card, bench)
 

@@ -9,6 +9,7 @@ see decode.py. So do the other modes; a file of the mode's name says how.
 """
 
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from common import (ArgumentParser, any_path, any_seed, check_meta, load_model, 
                     onednn, read_checkpoint, run_script, utf8)
 import torch
 
-from decode import Stats, generate, generate_oracle, generate_plain, make_sampler
+from decode import Greedy, Stats, generate, generate_oracle, generate_plain, make_sampler
 from model import BadInput, door, words
 from tokenizer import TextStream, load_tokenizer
 
@@ -58,6 +59,21 @@ def load(out_dir, device="auto", dtype="auto"):
 def fast_kernels(model):
     """A context in which passes of a few rows are fastest: in float32 on a CPU, without oneDNN."""
     return onednn(not (model.device.type == "cpu" and model.dtype == torch.float32))
+
+
+def best_threads(device, seconds_of_a_trial):
+    """The number of CPU threads at which a trial takes least. Beside a busy process that is one:
+    two would wait for each other."""
+    most = torch.get_num_threads()  # torch's own default: the cores that there are
+    if device.type != "cpu":
+        return most
+    seconds = {n: [] for n in sorted({most, *(2**k for k in range(most.bit_length()))})}
+    seconds_of_a_trial()
+    for _ in range(5):
+        for n in seconds:
+            torch.set_num_threads(n)
+            seconds[n].append(seconds_of_a_trial())
+    return min(seconds, key=lambda n: statistics.median(seconds[n]))
 
 
 # -----------------------------------------------------------------------------
@@ -161,8 +177,16 @@ def main():
     if args.show_drafts:
         print(legend(model.config.n_future - 1 if drafts else 0, colour) + "\n")
     sampler = make_sampler(*options, torch.Generator(model.device).manual_seed(args.seed))
-    start = time.perf_counter()
+
+    def trial():
+        began = time.perf_counter()
+        list(decoder(model, [0], 32, sampler=Greedy()))
+        return time.perf_counter() - began
+
     with fast_kernels(model):
+        if model.n_params()[0] < 3e7:  # of larger ones a trial takes long, and threads pay
+            torch.set_num_threads(best_threads(model.device, trial))
+        start = time.perf_counter()
         samples = [write_sample(args, decoder, model, enc, sampler, colour)
                    for _ in range(args.num_samples)]
     seconds = time.perf_counter() - start

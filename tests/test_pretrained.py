@@ -719,15 +719,19 @@ def test_control_tokens_in_a_text_are_plain_text(kind):
             assert {x: ids.count(x) for x in control} == count, text
             if "bert" not in kind and "without bytes" not in kind:
                 assert text in tokenizer.decode(ids)
-    tokenizer.add_tokens(["<think>", " "])  # not special, and the one is in the template
-    tokenizer.chat_template = "{{ messages[0]['content'] }}<think> Please answer"
-    think = tokenizer.convert_tokens_to_ids("<think>")
-    assert hub_tokenizer(tokenizer, chat=True).prompt_ids("What is <think>?").count(think) == 1
-    hub_tokenizer(tokenizer, chat=True).open_message("What is")  # there is an a after it
-    tokenizer.chat_template = CHAT
     message = "to <b> the"
     assert chat.prompt_ids(message) == tokenizer.apply_chat_template([{"role": "user", "content": message}],
                                                                      add_generation_prompt=True)["input_ids"]
+
+
+def test_control_tokens_of_a_template_are_plain_text_in_a_message():
+    """Not all of them are special, as Qwen3's <think>. A template goes on after a message, here with an a in it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<think>", " "])
+    tokenizer.chat_template = "{{ messages[0]['content'] }}<think> Please answer"
+    enc, think = hub_tokenizer(tokenizer, chat=True), tokenizer.convert_tokens_to_ids("<think>")
+    assert enc.prompt_ids("What is <think>?").count(think) == 1
+    assert tokenizer.decode(enc.open_message("What is")) == "What is"
 
 
 @odd
@@ -891,7 +895,7 @@ def test_a_system_message_goes_before_every_prompt(cwd, capsys):
     with pytest.raises(BadInput, match="holds the control token </s>"):
         hub_tokenizer(tokenizer, "stop at </s>", ends=[257])
     tokenizer.chat_template = None
-    with pytest.raises(BadInput, match="no chat template, which its text or --system needs"):
+    with pytest.raises(BadInput, match="no chat template, and its text was made with one, or --system"):
         hub_tokenizer(tokenizer, "Be brief")
 
 
@@ -933,7 +937,7 @@ def test_a_model_that_is_not_there(cwd, monkeypatch):
     too_long = GENERATE.replace("--max_new_tokens 12", "--max_new_tokens 200")
     save_lm(Path("lm"), tiny_lm())
     assert "do not fit" in line("pretrained.generate", too_long)
-    for name, what in (("nobody/no-such-model", "without a network"), ("./nothing", "no folder"),
+    for name, what in (("nobody/no-such-model", "the folder of a copy will do"), ("./nothing", "no folder"),
                         ("a.gguf", "no folder"), ("empty", "holds no model"), ("x/y/z", "no folder")):
         assert what in line("pretrained.generate", GENERATE.replace("--init_from lm", f"--init_from {name}")), name
 

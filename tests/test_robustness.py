@@ -448,7 +448,7 @@ def test_a_bug_keeps_its_traceback(script, args, where, home, tmp_path, monkeypa
     if script == "plot":
         pytest.importorskip("matplotlib")
     if script == "bench":
-        monkeypatch.setattr(bench_speculative.Bench, "best_threads", lambda self: 1)
+        monkeypatch.setattr(bench_speculative, "best_threads", lambda *given: 1)
         args += " --max_new_tokens 4 --rounds 5"
     with pytest.raises(NameError, match="a_name_with_a_typo"):
         start(script, args)
