@@ -241,7 +241,7 @@ class PretrainedConfig(GPTConfig):
     def __post_init__(self):
         super().__post_init__()
         K = self.draft_vocab
-        if not isinstance(K, int) or not 0 <= K <= self.n_token:
+        if type(K) is not int or not 0 <= K <= self.n_token:  # True is no number
             raise BadInput(f"draft_vocab must be a whole number from 0 to {self.n_token}, the "
                            f"tokens that there are, not {K!r}")
         if K and self.head == "full":

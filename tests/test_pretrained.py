@@ -1073,7 +1073,8 @@ def test_checkpoints_that_do_not_fit(copy):
                          ({"trunk": {**ckpt["trunk"], "door": "train"}}, "trunk must be one of adapter, not 'train'"),
                          ({"meta": {}}, "how texts begin"), ({"model": {}}, "no head that fits"),
                          ({"model_args": {}}, "n_future must be"), ({"model_args": {**ckpt["model_args"], "n_future": 1}}, "no head"),
-                         ({"model_args": {**ckpt["model_args"], "draft_vocab": None}}, "draft_vocab must be")):
+                         ({"model_args": {**ckpt["model_args"], "draft_vocab": None}}, "draft_vocab must be"),
+                         ({"model_args": {**ckpt["model_args"], "draft_vocab": True}}, "draft_vocab must be")):
         torch.save({**ckpt, **change}, "out/ckpt.pt")
         assert what in line("sample", "--out_dir out"), change
     tokenizer = byte_tokenizer()
