@@ -86,6 +86,15 @@ def fingerprint(folder, gguf):
     return sha256(*files, *([] if gguf else [folder / "config.json"]))
 
 
+def read(tokenizer, text, add_special_tokens=False, **options):
+    """tokenizer(text); BadInput where it cannot, as of a word that has no token, not even [UNK]."""
+    try:
+        return tokenizer(text, add_special_tokens=add_special_tokens, **options)
+    except Exception as e:  # those of tokenizers have no class of their own
+        why = " ".join(str(e).split())[:200] or type(e).__name__
+        raise BadInput(f"this model's tokenizer does not take any text ({why})") from None
+
+
 class HubTokenizer:
     """A tokenizer of transformers, as tokenizer.py asks for one. With chat, a text is the answer to
     a user's message; BadInput where there is no template for that. A chat that is a str begins with
@@ -175,13 +184,13 @@ class HubTokenizer:
         for token in self.control.values() if self.tokenizer.is_fast else ():  # else: see below
             plain = plain.replace(token, token[:1] + mark + token[1:])
         whole, is_marked = wrap(plain), plain != text
-        found = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=is_marked)
+        found = read(self.tokenizer, whole, return_offsets_mapping=is_marked)
         ids = found["input_ids"]
         if is_marked:
             spans = [whole[start:end] for start, end in found["offset_mapping"]]
             ids = [x for x, span in zip(ids, spans) if span != mark]
         # whatever a tokenizer makes of the mark, or of other forms of a control token
-        expected = self.tokenizer(wrap(mark), add_special_tokens=False)["input_ids"]
+        expected = read(self.tokenizer, wrap(mark))["input_ids"]
         if self.controls(ids) != self.controls(expected) or mark in self.tokenizer.decode(ids):
             raise BadInput("this model's tokenizer cannot keep a control token plain that is in "
                            "the text; take it out")
@@ -214,7 +223,7 @@ class HubTokenizer:
 
 def ids_in_front(tokenizer):
     """What a tokenizer puts before a text; what it puts behind one, as [SEP], would end it."""
-    plain, whole = (tokenizer("a A 0", add_special_tokens=added)["input_ids"]
+    plain, whole = (read(tokenizer, "a A 0", add_special_tokens=added)["input_ids"]
                     for added in (False, True))
     places = range(len(whole) - len(plain) + 1)
     return next((whole[:i] for i in places if whole[i : i + len(plain)] == plain), [])
@@ -299,6 +308,7 @@ class Pretrained(GPT):
             if config.draft_vocab:  # rows of the trunk's W, and so of its type
                 self.head.draft_rows = self.head.draft_rows.to(self.dtype)
         parameters = inspect.signature(lm.base_model.forward).parameters
+        self.knows_places = "position_ids" in parameters
         self.cache_name = "cache" if "cache" in parameters else "past_key_values"  # its older name
 
     def new_cache(self, B=1):
@@ -338,10 +348,18 @@ class Pretrained(GPT):
         idx = torch.arange(3, 11, device=self.device).unsqueeze(0) % self.config.vocab_size
         if self.lm.base_model is self.lm:  # its trunk is not what its LM head is on
             raise BadInput(f"{name} gives no hidden states, which a head drafts from")
+        try:  # transformers' own code, and none of ours
+            self.lm.base_model(idx, use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # what a class asks for, or has no kernel for: many kinds
+            why = f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]
+            raise BadInput(f"{name} computes nothing from tokens alone in {self.dtype} here "
+                           f"({why})") from None
         hidden, why = self.hidden(idx), ""
         if not self.is_one_product(idx, hidden):
             raise BadInput(f"{name}: its logits are not its LM head of its last hidden state (they "
-                           "are scaled or capped), which a head needs")
+                           "are scaled or capped, or a layer is between), which a head needs")
         if self.lm.get_input_embeddings().weight.size(0) < self.config.vocab_size:
             raise BadInput(f"{name} has an LM head for {self.config.vocab_size:,} tokens, some of "
                            "which it cannot read: its embedding has fewer rows")
@@ -353,7 +371,7 @@ class Pretrained(GPT):
             same = self.close(torch.cat((first, self.hidden(idx[:, 4:], cache)), 1), hidden)
         except torch.OutOfMemoryError:
             raise
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
             same = None  # no cache at all, or one that refuses
             why = f" ({type(e).__name__}: {' '.join(str(e).split())})"[:200]
         on_cpu = self.dtype == torch.bfloat16 and self.device.type == "cpu"
@@ -405,6 +423,8 @@ class Pretrained(GPT):
         """Whether two texts in a RowCache have the states that each has by itself."""
         if getattr(self.lm.config.get_text_config(), "window_size", None):
             return False  # of GPT-Neo: a long text ends the others' window
+        if not self.knows_places:  # as MPT, where a tree's drafts for one place lie apart
+            return False
         idx = torch.arange(3, 11, device=self.device).unsqueeze(0) % self.config.vocab_size
         lengths, cache = (6, 1), RowCache(2, 8)
         try:
@@ -417,6 +437,22 @@ class Pretrained(GPT):
             raise
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
             return False  # it asks more of a cache, or has another kind of mask
+
+    @torch.inference_mode()
+    def check_padding(self):
+        """BadInput unless prompts of different lengths, padded on the left, have their own states."""
+        idx = torch.arange(3, 19, device=self.device).unsqueeze(0) % self.config.vocab_size
+        mask = torch.ones_like(idx).index_fill(1, torch.arange(8, device=self.device), 0)
+        places = (mask.cumsum(1) - 1).clamp_min(0)
+        out = self.pass_over(idx, None, attention_mask=mask, position_ids=places)
+        if not self.close(out.last_hidden_state[:, 8:], self.hidden(idx[:, 8:])):
+            raise BadInput(f"{self.source['name']} counts places by itself, and so cannot answer "
+                           "prompts of different lengths at once; take --batch_size 1")
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.lm.eval()  # it is shared, and stays as it is
+        return self
 
     # weights
 
@@ -486,14 +522,18 @@ def load_lm(name, device, dtype):
 def lm_config(lm, **head):
     """The PretrainedConfig of a model of transformers with a head."""
     c, W = lm.config.get_text_config(), lm.get_output_embeddings().weight
-    block_size = getattr(c, "max_position_embeddings", None) or 2048
-    for name in ("sliding_window", "attention_chunk_size"):  # a full cache cannot be rolled back
-        if window := getattr(c, name, None):
+    rooms = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # MPT's, Whisper's
+    block_size = min(filter(None, (getattr(c, name, None) for name in rooms)), default=2048)
+    # a full cache cannot be rolled back; of Doge: a longer text has a mask that looks ahead
+    for name in ("sliding_window", "attention_chunk_size", "keep_window_size"):
+        if (window := getattr(c, name, None) or 0) > 0:
             block_size = min(block_size, window - 1)
     rope = getattr(c, "rope_parameters", None) or getattr(c, "rope_scaling", None) or {}
     if "longrope" in str(rope):  # a longer text changes the angles of keys that are cached
-        first = rope.get("original_max_position_embeddings") or c.original_max_position_embeddings
-        block_size = min(block_size, first)
+        own = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one per kind
+        first = [part.get("original_max_position_embeddings") for part in own]
+        first.append(getattr(c, "original_max_position_embeddings", None))
+        block_size = min(filter(None, first), default=block_size)
     return PretrainedConfig(block_size=block_size, vocab_size=W.size(0), n_embd=W.size(1),
                             n_layer=1, n_head=1, target="lm_head", **{"n_future": 1, **head})
 

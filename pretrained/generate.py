@@ -101,6 +101,8 @@ def generate(args):
                           (read_prompts(args.prompts) if args.prompts else (FRAMES, HELD_OUT)))
     model, enc = load_pretrained(args.init_from, pick_device(args.device), args.dtype,
                                  chat=args.system or None)
+    if args.batch_size > 1:
+        model.check_padding()
     model.pack()
     settings = {
         "trunk": model.source, "chat": enc.chat, "ends": sorted(enc.ends),

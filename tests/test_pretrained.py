@@ -1186,3 +1186,67 @@ def test_the_real_model_writes_its_own_text():
     theirs = model.lm.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
     assert list(generate(model, prompt, 24, sampler=Greedy())) == theirs[0, len(prompt) :].tolist()
     assert enc.decode(theirs[0, len(prompt) :]).split()[0].isalpha()
+
+
+def bart_lm():
+    torch.manual_seed(0)
+    config = transformers.BartConfig(vocab_size=300, d_model=16, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=32,
+                                     encoder_layers=2, encoder_attention_heads=2, max_position_embeddings=256, init_std=0.5,
+                                     bos_token_id=256, eos_token_id=257, pad_token_id=0, is_decoder=True, is_encoder_decoder=False)
+    return transformers.BartForCausalLM(config).eval()
+
+
+def mpt_lm(**changes):
+    torch.manual_seed(0)
+    config = dict(vocab_size=300, d_model=32, n_heads=4, n_layers=2, max_seq_len=32, initializer_range=0.5)
+    return transformers.MptForCausalLM(transformers.MptConfig(**{**config, **changes})).eval()
+
+
+def test_prompts_of_one_length_alone_where_a_model_counts_its_places(cwd):
+    """BART's positions are those of the padded prompt: other states than decoding has."""
+    save_lm(cwd / "bart", bart_lm())
+    flags = "--data_dir own --num_texts 8 --max_new_tokens 4 --dtype float32 --device cpu"
+    code, line = call_in_process("pretrained.generate", f"--init_from bart --batch_size 4 {flags}")
+    assert code == 1 and line.startswith("bart counts places by itself") and line.endswith("take --batch_size 1")
+    assert not (cwd / "own").exists()
+    assert call_in_process("pretrained.generate", f"--init_from bart --batch_size 1 {flags}") == (0, "")
+
+
+def test_the_context_of_a_model_has_other_names():
+    """MPT's tensor of biases ends there."""
+    lm = mpt_lm()
+    assert adapter.lm_config(lm).block_size == 32
+    model = adapter.Pretrained(lm, adapter.lm_config(lm), {"name": "mpt"}).eval()
+    assert len(list(generate_plain(model, [1, 2], 60, sampler=Greedy()))) == 60
+
+
+def test_a_tree_needs_places():
+    """MPT's biases go by where a key lies, and two drafts for one place lie apart."""
+    lm = mpt_lm()
+    model = adapter.Pretrained(lm, adapter.lm_config(lm, n_future=3), {"name": "mpt"}).eval()
+    with pytest.raises(BadInput, match="^mpt cannot take texts of different lengths in one pass"):
+        list(generate_tree(model, [1, 2], 5, sampler=Greedy()))
+
+
+def test_a_trunk_stays_in_evaluation_mode():
+    lm = tiny_lm("gpt2", attn_pdrop=0.9)
+    adapter.Pretrained(lm, adapter.lm_config(lm, n_future=3), {"name": "tiny"}).train()
+    adapter.Pretrained(lm, adapter.lm_config(lm), {"name": "tiny"}).check("tiny")  # as load_lm shares it
+
+
+def test_a_first_pass_that_fails_is_one_line():
+    """Mixtral's experts have no kernel for float64."""
+    config = transformers.MixtralConfig(**TINY, num_local_experts=2, num_experts_per_tok=1, head_dim=8)
+    lm = transformers.MixtralForCausalLM(config).double().eval()
+    with pytest.raises(BadInput, match="^tiny computes nothing from tokens alone in torch.float64"):
+        adapter.Pretrained(lm, adapter.lm_config(lm), {"name": "tiny"}).check("tiny")
+
+
+def test_a_tokenizer_without_a_token_for_a_word():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"hello": 0, "</s>": 1}))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    with pytest.raises(BadInput, match="^this model's tokenizer does not take any text .*Missing"):
+        hub_tokenizer(tokenizer)
