@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -517,6 +517,17 @@ def check_compiler(device):
                        "compiler, on a GPU also Triton. Leave --compile away.") from None
 
 
+def check_own(folder):
+    """BadInput for a folder with a checkpoint or a log that train.py did not write: a new run would
+    write over the log, and a second one over the checkpoint that the first one kept."""
+    there = [folder / name for name in ("ckpt.pt", "log.jsonl") if (folder / name).exists()]
+    with suppress(BadInput):
+        if not there or "train_config" in read_checkpoint(folder / "ckpt.pt"):
+            return
+    raise BadInput(f"{there[0]} is not of train.py, or it is damaged; take another --out_dir, or "
+                   "move it away")
+
+
 # -----------------------------------------------------------------------------
 # what is printed, and the flags
 
@@ -595,6 +606,8 @@ def main(Run=Run, description=__doc__):
         with rank_0_first():
             if RANK == 0:
                 check_writable(Path(cfg.out_dir) / "ckpt.pt")  # which may be a link to another disk
+                if not args.resume:
+                    check_own(Path(cfg.out_dir))
             run = Run.resumed(cfg.out_dir, given) if args.resume else Run(cfg, given)
         if RANKS > 1:  # all begin with rank 0's weights, and gradients are means over the ranks
             run.net = DistributedDataParallel(run.net)

@@ -105,8 +105,8 @@ class HubTokenizer:
 
     def __init__(self, tokenizer, config, chat, ends=()):
         if chat and not tokenizer.chat_template:
-            raise BadInput("this model has no chat template, and its text was made with one, or "
-                           "--system asks for one")
+            raise BadInput("this model has no chat template: leave --system away, or, where text "
+                           "was made with a template, take the tokenizer with it")
         self.tokenizer, self.chat, self.ends = tokenizer, chat, frozenset(ends)
         self.n_vocab, self.longest = config.vocab_size, config.block_size - 1
         self.gap, self.answer_end = ("\n\n", self.ends) if chat else ("", None)

@@ -81,6 +81,8 @@ class HeadRun(train.Run):
         if RANKS > 1 and self.device.type == "cpu" and cfg.dtype == "auto":
             cfg = replace(cfg, dtype="float32")  # a trial in each process may end differently
         cfg = replace(cfg, dtype=measured_dtype(cfg.dtype, self.device))
+        if "draft_vocab" not in self.given:  # the preset's, of which small vocabularies have less
+            cfg = replace(cfg, draft_vocab=min(cfg.draft_vocab, self.meta["vocab_size"]))
         head = {name: getattr(cfg, name) for name in ("head", "n_future", "rank", "draft_vocab")}
         model, _ = load_pretrained(source["name"], self.device, cfg.dtype, source,
                                    self.meta["chat"], **head)

@@ -715,6 +715,16 @@ def test_a_new_run_keeps_the_old_checkpoint(home, monkeypatch):
     assert Path("out/twice/ckpt.old.pt").read_bytes() == old
 
 
+@pytest.mark.parametrize("name, text", [("ckpt.pt", b"precious"), ("log.jsonl", b"keep\n")])
+def test_a_new_run_writes_over_nothing_that_is_not_its_own(name, text, home, tmp_path, monkeypatch):
+    """Its log would go at once, and the checkpoint that is kept with the run after it."""
+    monkeypatch.chdir(home)
+    (tmp_path / name).write_bytes(text)
+    code, message = call("train", f"{TOY} --out_dir {tmp_path}")
+    assert code == 1 and message.startswith(f"{tmp_path / name} is not of train.py") and "\n" not in message
+    assert contents(tmp_path) == {tmp_path / name: text}
+
+
 def test_an_interrupted_run_that_has_diverged_saves_nothing(home, monkeypatch):
     monkeypatch.chdir(home)
     step, steps, before = train.optimizer_step, [], contents(home)
