@@ -16,10 +16,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
-# Threads of GNU's OpenMP wait awake for 300,000 turns by default. Beside a busy process they all wait
-# for one that has no core, and little gets done. It is read when torch is loaded, so scripts import
-# this file first. On an idle machine fewer turns cost training 5 % at most.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Threads of GNU's OpenMP wait awake for 300,000 turns by default. Beside a busy process all of them
+# wait for one that has no core, and little gets done. The setting is read when torch is loaded, so
+# scripts import this file first.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch

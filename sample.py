@@ -65,7 +65,7 @@ def best_threads(device, seconds_of_a_trial):
     """The number of CPU threads at which a trial takes least. Beside a busy process that is one:
     two would wait for each other."""
     most = torch.get_num_threads()  # torch's own default: the cores that there are
-    if device.type != "cpu":
+    if device.type != "cpu" or most == 1:
         return most
     seconds = {n: [] for n in sorted({most, *(2**k for k in range(most.bit_length()))})}
     seconds_of_a_trial()
@@ -134,6 +134,9 @@ def parse_args():
     parser.add_argument("--temperature", type=number(float, 0, 1e6), default=1.0,
                         help="0 is greedy, 1 the model's own distribution (1)")
     add_cut_flags(parser)
+    parser.add_argument("--threads", type=number(int, 1, 1024),
+                        help="CPU threads, with which a seed always gives the same text (those "
+                             "that a trial finds best for a small model, else all cores)")
     parser.add_argument("--show_drafts", action="store_true",
                         help="colour each token by where it came from; in a pipe, or with "
                              "NO_COLOR, mark it")
@@ -184,7 +187,10 @@ def main():
         return time.perf_counter() - began
 
     with fast_kernels(model):
-        if model.n_params()[0] < 3e7:  # of larger ones a trial takes long, and threads pay
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        elif model.n_params()[0] < 3e7 and args.max_new_tokens * args.num_samples > 32:
+            # of larger models a trial takes long, and threads pay
             torch.set_num_threads(best_threads(model.device, trial))
         start = time.perf_counter()
         samples = [write_sample(args, decoder, model, enc, sampler, colour)

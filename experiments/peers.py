@@ -4,7 +4,6 @@
     python -m experiments.peers --out_dir out/toy --nodes 8 16          draft trees
     python -m experiments.peers --out_dir out/toy --captured --compile  steps of fixed shapes
     python -m experiments.peers --out_dir out/toy --transformers        decoders of transformers
-    python -m experiments.peers --out_dir out/smollm2 --llama_cpp       the same .gguf file
 
 All that is asked for is timed in one bench, in turn. Its own flags and its output are those of
 bench_speculative.py; see there.
@@ -171,48 +170,6 @@ def add_transformers(bench):
 
 
 # -----------------------------------------------------------------------------
-# llama.cpp
-
-
-class LlamaCpp:
-    """A decoder of the bench: llama.cpp on a .gguf file, on as many threads as torch has at the
-    first text. It computes with the file's packed weights, so its texts part from ours.
-
-    BadInput without xllamacpp, or for a trunk that is no .gguf file.
-    """
-
-    def __init__(self, model, enc):
-        self.path = str(getattr(model, "source", {}).get("name"))
-        if not self.path.endswith(".gguf"):
-            raise BadInput("--llama_cpp needs a head on the model of a .gguf file")
-        try:
-            import xllamacpp
-        except ImportError:
-            raise BadInput("--llama_cpp needs it: python -m pip install xllamacpp") from None
-        self.library, self.enc, self.server = xllamacpp, enc, None
-
-    def start(self):
-        params = self.library.CommonParams()
-        params.model.path, params.n_parallel, params.verbosity = self.path, 1, -1
-        for cpu in (params.cpuparams, params.cpuparams_batch):
-            cpu.n_threads = torch.get_num_threads()
-        return self.library.Server(params)
-
-    def __call__(self, model, prompt, max_new_tokens, *, sampler, stop_token=None, stats=None):
-        """The text's ids; it ends where llama.cpp finds its end."""
-        self.server = self.server or self.start()
-        cuts, plain = {"temperature": 0}, sampler.generator is None
-        if not plain:
-            cuts = {name: value or 0 if name == "top_k" else value or 1.0
-                    for name, value in sampler.warp.keywords.items()}
-            cuts["seed"] = torch.randint(2**31, (), generator=sampler.generator).item()
-        found = self.server.handle_completions(
-            {"prompt": prompt, "n_predict": max_new_tokens, "cache_prompt": False,
-             "samplers": ["top_k", "top_p", "temperature"], **cuts})
-        return self.enc.encode(found["choices"][0]["text"])
-
-
-# -----------------------------------------------------------------------------
 
 
 def add_flags(parser):
@@ -229,17 +186,10 @@ def add_flags(parser):
     parser.add_argument("--transformers", action="store_true",
                         help="transformers' generate, and its prompt lookup, on the same weights; "
                              "of a model from here, also decoding without a cache")
-    parser.add_argument("--llama_cpp", action="store_true",
-                        help="llama.cpp, on the trunk's own .gguf file (needs xllamacpp)")
 
 
 def add_modes(bench, args):
     """To a Bench, all that is asked for."""
-    if args.llama_cpp:
-        enc = load(args.out_dir, args.device, args.dtype)[1]
-        decoder = LlamaCpp(bench.model, enc)
-        bench.modes["llama.cpp"] = Mode(decoder, bench.model, kernels=nullcontext)
-        bench.about["xllamacpp"] = version("xllamacpp")
     add_beside(bench, {out_dir: load(out_dir, args.device, args.dtype)[0]
                        for out_dir in args.beside})
     if args.transformers:

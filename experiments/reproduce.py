@@ -571,20 +571,21 @@ def in_use(found, run, against, labels):
 
 
 def row_of(found, run, temperature, mode=None, kind=""):
-    """A row of a bench, of the head that run speaks of or of another mode, of a kind of steps."""
+    """A row of a bench, of the head that run speaks of or of another mode, of a kind of steps:
+    ", compiled"."""
     first = run.training is run.trainings[0]
     mode = (mode or ("speculative" if first else f"speculative, {run.training.name}")) + kind
     return next(row for row in found[run.name]["bench"]["rows"]
                 if row["mode"] == mode and row["temperature"] == temperature)
 
 
-def of_bench(key, temperature, part=None, kind=""):
+def of_bench(key, temperature, part=None, mode=None, kind=""):
     """Of the acceptance, that of draft `part` from 0 on; of times in ms, the ratio to a plain
-    step's. kind: of steps, ", compiled"."""
+    step's. mode, kind: see `row_of`."""
     def column(found, run, against, labels):
         if not isinstance(run, Bench):
             return None
-        row = row_of(found, run, temperature, kind=kind)
+        row = row_of(found, run, temperature, mode, kind)
         plain = 1e3 / row_of(found, run, temperature, "plain")["tokens_per_second"]
         if key == "acceptance":
             return row[key][part] if part < len(row[key]) else None
@@ -710,7 +711,7 @@ EXPERIMENTS = {
         "Compiled steps", compiled, ("text", "head"),
         {f"{name}, {t}": (column, 2) for t in (0, 1) for name, column in
          (("speed-up", of_bench("speedup", float(t))),
-          ("plain, compiled / plain", of_decoder("speedup", float(t), "plain, compiled")),
+          ("plain, compiled / plain", of_bench("speedup", float(t), mode="plain, compiled")),
           ("speed-up, compiled", of_bench("speedup", float(t), kind=", compiled")))},
         (Panel("head", "speed-up, compiled, 0", "text"),
          Panel("head", "speed-up, compiled, 1", "text"))),

@@ -8,6 +8,7 @@ accelerate.
 
 import hashlib
 import inspect
+import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -77,13 +78,13 @@ def sha256(*paths):
 
 
 def fingerprint(folder, gguf):
-    """The hash of a model's weights and their config.json."""
+    """The hash of a model's weights."""
     files = [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))
     files = files or sorted(folder.glob("*.bin"))
     if not files or not (gguf or (folder / "config.json").exists()):
         raise BadInput(f"{folder} holds no model: config.json and *.safetensors or *.bin, or name "
                        "the .gguf file in it")
-    return sha256(*files, *([] if gguf else [folder / "config.json"]))
+    return sha256(*files)
 
 
 def read(tokenizer, text, add_special_tokens=False, **options):
@@ -92,7 +93,10 @@ def read(tokenizer, text, add_special_tokens=False, **options):
         return tokenizer(text, add_special_tokens=add_special_tokens, **options)
     except Exception as e:  # those of tokenizers have no class of their own
         why = " ".join(str(e).split())[:200] or type(e).__name__
-        raise BadInput(f"this model's tokenizer does not take any text ({why})") from None
+        raise BadInput(f"this model's tokenizer cannot read a text ({why})") from None
+
+
+WORD = re.compile(r"\s*\w*\s*")  # is in a template's code, as `content`, or spaces
 
 
 class HubTokenizer:
@@ -111,10 +115,10 @@ class HubTokenizer:
         self.n_vocab, self.longest = config.vocab_size, config.block_size - 1
         self.gap, self.answer_end = ("\n\n", self.ends) if chat else ("", None)
         added, unknown = tokenizer.added_tokens_decoder.items(), tokenizer.unk_token_id
-        template = tokenizer.chat_template or ""  # whose tokens are not all special: <think>
+        template = str(tokenizer.chat_template)  # whose tokens are not all special: <think>
         self.control = {i: token.content for i, token in added
                         if i in self.ends or token.special and i != unknown
-                        or token.content.strip() and token.content in template}
+                        or token.content in template and not WORD.fullmatch(token.content)}
         self.begin = ids_in_front(tokenizer)
         for token in self.control.values() if isinstance(chat, str) else ():
             if token in chat:
@@ -172,8 +176,8 @@ class HubTokenizer:
             raise BadInput("this model's chat template refuses a user's message"
                            f"{after}: {why}{advice}") from None
         if has_system and self.chat.strip() not in text:
-            raise BadInput("this model's chat template leaves the system's message out; leave "
-                           "--system away")
+            raise BadInput("this model's chat template leaves the system's message out, or changes "
+                           "it; leave --system away")
         return text
 
     def encode(self, text, wrap=str):
@@ -350,9 +354,9 @@ class Pretrained(GPT):
             raise BadInput(f"{name} gives no hidden states, which a head drafts from")
         try:  # transformers' own code, and none of ours
             self.lm.base_model(idx, use_cache=False)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as e:  # what a class asks for, or has no kernel for: many kinds
+            if isinstance(e, MemoryError) or "memory" in str(e):
+                raise
             why = f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]
             raise BadInput(f"{name} computes nothing from tokens alone in {self.dtype} here "
                            f"({why})") from None
@@ -373,7 +377,7 @@ class Pretrained(GPT):
             raise
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
             same = None  # no cache at all, or one that refuses
-            why = f" ({type(e).__name__}: {' '.join(str(e).split())})"[:200]
+            why = f" ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
         on_cpu = self.dtype == torch.bfloat16 and self.device.type == "cpu"
         if same is False and on_cpu and not can_pack(self.dtype):
             raise BadInput(f"{name} gives other states token by token than at once: this CPU has "
@@ -440,7 +444,7 @@ class Pretrained(GPT):
 
     @torch.inference_mode()
     def check_padding(self):
-        """BadInput unless prompts of different lengths, padded on the left, have their own states."""
+        """BadInput unless prompts that are padded on the left have their own states."""
         idx = torch.arange(3, 19, device=self.device).unsqueeze(0) % self.config.vocab_size
         mask = torch.ones_like(idx).index_fill(1, torch.arange(8, device=self.device), 0)
         places = (mask.cumsum(1) - 1).clamp_min(0)
@@ -514,6 +518,8 @@ def load_lm(name, device, dtype):
         raise BadInput(f"{name} cannot be loaded as a causal language model ({why})") from None
     if missing := sorted(found["missing_keys"]):  # a base model's files have no LM head
         raise BadInput(f"{name} lacks {missing[0]}, which transformers would draw at random")
+    if not gguf:  # whose settings are in it
+        source["config"] = sha256(folder / "config.json")
     vocabulary = sorted(tokenizer.get_vocab().items()), tokenizer.chat_template
     source["tokenizer"] = hashlib.sha256(repr(vocabulary).encode()).hexdigest()
     return lm.to(device).eval(), tokenizer, source
@@ -545,8 +551,10 @@ def load_pretrained(name, device, dtype="auto", known=None, chat=None, **head):
     HubTokenizer; None is as the model is meant.
     """
     lm, tokenizer, source = load_lm(name, device, getattr(torch, measured_dtype(dtype, device)))
-    for part, what in (("sha256", "weights or config.json"), ("tokenizer", "tokenizer")):
-        if known is not None and known.get(part) != source[part]:
+    # heads of before say nothing of the config
+    was = source if known is None else {"config": source.get("config")} | known
+    for part, what in (("sha256", "weights"), ("tokenizer", "tokenizer"), ("config", "settings")):
+        if was.get(part) != source.get(part):
             raise BadInput(f"{name} has changed: its {what} are not what the head or its text were "
                            "made with. Take that version of it, or write text and train anew.")
     model = Pretrained(lm, lm_config(lm, **head), source)

@@ -12,7 +12,9 @@ and the hash of the trunk. Needs transformers, and for a .gguf file gguf and acc
 
 import hashlib
 import itertools
+import json
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -99,7 +101,10 @@ def finish(model, enc, frames, generator):
 def generate(args):
     training, held_out = (chosen_kinds(prompts, args.kinds) for prompts in
                           (read_prompts(args.prompts) if args.prompts else (FRAMES, HELD_OUT)))
-    model, enc = load_pretrained(args.init_from, pick_device(args.device), args.dtype,
+    dtype, path = args.dtype, Path(args.data_dir) / "meta.json"
+    if dtype == "auto" and path.exists():  # a trial might choose another one than before
+        dtype = json.loads(path.read_bytes()).get("dtype", dtype).removeprefix("torch.")
+    model, enc = load_pretrained(args.init_from, pick_device(args.device), dtype,
                                  chat=args.system or None)
     if args.batch_size > 1:
         model.check_padding()
@@ -117,8 +122,8 @@ def generate(args):
     longest = max(len(enc.prompt_ids(prompt)) for kind in training.values() for prompt in kind)
     longest += LONGEST_MESSAGE if frames else 0
     if longest + args.max_new_tokens > model.config.block_size:
-        raise BadInput(f"The longest prompt, {longest} tokens, and --max_new_tokens "
-                       f"{args.max_new_tokens} do not fit {model.config.block_size}, the model's "
+        raise BadInput(f"The longest prompt, {longest} tokens with its ending, and "
+                       f"--max_new_tokens {args.max_new_tokens} do not fit {model.config.block_size}, the model's "
                        "context or its window")
     with locked(args.data_dir) as folder:
         texts = open_texts(folder, settings)

@@ -16,7 +16,7 @@ READ_BY = {"read_by": "pretrained.train"}  # so that train.py can say whose fold
 
 
 class Texts:
-    """The texts in a data folder: each one's tokens, hidden states and logsumexps, one text after another.
+    """The texts in a data folder, one after another: tokens, hidden states and logsumexps.
 
     meta.json counts the texts that are whole. What an interrupted writer left after them goes.
     """
@@ -77,7 +77,8 @@ def open_texts(folder, settings):
         texts.write_meta()
     else:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        other = [name for name, value in settings.items() if meta.get(name) != value]
+        was = {name: settings[name] for name in ("ends", "dtype")} | meta  # these two came later
+        other = [name for name, value in settings.items() if was.get(name) != value]
         if other:
             raise BadInput(f"{folder} holds texts of other settings ({', '.join(other)}); take "
                            "another --data_dir")

@@ -727,11 +727,14 @@ def test_control_tokens_in_a_text_are_plain_text(kind):
 def test_control_tokens_of_a_template_are_plain_text_in_a_message():
     """Not all of them are special, as Qwen3's <think>. A template goes on after a message, here with an a in it."""
     tokenizer = byte_tokenizer()
-    tokenizer.add_tokens(["<think>", " "])
+    tokenizer.add_tokens(["<think>", " ", "content"])
     tokenizer.chat_template = "{{ messages[0]['content'] }}<think> Please answer"
     enc, think = hub_tokenizer(tokenizer, chat=True), tokenizer.convert_tokens_to_ids("<think>")
     assert enc.prompt_ids("What is <think>?").count(think) == 1
     assert tokenizer.decode(enc.open_message("What is")) == "What is"
+    assert enc.prompt_ids("content")[0] == tokenizer.convert_tokens_to_ids("content")  # a word of the template's code
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "rag": "{{ messages[0]['content'] }}"}
+    assert hub_tokenizer(tokenizer, chat=True).prompt_ids("What is <think>?").count(think) == 1
 
 
 @odd
@@ -887,7 +890,7 @@ def test_a_system_message_goes_before_every_prompt(cwd, capsys):
     enc = sample.load("out", "cpu", "float32")[1]
     assert enc.decode(enc.prompt_ids("hi")) == "[Be_brief]hi="
     tokenizer.chat_template = "{{ messages[-1]['content'] }}"
-    with pytest.raises(BadInput, match="leaves the system's message out; leave --system away"):
+    with pytest.raises(BadInput, match="leaves the system's message out, or changes it; leave"):
         hub_tokenizer(tokenizer, "Be brief").prompt_ids("hi")
     tokenizer.chat_template = "{{ raise_exception('never') if messages[1] else messages[0]['content'] }}"
     with pytest.raises(BadInput, match="after the system's: never; leave --system away"):
@@ -985,6 +988,20 @@ def test_a_trunk_that_changed(what, copy):
     for script, args in (("pretrained.train", TRAIN), ("sample", "--out_dir out"), ("pretrained.generate", GENERATE)):
         adapter.load_lm.cache_clear()
         assert "changed" in line(script, args) or "other settings (trunk)" in line(script, args)
+
+
+def test_a_head_of_before_says_nothing_of_the_settings(copy):
+    ckpt = torch.load("out/ckpt.pt", weights_only=True)
+    del ckpt["trunk"]["config"]
+    torch.save(ckpt, "out/ckpt.pt")
+    assert call("sample", "--out_dir out --max_new_tokens 3") == (0, "")
+
+
+def test_a_type_that_a_trial_chose_stays(copy, monkeypatch):
+    """A trial of another moment may find another one faster, and texts of both are not the same."""
+    monkeypatch.setattr(adapter, "bfloat16_is_faster", lambda device: True)
+    args = GENERATE.replace("--dtype float32", "--dtype auto").replace("--num_texts 40", "--num_texts 60")
+    assert call("pretrained.generate", args) == (0, "") and len(texts_of.read_texts("own")["lengths"]) == 60
 
 
 def test_weights_that_are_not_there_are_not_drawn(cwd):
@@ -1248,5 +1265,5 @@ def test_a_tokenizer_without_a_token_for_a_word():
     backend = Tokenizer(models.WordLevel({"hello": 0, "</s>": 1}))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    with pytest.raises(BadInput, match="^this model's tokenizer does not take any text .*Missing"):
+    with pytest.raises(BadInput, match="^this model's tokenizer cannot read a text .*Missing"):
         hub_tokenizer(tokenizer)

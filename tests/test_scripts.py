@@ -147,6 +147,19 @@ def test_samples_in_all_modes(trained):
     assert "speculative: 1 token, " in run(trained, "sample.py", "--max_new_tokens", 1)
 
 
+def test_threads_are_those_of_a_trial_or_of_the_flag(toy, monkeypatch):
+    """A short text, or one core, needs no trial."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    seen = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    run(toy, "sample", "--max_new_tokens", 40, "--threads", 3)
+    assert seen == [3]
+    run(toy, "sample", "--max_new_tokens", 4)
+    assert seen == [3]
+    run(toy, "sample", "--max_new_tokens", 40)
+    assert seen[1:-1] == 5 * [1, 2, 4] and seen[-1] in (1, 2, 4)
+
+
 def test_the_mode_coupled_writes_what_any_decoder_would(trained, monkeypatch):
     """At temperature 1, in float64: two samples, which differ, and each is the text of plain decoding and of the oracle
     with the same noise. Without it the three decoders' texts differ."""
