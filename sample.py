@@ -67,13 +67,12 @@ def best_threads(device, seconds_of_a_trial):
     most = torch.get_num_threads()  # torch's own default: the cores that there are
     if device.type != "cpu" or most == 1:
         return most
-    seconds = {n: [] for n in sorted({most, *(2**k for k in range(most.bit_length()))})}
-    seconds_of_a_trial()
-    for _ in range(5):
-        for n in seconds:
-            torch.set_num_threads(n)
-            seconds[n].append(seconds_of_a_trial())
-    return min(seconds, key=lambda n: statistics.median(seconds[n]))
+    seconds = {}
+    for n in sorted({most, *(2**k for k in range(most.bit_length()))}):
+        torch.set_num_threads(n)
+        seconds_of_a_trial()  # starts the threads
+        seconds[n] = statistics.median(seconds_of_a_trial() for _ in range(5))
+    return min(seconds, key=seconds.get)
 
 
 # -----------------------------------------------------------------------------
