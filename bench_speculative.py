@@ -154,9 +154,13 @@ class Bench:
             return [list(mode.function(mode.model, prompt, self.n_tokens, sampler=sampler,
                                        **options)) for prompt in prompts or self.prompts]
 
-    def time_one(self, name="plain"):
+    def time_one(self, name):
         """Seconds to continue the first prompt greedily."""
         return timed(lambda: self.decode(name, 0.0, 0, self.prompts[:1]), self.device)[0]
+
+    def best_threads(self):
+        """The number of CPU threads at which plain decoding is fastest."""
+        return best_threads(self.device, lambda: self.time_one("plain"))
 
     def rounds(self, temperature, n_rounds):
         """By mode: a list of rounds, each a dict of seconds, tokens, texts, if speculative seconds
@@ -367,7 +371,7 @@ def main(description=__doc__, add_flags=None, add_modes=None):
     bench.cuts = {"top_k": args.top_k, "top_p": args.top_p}
     if add_modes is not None:
         add_modes(bench, args)
-    torch.set_num_threads(args.threads or best_threads(bench.device, bench.time_one))
+    torch.set_num_threads(args.threads or bench.best_threads())
     card = describe(bench, args)
     print_card(card, bench)
 

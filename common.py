@@ -62,6 +62,11 @@ def number(kind, low, high=float("inf"), above=False):
 any_seed = number(int, 0, 2**32 - 1)  # a CPU's generator looks at 32 bits: larger ones repeat
 
 
+def in_a_line(error):
+    """The words of somebody else's exception, which may be many lines, or none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def utf8(text):
     """An argparse type: text, and no bytes of a shell that are not utf-8."""
     try:
@@ -311,7 +316,7 @@ def from_checkpoint(ckpt, fresh_head=False, **changes):
     try:
         model.load_state_dict(state)
     except RuntimeError as e:  # torch's list of what is missing, superfluous or of another shape
-        raise BadInput(" ".join(str(e).split())[:300]) from None
+        raise BadInput(in_a_line(e)) from None
     return model
 
 

@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 # before torch: it says how threads wait
@@ -61,17 +62,21 @@ def fast_kernels(model):
     return onednn(not (model.device.type == "cpu" and model.dtype == torch.float32))
 
 
-def best_threads(device, seconds_of_a_trial):
-    """The number of CPU threads at which a trial takes least. Beside a busy process that is one:
-    two would wait for each other."""
+def best_threads(device, work):
+    """The number of CPU threads at which work() takes least. Beside a busy process that is one: two
+    would wait for each other."""
     most = torch.get_num_threads()  # torch's own default: the cores that there are
     if device.type != "cpu" or most == 1:
         return most
     seconds = {}
     for n in sorted({most, *(2**k for k in range(most.bit_length()))}):
         torch.set_num_threads(n)
-        seconds_of_a_trial()  # starts the threads
-        seconds[n] = statistics.median(seconds_of_a_trial() for _ in range(5))
+        work()  # starts the threads
+        times = [time.perf_counter()]
+        for _ in range(5):
+            work()
+            times.append(time.perf_counter())
+        seconds[n] = statistics.median(end - start for start, end in pairwise(times))
     return min(seconds, key=seconds.get)
 
 
@@ -179,18 +184,13 @@ def main():
     if args.show_drafts:
         print(legend(model.config.n_future - 1 if drafts else 0, colour) + "\n")
     sampler = make_sampler(*options, torch.Generator(model.device).manual_seed(args.seed))
-
-    def trial():
-        began = time.perf_counter()
-        list(decoder(model, [0], 32, sampler=Greedy()))
-        return time.perf_counter() - began
-
     with fast_kernels(model):
         if args.threads:
             torch.set_num_threads(args.threads)
         elif model.n_params()[0] < 3e7 and args.max_new_tokens * args.num_samples > 32:
             # of larger models a trial takes long, and threads pay
-            torch.set_num_threads(best_threads(model.device, trial))
+            torch.set_num_threads(best_threads(
+                model.device, lambda: list(decoder(model, [0], 32, sampler=Greedy()))))
         start = time.perf_counter()
         samples = [write_sample(args, decoder, model, enc, sampler, colour)
                    for _ in range(args.num_samples)]

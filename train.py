@@ -358,7 +358,7 @@ class Run:
         kept = not cfg.fresh_head and all(ckpt["model_args"].get(name) == getattr(config, name)
                                           for name in ("head", "n_future", "rank"))
         print(f"from {cfg.init_from}: the trunk {'and its head' if kept else 'with a fresh head'}"
-              + (", which stays frozen" if cfg.freeze_trunk else
+              + ("; the trunk stays frozen" if cfg.freeze_trunk else
                  f"; all of it trains, with a rate of up to {cfg.lr:g} (--lr, --freeze_trunk)"))
         # what is built is what gets saved
         built = {name: value for name, value in asdict(model.config).items() if hasattr(cfg, name)}

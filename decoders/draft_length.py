@@ -20,7 +20,7 @@ from bench_speculative import Mode, distinct
 from common import number, run_script
 from decode import Greedy, Sampling, check_call, draw_next, generate, stop_ids, window_ids
 from model import BadInput, whole, widen
-from sample import best_threads, fast_kernels
+from sample import fast_kernels
 
 # -----------------------------------------------------------------------------
 # policies: functions in the place of `CPHead.draft`. That is exact, for whether a draft is kept
@@ -217,7 +217,7 @@ def add_modes(bench, args):
         raise BadInput(f"{args.out_dir} has one prompt: there is none to learn CLP from")
     learn, bench.prompts = bench.prompts[::2], bench.prompts[1::2]
     bench.kinds = {"all": bench.prompts}
-    args.threads = args.threads or best_threads(bench.device, bench.time_one)
+    args.threads = args.threads or bench.best_threads()
     torch.set_num_threads(args.threads)
     sampler = Sampling(generator=torch.Generator(model.device).manual_seed(args.seed))
     options = bench.n_tokens, sampler, bench.stop_token

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from common import in_a_line
 from decoders.batched import RowCache, fill, hidden_of_rows
 from heads.few_tokens import few_tokens
 from model import GPT, BadInput, GPTConfig, door, head_class, widen
@@ -61,9 +62,8 @@ def find_model(name):
         if not any(folder.glob("*.safetensors")):
             folder = Path(get(allow_patterns=[*plain, "*.bin"]))
     except Exception as e:  # of the network, the hub, a bad name: many kinds
-        why = " ".join(str(e).split())[:300] or type(e).__name__
-        raise BadInput(f"{name} is no folder here, and the hub does not give it ({why}); the "
-                       "folder of a copy will do, too") from None
+        raise BadInput(f"{name} is no folder here, and the hub does not give it ({in_a_line(e)}); "
+                       "the folder of a copy will do, too") from None
     return folder, None
 
 
@@ -92,8 +92,7 @@ def read(tokenizer, text, add_special_tokens=False, **options):
     try:
         return tokenizer(text, add_special_tokens=add_special_tokens, **options)
     except Exception as e:  # those of tokenizers have no class of their own
-        why = " ".join(str(e).split())[:200] or type(e).__name__
-        raise BadInput(f"this model's tokenizer cannot read a text ({why})") from None
+        raise BadInput(f"this model's tokenizer cannot read a text ({in_a_line(e)})") from None
 
 
 WORD = re.compile(r"\s*\w*\s*")  # is in a template's code, as `content`, or spaces
@@ -167,14 +166,14 @@ class HubTokenizer:
         try:
             text = apply(given)
         except Exception as e:  # what a template raises, or Python in it: many kinds
-            why, advice = " ".join(str(e).split())[:200] or type(e).__name__, ""
+            advice = ""
             with suppress(Exception):
                 apply(other)
                 advice = ("; leave --system away" if has_system else
                           "; --system of pretrained.generate gives it a system's message before it")
             after = " after the system's" * has_system
             raise BadInput("this model's chat template refuses a user's message"
-                           f"{after}: {why}{advice}") from None
+                           f"{after}: {in_a_line(e)}{advice}") from None
         if has_system and self.chat.strip() not in text:
             raise BadInput("this model's chat template leaves the system's message out, or changes "
                            "it; leave --system away")
@@ -353,14 +352,12 @@ class Pretrained(GPT):
         if self.lm.base_model is self.lm:  # its trunk is not what its LM head is on
             raise BadInput(f"{name} gives no hidden states, which a head drafts from")
         try:  # transformers' own code, and none of ours
-            self.lm.base_model(idx, use_cache=False)
+            hidden, why = self.lm.base_model(idx, use_cache=False).last_hidden_state, ""
         except Exception as e:  # what a class asks for, or has no kernel for: many kinds
             if isinstance(e, MemoryError) or "memory" in str(e):
                 raise
-            why = f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]
             raise BadInput(f"{name} computes nothing from tokens alone in {self.dtype} here "
-                           f"({why})") from None
-        hidden, why = self.hidden(idx), ""
+                           f"({type(e).__name__}: {in_a_line(e)})") from None
         if not self.is_one_product(idx, hidden):
             raise BadInput(f"{name}: its logits are not its LM head of its last hidden state (they "
                            "are scaled or capped, or a layer is between), which a head needs")
@@ -377,7 +374,7 @@ class Pretrained(GPT):
             raise
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
             same = None  # no cache at all, or one that refuses
-            why = f" ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+            why = f" ({type(e).__name__}: {in_a_line(e)})"
         on_cpu = self.dtype == torch.bfloat16 and self.device.type == "cpu"
         if same is False and on_cpu and not can_pack(self.dtype):
             raise BadInput(f"{name} gives other states token by token than at once: this CPU has "
@@ -484,8 +481,7 @@ class Pretrained(GPT):
         try:
             self.head.load_state_dict(head)
         except RuntimeError as e:  # torch's list of what is missing, or of another shape
-            why = " ".join(str(e).split())[:300]
-            raise BadInput(f"{path} holds no head that fits: {why}") from None
+            raise BadInput(f"{path} holds no head that fits: {in_a_line(e)}") from None
 
     def to_checkpoint(self):
         state = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
@@ -514,8 +510,8 @@ def load_lm(name, device, dtype):
     except MemoryError:
         raise
     except Exception as e:  # of a file, a class, a missing package: many kinds
-        why = " ".join(str(e).split())[:200]
-        raise BadInput(f"{name} cannot be loaded as a causal language model ({why})") from None
+        raise BadInput(f"{name} cannot be loaded as a causal language model "
+                       f"({in_a_line(e)})") from None
     if missing := sorted(found["missing_keys"]):  # a base model's files have no LM head
         raise BadInput(f"{name} lacks {missing[0]}, which transformers would draw at random")
     if not gguf:  # whose settings are in it

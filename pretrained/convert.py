@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from common import (ArgumentParser, any_path, check_writable, from_checkpoint, read_checkpoint,
-                    replacing, run_script)
+from common import (ArgumentParser, any_path, check_writable, from_checkpoint, in_a_line,
+                    read_checkpoint, replacing, run_script)
 from model import BadInput
 from pretrained.adapter import PretrainedConfig, new_head
 from train import TrainConfig
@@ -92,7 +92,7 @@ def check(ckpt):
     try:
         head.load_state_dict({name.removeprefix("head."): x for name, x in ckpt["model"].items()})
     except RuntimeError as e:  # torch's list of what is missing, superfluous or of another shape
-        raise BadInput(" ".join(str(e).split())[:300]) from None
+        raise BadInput(in_a_line(e)) from None
 
 
 # -----------------------------------------------------------------------------

@@ -123,8 +123,8 @@ def generate(args):
     longest += LONGEST_MESSAGE if frames else 0
     if longest + args.max_new_tokens > model.config.block_size:
         raise BadInput(f"The longest prompt, {longest} tokens with its ending, and "
-                       f"--max_new_tokens {args.max_new_tokens} do not fit {model.config.block_size}, the model's "
-                       "context or its window")
+                       f"--max_new_tokens {args.max_new_tokens} do not fit "
+                       f"{model.config.block_size}, the model's context or its window")
     with locked(args.data_dir) as folder:
         texts = open_texts(folder, settings)
         lengths, prompts = texts.meta["lengths"], schedule(training, {} if args.prompts else SHARES)
